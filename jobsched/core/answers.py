@@ -1,0 +1,150 @@
+"""What users are told: the values behind `jobs`, `describe`, `why`, `nodes` and `queues`.
+
+Made by `core.explain` and `service`, carried by the API, shown by CLI, SDK and dashboard. No second set of API types:
+a job on the wire is a `core.job.Job`, wrapped here with what is only known live.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from jobsched.core.job import Job, Reason
+from jobsched.core.node import Node
+from jobsched.core.resources import JobId, Resources
+from jobsched.spec.queue import QueueSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Why:
+    """One reason that holds, with numbers in the sentence and what would help."""
+
+    reason: Reason
+    message: str
+    fix: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Why a job waits: every reason that holds, most important first.
+
+    `position` counts jobs of the same queue that go first, plus one. `nearest_fit` says how much of the gang would fit
+    now. `starts_after_ms` / `starts_before_ms`: expected start as a band, 0 when unknown.
+    """
+
+    job_id: JobId
+    reasons: tuple[Why, ...]
+    position: int = 0
+    nearest_fit: str = ""
+    starts_after_ms: int = 0
+    starts_before_ms: int = 0
+    sooner: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaProgress:
+    """Newest report of one replica. Ages at the time of the answer; -1: never reported."""
+
+    role: str
+    index: int
+    rank: int = -1
+    node: str = ""
+    state: str = ""
+    restart: int = 0
+    ident: str = ""
+    step: int = -1
+    step_age_ms: int = -1
+    beat_age_ms: int = -1
+    metrics: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class JobProgress:
+    """A job's progress: the furthest step of its replicas, and metrics of the replica that reported it."""
+
+    step: int = -1
+    total: int = -1
+    world_size: int = 0
+    metrics: tuple[tuple[str, float], ...] = ()
+    replicas: tuple[ReplicaProgress, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class JobAnswer:
+    job: Job
+    progress: JobProgress | None = None
+    verdict: Verdict | None = None
+    """Only while the job waits, or its running attempt waits for replicas."""
+    headline: str = ""
+    """One sentence for the reason column."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobPage:
+    jobs: tuple[JobAnswer, ...]
+    more: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class WhyAnswer:
+    """`jobsched why`: the present in a sentence, the verdict or the root cause, and the story so far."""
+
+    job: Job
+    headline: str
+    verdict: Verdict | None = None
+    story: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NodeAnswer:
+    node: Node
+    free: Resources
+    free_gpus: int
+    cordoned: bool = False
+    draining: bool = False
+    lost: bool = False
+    jobs: tuple[JobId, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class QueueAnswer:
+    queue: QueueSpec
+    waiting: int = 0
+    active: int = 0
+    gpus_in_use: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RolePlan:
+    role: str
+    replicas: int
+    each: str
+    where: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PlanAnswer:
+    """`jobsched plan`: where and when a job would run; nothing is changed. `code`: 0 now, 10 must wait, 8 never."""
+
+    code: int
+    roles: tuple[RolePlan, ...] = ()
+    verdict: Verdict | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of `jobsched doctor`."""
+
+    name: str
+    ok: bool
+    message: str
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """`jobsched debug verify`: the log replayed against the projections."""
+
+    ok: bool
+    events: int
+    jobs: int
+    problems: tuple[str, ...] = field(default_factory=tuple)

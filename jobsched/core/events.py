@@ -1,0 +1,371 @@
+"""Events: immutable past-tense facts, the only input of `evolve`. The store keeps them in order, for ever.
+
+Every event has `at_ms` (server clock). Job events carry `job_id`. Decisions (written by the leader, fenced) and wishes
+(written by users through the service) are told apart by `is_wish`. The wire form is `EVENT.dump_json`, a closed union
+told apart by `kind`; fields may be added with defaults, never renamed or removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter
+
+from jobsched.core.job import Binding, Cause, Outcome, Phase, Reason, ReplicaId
+from jobsched.core.node import Node
+from jobsched.core.resources import JobId, NodeName
+from jobsched.spec.job import JobSpec
+from jobsched.spec.queue import QueueSpec
+
+# ---- wishes: what users asked for ----
+
+
+@dataclass(frozen=True, slots=True)
+class JobSubmitted:
+    at_ms: int
+    job_id: JobId
+    name: str
+    owner: str
+    spec: JobSpec
+    request_id: str = ""
+    """The client's idempotency key."""
+    waiting_for: tuple[JobId, ...] = ()
+    array_id: str = ""
+    array_index: int = -1
+    held: bool = False
+    kind: Literal["JobSubmitted"] = "JobSubmitted"
+
+
+@dataclass(frozen=True, slots=True)
+class JobCancelRequested:
+    at_ms: int
+    job_id: JobId
+    by: str
+    kind: Literal["JobCancelRequested"] = "JobCancelRequested"
+
+
+@dataclass(frozen=True, slots=True)
+class JobHeld:
+    """Keep the job from starting; a running attempt saves and is stopped if `stop` (suspend)."""
+
+    at_ms: int
+    job_id: JobId
+    by: str
+    stop: bool = False
+    kind: Literal["JobHeld"] = "JobHeld"
+
+
+@dataclass(frozen=True, slots=True)
+class JobReleased:
+    at_ms: int
+    job_id: JobId
+    by: str
+    kind: Literal["JobReleased"] = "JobReleased"
+
+
+@dataclass(frozen=True, slots=True)
+class JobRestartRequested:
+    at_ms: int
+    job_id: JobId
+    by: str
+    kind: Literal["JobRestartRequested"] = "JobRestartRequested"
+
+
+@dataclass(frozen=True, slots=True)
+class JobScaled:
+    """Wanted replica counts of elastic roles, within their bounds."""
+
+    at_ms: int
+    job_id: JobId
+    by: str
+    wanted: Mapping[str, int] = field(default_factory=dict)
+    kind: Literal["JobScaled"] = "JobScaled"
+
+
+@dataclass(frozen=True, slots=True)
+class JobPriorityChanged:
+    at_ms: int
+    job_id: JobId
+    by: str
+    priority: int
+    kind: Literal["JobPriorityChanged"] = "JobPriorityChanged"
+
+
+@dataclass(frozen=True, slots=True)
+class NodeCordoned:
+    """Bind nothing new on the node; `drain` also asks its attempts to save and move."""
+
+    at_ms: int
+    node: NodeName
+    by: str
+    drain: bool = False
+    kind: Literal["NodeCordoned"] = "NodeCordoned"
+
+
+@dataclass(frozen=True, slots=True)
+class NodeUncordoned:
+    at_ms: int
+    node: NodeName
+    by: str
+    kind: Literal["NodeUncordoned"] = "NodeUncordoned"
+
+
+@dataclass(frozen=True, slots=True)
+class QueueDefined:
+    at_ms: int
+    queue: QueueSpec
+    kind: Literal["QueueDefined"] = "QueueDefined"
+
+
+# ---- facts about nodes ----
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSeen:
+    """A node joined or changed (capacity, health, foreign use)."""
+
+    at_ms: int
+    node: Node
+    kind: Literal["NodeSeen"] = "NodeSeen"
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLost:
+    """A node is gone for longer than its grace; its replicas are lost with it."""
+
+    at_ms: int
+    node: NodeName
+    message: str = ""
+    kind: Literal["NodeLost"] = "NodeLost"
+
+
+# ---- decisions and facts about jobs ----
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptPlaced:
+    """QUEUED -> STARTING: a gang got its places."""
+
+    at_ms: int
+    job_id: JobId
+    attempt: int
+    bindings: tuple[Binding, ...]
+    coordinator_port: int = 0
+    kind: Literal["AttemptPlaced"] = "AttemptPlaced"
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicasStarted:
+    at_ms: int
+    job_id: JobId
+    attempt: int
+    replicas: tuple[ReplicaId, ...]
+    kind: Literal["ReplicasStarted"] = "ReplicasStarted"
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptStarted:
+    """STARTING -> RUNNING: every replica of the gang runs."""
+
+    at_ms: int
+    job_id: JobId
+    attempt: int
+    kind: Literal["AttemptStarted"] = "AttemptStarted"
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaExited:
+    at_ms: int
+    job_id: JobId
+    attempt: int
+    role: str
+    index: int
+    exit_code: int | None = None
+    signal: int | None = None
+    reason: Reason = Reason.NONE
+    tail: tuple[str, ...] = ()
+    message: str = ""
+    kind: Literal["ReplicaExited"] = "ReplicaExited"
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicasLost:
+    at_ms: int
+    job_id: JobId
+    attempt: int
+    replicas: tuple[ReplicaId, ...]
+    reason: Reason = Reason.REPLICA_LOST
+    message: str = ""
+    kind: Literal["ReplicasLost"] = "ReplicasLost"
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicasRestarted:
+    """Replicas are started anew in place (same binding, restart number + 1), not before `not_before_ms`."""
+
+    at_ms: int
+    job_id: JobId
+    attempt: int
+    replicas: tuple[ReplicaId, ...]
+    cause: Cause
+    not_before_ms: int = 0
+    kind: Literal["ReplicasRestarted"] = "ReplicasRestarted"
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicasUnbound:
+    """Replicas lose their place but stay wanted (their node went away); `schedule` may bind them anew."""
+
+    at_ms: int
+    job_id: JobId
+    attempt: int
+    replicas: tuple[ReplicaId, ...]
+    cause: Cause
+    kind: Literal["ReplicasUnbound"] = "ReplicasUnbound"
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicasBound:
+    """A running attempt grows: new or unbound replicas get places."""
+
+    at_ms: int
+    job_id: JobId
+    attempt: int
+    bindings: tuple[Binding, ...]
+    kind: Literal["ReplicasBound"] = "ReplicasBound"
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicasReleased:
+    """A running attempt shrinks: these replicas save, stop and leave."""
+
+    at_ms: int
+    job_id: JobId
+    attempt: int
+    replicas: tuple[ReplicaId, ...]
+    reason: Reason = Reason.RESCALED
+    kind: Literal["ReplicasReleased"] = "ReplicasReleased"
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicasGone:
+    """Released replicas have ended; their resources are free."""
+
+    at_ms: int
+    job_id: JobId
+    attempt: int
+    replicas: tuple[ReplicaId, ...]
+    kind: Literal["ReplicasGone"] = "ReplicasGone"
+
+
+@dataclass(frozen=True, slots=True)
+class HangSuspected:
+    at_ms: int
+    job_id: JobId
+    attempt: int
+    replicas: tuple[ReplicaId, ...]
+    message: str = ""
+    kind: Literal["HangSuspected"] = "HangSuspected"
+
+
+@dataclass(frozen=True, slots=True)
+class HangCleared:
+    at_ms: int
+    job_id: JobId
+    attempt: int
+    kind: Literal["HangCleared"] = "HangCleared"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSaved:
+    at_ms: int
+    job_id: JobId
+    attempt: int
+    step: int
+    path: str
+    kind: Literal["CheckpointSaved"] = "CheckpointSaved"
+
+
+@dataclass(frozen=True, slots=True)
+class FailuresForgiven:
+    """The job made progress for long enough after its last restart; the budget of restarts is whole again."""
+
+    at_ms: int
+    job_id: JobId
+    kind: Literal["FailuresForgiven"] = "FailuresForgiven"
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptStopping:
+    """STARTING | RUNNING -> STOPPING, with where it goes afterwards and why."""
+
+    at_ms: int
+    job_id: JobId
+    attempt: int
+    outcome: Outcome
+    kind: Literal["AttemptStopping"] = "AttemptStopping"
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptEnded:
+    """STOPPING -> the outcome's phase: every replica of the attempt is gone."""
+
+    at_ms: int
+    job_id: JobId
+    attempt: int
+    phase: Phase
+    kind: Literal["AttemptEnded"] = "AttemptEnded"
+
+
+@dataclass(frozen=True, slots=True)
+class JobEnded:
+    """QUEUED -> CANCELLED | FAILED without an attempt."""
+
+    at_ms: int
+    job_id: JobId
+    phase: Phase
+    cause: Cause
+    kind: Literal["JobEnded"] = "JobEnded"
+
+
+@dataclass(frozen=True, slots=True)
+class DependencyMet:
+    at_ms: int
+    job_id: JobId
+    dependency: JobId
+    kind: Literal["DependencyMet"] = "DependencyMet"
+
+
+Wish = (
+    JobSubmitted | JobCancelRequested | JobHeld | JobReleased | JobRestartRequested | JobScaled | JobPriorityChanged
+    | NodeCordoned | NodeUncordoned
+)
+JobEvent = (
+    JobSubmitted | JobCancelRequested | JobHeld | JobReleased | JobRestartRequested | JobScaled | JobPriorityChanged
+    | AttemptPlaced | ReplicasStarted | AttemptStarted | ReplicaExited | ReplicasLost | ReplicasRestarted
+    | ReplicasUnbound | ReplicasBound | ReplicasReleased | ReplicasGone | HangSuspected | HangCleared
+    | CheckpointSaved | FailuresForgiven | AttemptStopping | AttemptEnded | JobEnded | DependencyMet
+)
+ClusterEvent = NodeCordoned | NodeUncordoned | QueueDefined | NodeSeen | NodeLost
+Event = JobEvent | ClusterEvent
+
+EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
+
+
+def is_wish(event: Event) -> bool:
+    """Whether users may append this event without being the leader."""
+    return isinstance(event, Wish)
+
+
+def job_id_of(event: Event) -> JobId | None:
+    return getattr(event, "job_id", None)
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An event with its place in the log. `seq` counts from 1 without gaps."""
+
+    seq: int
+    event: Event

@@ -1,0 +1,278 @@
+"""A job as folded from its events: phase, reason, attempt, replicas and where each is bound.
+
+Frozen values; only `lifecycle.evolve_job` makes new ones. Instants are milliseconds since the epoch on the server's
+clock; 0 means "not yet".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NewType
+
+from jobsched.core.resources import GpuShare, JobId, NodeName
+from jobsched.spec.job import JobSpec
+
+
+ReplicaId = NewType("ReplicaId", str)
+"""`role/index`, unique within an attempt."""
+
+
+def replica_id(role: str, index: int) -> ReplicaId:
+    return ReplicaId(f"{role}/{index}")
+
+
+class Phase(StrEnum):
+    """Where a job stands; the whole legal life is the table in `lifecycle.py`."""
+
+    QUEUED = "QUEUED"
+    STARTING = "STARTING"
+    RUNNING = "RUNNING"
+    STOPPING = "STOPPING"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+
+    @property
+    def terminal(self) -> bool:
+        return self in (Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED)
+
+    @property
+    def active(self) -> bool:
+        """Holds resources."""
+        return self in (Phase.STARTING, Phase.RUNNING, Phase.STOPPING)
+
+
+class Reason(StrEnum):
+    """Why a job is in its phase; closed, stable, shown beside the phase."""
+
+    NONE = ""
+    # waiting
+    SUBMITTED = "Submitted"
+    HELD = "Held"
+    BACKOFF = "Backoff"
+    DEPENDENCY = "Dependency"
+    PRIORITY = "Priority"
+    RESOURCES = "Resources"
+    GPU_TYPE = "GpuType"
+    TOPOLOGY = "Topology"
+    QUOTA_QUEUE = "QuotaQueue"
+    QUOTA_USER = "QuotaUser"
+    QUEUE_PAUSED = "QueuePaused"
+    NODE_CORDONED = "NodeCordoned"
+    ARRAY_LIMIT = "ArrayLimit"
+    RESERVATION = "Reservation"
+    PROVISIONING = "Provisioning"
+    UNPLACEABLE = "Unplaceable"
+    # ended, or why an attempt ended
+    COMPLETED = "Completed"
+    EXIT_CODE = "ExitCode"
+    SIGNAL = "Signal"
+    OOM = "Oom"
+    HANG = "Hang"
+    HEARTBEAT_LOST = "HeartbeatLost"
+    REPLICA_LOST = "ReplicaLost"
+    NODE_LOST = "NodeLost"
+    GPU_ERROR = "GpuError"
+    IMAGE_ERROR = "ImageError"
+    PORT_CONFLICT = "PortConflict"
+    START_FAILED = "StartFailed"
+    START_TIMEOUT = "StartTimeout"
+    TIME_LIMIT = "TimeLimit"
+    QUEUE_DEADLINE = "QueueDeadline"
+    DEPENDENCY_FAILED = "DependencyFailed"
+    PREEMPTED = "Preempted"
+    RESCALED = "Rescaled"
+    MOVED = "Moved"
+    RESTART_REQUESTED = "RestartRequested"
+    CANCELLED = "Cancelled"
+    CRASH_LOOP = "CrashLoop"
+
+
+class FailureClass(StrEnum):
+    """Whose fault a failure is; decides whether a restart counts."""
+
+    NONE = ""
+    USER = "user"
+    OOM = "oom"
+    HANG = "hang"
+    INFRA = "infra"
+    PREEMPTED = "preempted"
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """The one root cause of an end: first failing replica, code or signal, class, its last log lines."""
+
+    reason: Reason
+    failure_class: FailureClass = FailureClass.NONE
+    message: str = ""
+    role: str = ""
+    index: int = -1
+    rank: int = -1
+    node: str = ""
+    exit_code: int | None = None
+    signal: int | None = None
+    tail: tuple[str, ...] = ()
+    stacks: tuple[tuple[str, str], ...] = ()
+    """(replica name, stack text) of every rank, for hangs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """One replica -> node, GPU shares and ports. `ports[0]` is its peer port, then its named ports in spec order;
+    the replica that hosts the coordinator has one more port at the end."""
+
+    role: str
+    index: int
+    node: NodeName
+    gpus: tuple[GpuShare, ...] = ()
+    ports: tuple[int, ...] = ()
+
+    @property
+    def id(self) -> ReplicaId:
+        return replica_id(self.role, self.index)
+
+
+class ReplicaState(StrEnum):
+    """What the log knows about one replica of the current attempt."""
+
+    BOUND = "bound"
+    """Placed; start ordered or about to be (not before `not_before_ms`)."""
+    RUNNING = "running"
+    EXITED = "exited"
+    LOST = "lost"
+    UNBOUND = "unbound"
+    """Wanted, but without a place: waits for `schedule` to bind it again."""
+    STOPPING = "stopping"
+    """Being removed by a rescale while the attempt goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    role: str
+    index: int
+    binding: Binding | None
+    state: ReplicaState = ReplicaState.BOUND
+    restart: int = 0
+    """How often this replica was started anew in this attempt; part of the launch key."""
+    not_before_ms: int = 0
+    exit_code: int | None = None
+    signal: int | None = None
+
+    @property
+    def id(self) -> ReplicaId:
+        return replica_id(self.role, self.index)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Where a STOPPING attempt is going once every replica is gone."""
+
+    phase: Phase
+    reason: Reason
+    cause: Cause | None = None
+    not_before_ms: int = 0
+    """For QUEUED: earliest next attempt (backoff)."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointMark:
+    """The last acknowledged checkpoint."""
+
+    attempt: int
+    step: int
+    path: str
+    at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    id: JobId
+    name: str
+    owner: str
+    spec: JobSpec
+    submitted_at_ms: int
+    version: int = 1
+    """Number of this job's events; compare-and-set token of the store."""
+    phase: Phase = Phase.QUEUED
+    reason: Reason = Reason.SUBMITTED
+    phase_since_ms: int = 0
+    priority: int = 0
+    attempt: int = 0
+    """Number of the current or last attempt; 0 before the first placement."""
+    restarts: int = 0
+    """All restarts so far: new attempts and replicas started anew, whatever their cause."""
+    failures: int = 0
+    """Counted failures in a row (class user, oom, hang); progress resets it."""
+    infra_failures: int = 0
+    """Infrastructure failures in a row; only sets the backoff."""
+    held: bool = False
+    not_before_ms: int = 0
+    cancel_by: str = ""
+    """Who asked for cancellation; empty: nobody."""
+    stop_wish: Reason = Reason.NONE
+    """A wish to end the attempt and queue again (HELD, RESTART_REQUESTED, …), not yet acted on."""
+    wanted: Mapping[str, int] = field(default_factory=dict)
+    """Role -> replica count set by `scale`; absent: the spec's `prefer`."""
+    replicas: Mapping[ReplicaId, Replica] = field(default_factory=dict)
+    """Of the current attempt; empty when QUEUED or terminal."""
+    outcome: Outcome | None = None
+    cause: Cause | None = None
+    """Root cause of the last attempt that failed, or of the end."""
+    checkpoint: CheckpointMark | None = None
+    suspected_since_ms: int = 0
+    """Since when replicas are suspected of hanging; 0: not."""
+    suspects: tuple[ReplicaId, ...] = ()
+    waiting_for: tuple[JobId, ...] = ()
+    """Dependencies that have not succeeded yet."""
+    array_id: str = ""
+    array_index: int = -1
+    avoid: tuple[NodeName, ...] = ()
+    """Nodes that just failed this job."""
+    first_started_at_ms: int = 0
+    attempt_started_at_ms: int = 0
+    ran_ms: int = 0
+    """Run time of ended attempts, from all replicas running to STOPPING."""
+    running_since_ms: int = 0
+    ended_at_ms: int = 0
+    coordinator_port: int = 0
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def holds_resources(self) -> bool:
+        return self.phase.active
+
+    def wanted_count(self, role: str) -> int:
+        return self.wanted.get(role, self.spec.roles[role].replicas.prefer)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What placement needs to know of a job; jobs with equal shapes fit or do not fit alike."""
+
+    roles: tuple[RoleShape, ...]
+    within: str = ""
+    prefer: str = ""
+    spread: str = ""
+    node_labels: tuple[tuple[str, str], ...] = ()
+    tolerate: tuple[str, ...] = ()
+    avoid: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RoleShape:
+    role: str
+    min: int
+    prefer: int
+    cpu_milli: int
+    memory_bytes: int
+    gpu_milli: int
+    """Per replica: below 1000 a share of one device, else whole devices times 1000; 0: none."""
+    gpu_kinds: tuple[str, ...] = ()
+    gpu_memory_min_bytes: int = 0
+    gpu_memory_max_bytes: int = 0
+    """0: no upper bound."""
+    ports: int = 1
+    """Ports one replica needs."""

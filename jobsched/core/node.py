@@ -1,0 +1,54 @@
+"""Nodes and their GPUs, as a backend reports them. Read by placement, judge and launch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jobsched.core.resources import GpuId, GpuShare, NodeName, Resources
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One GPU or MIG slice. `kind` is lower case, for example `h100-80gb` or `h100-80gb:1g.10gb`."""
+
+    id: GpuId
+    kind: str
+    memory_bytes: int = 0
+    healthy: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A machine (or virtual machine part) offering capacity.
+
+    `foreign` and `foreign_gpus` are what others use; `labels` are sorted pairs; topology domains are labels too
+    (`rack`, `zone`, `nvlink`). `address` is where replicas on this node are reached when the backend addresses by node;
+    `port_lo..port_hi` (inclusive, lo 0: none) are the ports jobsched may hand out there.
+    """
+
+    name: NodeName
+    cpu_milli: int
+    memory_bytes: int
+    gpus: tuple[Gpu, ...] = ()
+    address: str = "127.0.0.1"
+    port_lo: int = 0
+    port_hi: int = 0
+    labels: tuple[tuple[str, str], ...] = ()
+    taints: tuple[str, ...] = ()
+    foreign: Resources = Resources()
+    foreign_gpus: tuple[GpuShare, ...] = ()
+    ready: bool = True
+    message: str = ""
+
+    def label(self, key: str) -> str:
+        for name, value in self.labels:
+            if name == key:
+                return value
+        return ""
+
+
+def kind_matches(kind: str, wanted: tuple[str, ...]) -> bool:
+    """Whether a GPU of `kind` satisfies a request: empty means any whole device; `h100` matches `h100-80gb` but not its MIG slices."""
+    if not wanted:
+        return ":" not in kind
+    return any(kind == w or (kind.startswith(w + "-") and ":" not in kind) for w in (k.lower() for k in wanted))

@@ -1,0 +1,240 @@
+"""The three seams: Backend, Store and Clock, with the value types that only they use.
+
+Everything that acts stands behind one of these. `tests/contracts/` holds one abstract suite per port; every
+implementation, the in-memory ones and the simulator included, inherits it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal, Protocol
+
+from jobsched.core.events import Event, Stored
+from jobsched.core.job import Job, Phase
+from jobsched.core.launch import Launch, LaunchKey
+from jobsched.core.node import Node
+from jobsched.core.observation import Observation
+from jobsched.core.resources import JobId, NodeName
+from jobsched.spec.queue import QueueSpec
+
+
+class Addressing(StrEnum):
+    """How peers of a job find one another."""
+
+    NODE = "node"
+    """host = the node's address, ports handed out per node."""
+    NAME = "name"
+    """host = a stable name per replica, known before it starts; the ports in the spec are free to use."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a backend can do; `doctor` prints it, core reads it through launch rendering.
+
+    `absence_is_final`: a replica missing from a full listing has ended (its supervisor is the parent); otherwise
+    absence must last for the fence time. `name_template` (for NAME): `{job}`, `{attempt}`, `{role}`, `{index}`.
+    """
+
+    name: str
+    addressing: Addressing = Addressing.NODE
+    name_template: str = ""
+    absence_is_final: bool = False
+    lost_after_ms: int = 30_000
+    warm_start: bool = False
+    stacks: bool = False
+    limits: str = "none"
+    """How CPU and memory limits are enforced: `cgroup v2`, `cgroup v1`, `rlimit`, `container`, `none`."""
+    report: str = ""
+    """Address that replicas use for reports, may hold `{key}`."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogChunk:
+    """Some bytes of a replica's log, whole lines where possible; `offset` counts from the log's true beginning, so that
+    a reader can go on after a disconnect even when the head has been rotated away."""
+
+    offset: int
+    data: bytes
+
+
+class Backend(Protocol):
+    """Where replicas run. Never raises for an outcome (the next observation tells), only
+    `errors.BackendUnreachable` when the engine cannot be reached. Thread-safe: `logs` may run beside the others."""
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    def observe(self, timeout_ms: int = 0) -> Observation:
+        """Nodes and replicas. The first call is full; later ones may be changes only. Waits up to `timeout_ms` for a
+        change when there is none yet (0: never waits)."""
+        ...
+
+    def start(self, launches: Sequence[Launch]) -> None:
+        """Order these replicas; idempotent per key (a key that ever started is not started again). May part-succeed."""
+        ...
+
+    def stop(self, keys: Sequence[LaunchKey], grace_ms: int) -> None:
+        """Order these replicas to save and end: checkpoint signal, then SIGTERM at the acknowledgement or after
+        `grace_ms`, then SIGKILL. Returns at once; idempotent; a shorter grace later shortens the wait; unknown keys
+        are fine. Ended replicas are forgotten with `forget`."""
+        ...
+
+    def ask_stacks(self, keys: Sequence[LaunchKey]) -> None:
+        """Capture the stacks of these replicas; the answer comes in `ReplicaReport.stacks` and the log. Best effort."""
+        ...
+
+    def forget(self, keys: Sequence[LaunchKey]) -> None:
+        """The end of these replicas is recorded in the log: the engine may drop them (their logs stay). Idempotent."""
+        ...
+
+    def logs(self, key: LaunchKey, offset: int = 0, follow: bool = False, timeout_ms: int = 0) -> Iterator[LogChunk]:
+        """Log bytes from `offset` (negative: from that many bytes before the end). `follow` goes on until the replica
+        has ended, yielding empty chunks at least every `timeout_ms` so that the caller can stop."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the engine; running replicas go on."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a leader needs to begin: live jobs, nodes, queues, and the position they are folded up to."""
+
+    seq: int
+    jobs: tuple[Job, ...] = ()
+    nodes: tuple[Node, ...] = ()
+    lost_nodes: tuple[NodeName, ...] = ()
+    cordoned: tuple[tuple[NodeName, bool], ...] = ()
+    """(node, drain)"""
+    queues: tuple[QueueSpec, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A time-bound right to lead. `fence` rises with every new holder."""
+
+    holder: str
+    fence: int
+    expires_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobQuery:
+    """Selection for a listing; empty fields select everything. Newest first, `before` continues after a page."""
+
+    phases: tuple[Phase, ...] = ()
+    queue: str = ""
+    owner: str = ""
+    name: str = ""
+    array_id: str = ""
+    labels: tuple[tuple[str, str], ...] = ()
+    id_prefix: str = ""
+    submitted_after_ms: int = 0
+    before: JobId | None = None
+    limit: int = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A progress sample of one job for the side table: never an event, may be lost in a crash."""
+
+    job_id: JobId
+    at_ms: int
+    attempt: int
+    step: int
+    total: int
+    world_size: int
+    metrics: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A job of an append whose version had moved on; its events were not written, the others were."""
+
+    job_id: JobId
+    expected: int
+    actual: int
+
+
+@dataclass(frozen=True, slots=True)
+class Appended:
+    stored: tuple[Stored, ...]
+    rejected: tuple[Rejected, ...] = ()
+
+
+class Store(Protocol):
+    """Event log and projections in one transaction. Raises `StoreUnavailable` when it cannot be reached."""
+
+    def append(
+        self, events: Sequence[Event], expected: Mapping[JobId, int] | None = None, fence: int | None = None
+    ) -> Appended:
+        """Write events in order; durable when it returns. All or nothing per job: a job whose version differs from
+        `expected[job]` is rejected alone, with all its events. `fence` is required for decisions (`StaleFence` if a
+        newer leader exists) and left out for wishes. A `JobSubmitted` whose (owner, request_id) is known already is not
+        written again: the first one's `Stored` is returned in its place."""
+        ...
+
+    def read(self, after: int, limit: int = 10_000) -> Sequence[Stored]:
+        """Events with seq > after, in order."""
+        ...
+
+    def history(self, job_id: JobId, after: int = 0, limit: int = 10_000) -> Sequence[Stored]:
+        """Events of one job, in order."""
+        ...
+
+    def load(self) -> Loaded: ...
+
+    def job(self, job_id: JobId) -> Job | None: ...
+
+    def jobs(self, query: JobQuery) -> Sequence[Job]: ...
+
+    def count(self, by: Literal["phase", "queue"] = "phase") -> Mapping[str, int]:
+        """Jobs per phase (all), or live jobs per queue."""
+        ...
+
+    def add_samples(self, samples: Sequence[Sample]) -> None: ...
+
+    def samples(self, job_id: JobId, limit: int = 1_000) -> Sequence[Sample]:
+        """Newest last."""
+        ...
+
+    def lease(self, holder: str, ttl_ms: int, now_ms: int) -> Lease | None:
+        """Take or renew the leader's lease; None while somebody else holds it."""
+        ...
+
+    def release(self, holder: str) -> None: ...
+
+    def last_seq(self) -> int: ...
+
+    def close(self) -> None: ...
+
+
+class Wake(Protocol):
+    """Something that can end a `Clock.wait_until` early (a `threading.Event` is one)."""
+
+    def wait(self, timeout: float | None = None) -> bool: ...
+
+    def clear(self) -> None: ...
+
+    def set(self) -> None: ...
+
+    def is_set(self) -> bool: ...
+
+
+class Clock(Protocol):
+    def now_ms(self) -> int:
+        """Milliseconds since the epoch; never goes backwards within a process."""
+        ...
+
+    def wait_until(self, instant_ms: int, wake: Wake) -> None:
+        """Return at `instant_ms` or when `wake` is set, whichever comes first; clears `wake`."""
+        ...
+
+
+__all__ = [
+    "Addressing", "Appended", "Backend", "Capabilities", "Clock", "Job", "JobQuery", "Lease", "Loaded", "LogChunk",
+    "Rejected", "Sample", "Store", "Wake",
+]
