@@ -24,7 +24,7 @@ never members of this tree.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,8 @@ class JobschedError(Exception):
     code = "E001"
     http_status = 500
     exit_code = 1
+    problems: tuple[Problem, ...] = ()
+    """Every thing wrong with a document, in its order; empty for errors that are not about documents."""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
@@ -65,12 +67,21 @@ class JobschedError(Exception):
 
     def to_wire(self) -> dict[str, object]:
         """The JSON body that the API sends and `-o json` prints."""
-        return {"code": self.code, "message": self.message, "hint": self.hint}
+        body: dict[str, object] = {"code": self.code, "message": self.message, "hint": self.hint}
+        return body | {"problems": [asdict(p) for p in self.problems]} if self.problems else body
 
     def render(self) -> str:
         """The text a terminal shows: what, where, why, what to do."""
-        text = f"error[{self.code}]: {self.message}"
-        return f"{text}\n  hint: {self.hint}" if self.hint else text
+        blocks = [
+            (f"error[{p.code}]: {p.message}\n  --> {p.place}" + (f"  {p.field}" if p.field else ""), p.hint)
+            for p in self.problems
+        ] or [(f"error[{self.code}]: {self.message}", self.hint)]
+        return "\n".join(f"{text}\n  hint: {hint}" if hint else text for text, hint in blocks)
+
+
+def _summary(problems: Sequence[Problem]) -> str:
+    first = problems[0].message if problems else "the document is not valid"
+    return f"{len(problems)} problems: {first}; …" if len(problems) > 1 else first
 
 
 class UsageError(JobschedError):
@@ -83,27 +94,8 @@ class SpecError(JobschedError):
     code, http_status, exit_code = "E200", 422, 7
 
     def __init__(self, problems: Sequence[Problem], *, hint: str = "") -> None:
+        super().__init__(_summary(problems), hint=hint)
         self.problems = tuple(problems)
-        count = len(self.problems)
-        first = self.problems[0].message if self.problems else "the document is not a valid job"
-        super().__init__(first if count == 1 else f"{count} problems: {first}; …", hint=hint)
-
-    def to_wire(self) -> dict[str, object]:
-        return {
-            **super().to_wire(),
-            "problems": [
-                {"code": p.code, "message": p.message, "field": p.field, "file": p.file, "line": p.line,
-                 "column": p.column, "hint": p.hint}
-                for p in self.problems
-            ],
-        }
-
-    def render(self) -> str:
-        blocks = []
-        for p in self.problems:
-            text = f"error[{p.code}]: {p.message}\n  --> {p.place}" + (f"  {p.field}" if p.field else "")
-            blocks.append(f"{text}\n  hint: {p.hint}" if p.hint else text)
-        return "\n".join(blocks)
 
 
 class Unplaceable(JobschedError):
@@ -157,7 +149,13 @@ class MissingExtra(JobschedError):
 
 
 class ConfigError(JobschedError):
+    """A configuration file is wrong; `problems` says where, when it is a YAML file whose places are known."""
+
     code, http_status, exit_code = "E040", 400, 2
+
+    def __init__(self, message: str = "", *, hint: str = "", problems: Sequence[Problem] = ()) -> None:
+        super().__init__(message or _summary(problems), hint=hint)
+        self.problems = tuple(problems)
 
 
 class JobFailed(JobschedError):

@@ -3,14 +3,17 @@
 `jobsched.load` builds these from YAML, JSON or a dict and turns every failure into a `Problem` with its place; the
 API and the store carry `JobSpec.model_dump(mode="json")`, which reads back to an equal spec. Nothing here does I/O,
 and nothing here decides: defaults are the ones of the field (TFJob, PyTorchJob, torchrun), named where they matter.
+
+Checks sit on the field they blame, so that the error points there and one wrong field does not hide another.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from typing import Annotated, Any, Literal, Self
+from itertools import pairwise
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -19,47 +22,117 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    WithJsonSchema,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
 from jobsched.spec import quantity
+from jobsched.spec.quantity import show
 
-NAME = re.compile(r"^[a-z0-9]([a-z0-9-]{0,50}[a-z0-9])?$")
-ENV_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
+API_VERSION, KIND = "jobsched.dev/v1alpha1", "TrainingJob"
+"""Of the wrapped form, which `kubectl apply` takes too."""
+SERVING_ROLES = ("ps", "evaluator")
+"""Roles that only serve: they have no rank and never decide success."""
+MAX_REPLICAS = 10_000
+"""Most replicas of a job, all roles together."""
+MAX_MEMBERS = 100_000
+"""Most members of an array."""
+
+SECRET = "secret://"
+"""What an environment value begins with when it is a reference, resolved by the backend at the last moment."""
+
+NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,50}[a-z0-9])?")
+ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
+LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,251}[A-Za-z0-9])?")
+GPU_KIND = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}(:[0-9]{1,2}g\.[0-9]{1,4}gb(\+[a-z.]{1,8})?)?")
+"""A kind, with its profile when it is a MIG slice (`h100-80gb:1g.10gb`)."""
+_COUNT = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
+_BOUNDS = re.compile(r"\s*([0-9]{1,9})\s*(?:\.\.\s*([0-9]{1,9})\s*)?")
 
 DurationMs = Annotated[
     int,
     BeforeValidator(quantity.parse_duration_ms),
     PlainSerializer(quantity.format_duration, return_type=str, when_used="json"),
+    WithJsonSchema({"type": ["string", "number"], "examples": ["90s", "30m", "1h30m", "2d"]}),
 ]
+"""Milliseconds. What is validated is text or a number of seconds; only defaults and copies hold milliseconds."""
 Bytes = Annotated[
     int,
     BeforeValidator(quantity.parse_bytes),
     PlainSerializer(quantity.format_bytes, return_type=str, when_used="json"),
+    WithJsonSchema({"type": ["string", "number"], "examples": ["512Mi", "32Gi", "80GB"]}),
 ]
 CpuMilli = Annotated[
     int,
     BeforeValidator(quantity.parse_cpu_milli),
     PlainSerializer(quantity.format_cpu, return_type=str, when_used="json"),
+    WithJsonSchema({"type": ["string", "number"], "examples": [4, 0.5, "500m"]}),
 ]
 
 
 def _name(value: str) -> str:
-    if not NAME.match(value):
-        raise ValueError(f"{value!r} is not a name; use lower-case letters, digits and '-', at most 52 of them")
+    if not NAME.fullmatch(value):
+        raise ValueError(f"{show(value)} is not a name; use lower-case letters, digits and '-', at most 52")
     return value
 
 
-def _check_names(value: Mapping[str, Any]) -> Mapping[str, Any]:
-    for name in value:
-        if not ENV_NAME.match(name):
-            raise ValueError(f"{name!r} is not a name; use letters, digits and '_'")
+def _role_name(value: str) -> str:
+    if len(value) > 24 or not NAME.fullmatch(value):
+        raise ValueError(f"{show(value)} is not a role name; use lower-case letters, digits and '-', at most 24")
     return value
 
 
-Name = Annotated[str, AfterValidator(_name)]
-ExitCode = Annotated[int, Field(ge=1, le=255)]
+def _env_name(value: str) -> str:
+    if not ENV_NAME.fullmatch(value):
+        raise ValueError(f"{show(value)} is not a variable name; use letters, digits and '_'")
+    return value
+
+
+def _label_key(value: str) -> str:
+    if not LABEL.fullmatch(value):
+        raise ValueError(f"{show(value)} is not a label name; use letters, digits, '.', '_', '/' and '-'")
+    return value
+
+
+def _module_name(value: str) -> str:
+    if len(value) > 255 or not all(part.isidentifier() for part in value.split(".")):
+        raise ValueError(f"{show(value)} is not the name of a Python module")
+    return value
+
+
+def _env_value(value: str) -> str:
+    if value.startswith(SECRET) and not LABEL.fullmatch(value.removeprefix(SECRET)):
+        raise ValueError(f"{show(value)} is not a reference to a secret; write for example secret://wandb-key")
+    return value
+
+
+def _command(value: object) -> object:
+    words = [value] if isinstance(value, str) else value
+    if not isinstance(words, (list, tuple)) or not all(isinstance(word, str) for word in words):
+        raise ValueError(f"{show(value)} is not a command; write text for the shell, or a list of words")
+    if not words or not words[0].strip():
+        raise ValueError("a role needs a command")
+    if any("\0" in word or len(word) > 100_000 for word in words):
+        raise ValueError("a command cannot hold NUL characters or words of more than 100,000 characters")
+    return value
+
+
+Text = Annotated[str, Field(max_length=100_000, pattern=r"^[^\x00]*$")]
+"""Text that can be handed to a process: no NUL, and below the kernel's limit for one argument."""
+Name = Annotated[str, AfterValidator(_name), Field(json_schema_extra={"pattern": f"^{NAME.pattern}$"})]
+RoleName = Annotated[str, AfterValidator(_role_name)]
+EnvName = Annotated[str, AfterValidator(_env_name)]
+ModuleName = Annotated[str, AfterValidator(_module_name)]
+LabelKey = Annotated[str, AfterValidator(_label_key)]
+LabelValue = Annotated[str, Field(max_length=253, pattern=r"^[^\x00]*$")]
+Env = Mapping[EnvName, Annotated[Text, AfterValidator(_env_value)] | None]
+Labels = Annotated[Mapping[LabelKey, LabelValue], Field(max_length=64)]
+ExitCode = Annotated[int, Field(strict=True, ge=1, le=255)]
+ReplicaCount = Annotated[int, Field(strict=True, ge=1, le=MAX_REPLICAS)]
 
 
 class SpecModel(BaseModel):
@@ -72,16 +145,27 @@ class GpuRequest(SpecModel):
     """GPUs of one replica: kinds in order of preference, a range of memory, and how much, in thousandths of a GPU.
 
     Written `h100:8`, `any:1`, `any:0.5`, `24GB..:2` (memory range), `[h100:8, a100:8]`, `8`, or
-    `{type: [h100, a100], memory: 24GB.., count: 8}`.
+    `{type: [h100, a100], memory: 24GB.., count: 8}`. A size without dots is the least memory.
     """
 
-    kinds: tuple[str, ...] = ()
+    model_config = ConfigDict(json_schema_extra=lambda schema: _any_of(schema, [
+        {"type": "string", "examples": ["h100:8", "any:1", "any:0.5", "24GB..:2", "h100|a100:4"]},
+        {"type": "number", "exclusiveMinimum": 0, "maximum": 1_024},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1},
+        {"type": "object", "additionalProperties": False, "minProperties": 1, "properties": {
+            "type": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
+            "memory": {"type": ["string", "number"], "examples": ["24GB..", "40GB..80GB"]},
+            "count": {"type": ["number", "string"]},
+        }},
+    ]))
+
+    kinds: Annotated[tuple[str, ...], Field(max_length=64)] = ()
     """GPU kinds that will do, best first; empty means any kind. `h100` also matches `h100-80gb`."""
     memory_min_bytes: Bytes = 0
     """Least memory of one GPU."""
     memory_max_bytes: Bytes = quantity.MAX_BYTES
     """Most memory of one GPU."""
-    milli: Annotated[int, Field(ge=1, le=1_024_000)] = 1_000
+    milli: Annotated[int, Field(strict=True, ge=1, le=1_024_000)] = 1_000
     """Thousandths of a GPU; below 1000 a share of one GPU, else a whole number of GPUs times 1000."""
 
     @model_validator(mode="before")
@@ -89,13 +173,30 @@ class GpuRequest(SpecModel):
     def _notation(cls, value: object) -> object:
         return parse_gpu(value)
 
-    @model_validator(mode="after")
-    def _whole(self) -> Self:
-        if self.milli > 1_000 and self.milli % 1_000:
-            raise ValueError(f"{self.milli / 1_000:g} GPUs: above 1 only whole GPUs can be asked for")
-        if self.memory_min_bytes > self.memory_max_bytes:
+    @field_validator("kinds")
+    @classmethod
+    def _kinds(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        kinds = tuple(dict.fromkeys(kind.strip().lower() for kind in value))
+        for kind in kinds:
+            if kind == "any":
+                raise ValueError("'any' stands alone: it already includes every other kind")
+            if not GPU_KIND.fullmatch(kind):
+                raise ValueError(f"{show(kind)} is not a GPU kind; {_GPU_HINT}")
+        return kinds
+
+    @field_validator("memory_max_bytes")
+    @classmethod
+    def _range(cls, value: int, info: ValidationInfo) -> int:
+        if info.data.get("memory_min_bytes", 0) > value:
             raise ValueError("the lower bound of GPU memory is above the upper bound")
-        return self
+        return value
+
+    @field_validator("milli")
+    @classmethod
+    def _whole(cls, value: int) -> int:
+        if value > 1_000 and value % 1_000:
+            raise ValueError(f"{value / 1_000:g} GPUs: above 1 only whole GPUs can be asked for")
+        return value
 
     @property
     def count(self) -> int:
@@ -103,112 +204,140 @@ class GpuRequest(SpecModel):
         return max(1, self.milli // 1_000)
 
     def __str__(self) -> str:
-        kinds = "|".join(self.kinds) or "any"
-        amount = f"{self.milli // 1_000}" if self.milli % 1_000 == 0 else f"{self.milli / 1_000:g}"
+        """The shortest notation, which reads back to an equal request: `h100|a100:8`, `24GB..:2`, `h100(40GB..):1`."""
         low, high = self.memory_min_bytes, self.memory_max_bytes
+        memory = ""
         if low or high != quantity.MAX_BYTES:
-            kinds += f"({quantity.format_bytes(low) if low else ''}.." \
-                     f"{quantity.format_bytes(high) if high != quantity.MAX_BYTES else ''})"
-        return f"{kinds}:{amount}"
+            upper = "" if high == quantity.MAX_BYTES else quantity.format_bytes(high)
+            memory = f"{quantity.format_bytes(low)}..{upper}"
+        kinds = "|".join(self.kinds)
+        what = f"{kinds}({memory})" if kinds and memory else kinds or memory or "any"
+        return f"{what}:{self.milli / 1_000:g}"
+
+
+_GPU_HINT = "write for example h100:8, 24GB..:2, any:1 or any:0.5"
 
 
 def parse_gpu(value: object) -> object:
     """Normal form (a dict of `GpuRequest` fields) of every GPU notation; other values pass through to pydantic."""
-    if isinstance(value, bool):
-        raise ValueError(f"{value!r} is not a GPU request; write for example h100:8, any:1 or 2")
-    if isinstance(value, (int, float)):
-        return {"milli": _gpu_milli(value)}
-    if isinstance(value, str):
-        return _parse_gpu_text(value)
-    if isinstance(value, (list, tuple)):
-        parts = [parse_gpu(v) for v in value]
-        if not parts or not all(isinstance(p, dict) for p in parts):
-            raise ValueError("a list of GPUs holds notations such as h100:8, best first")
-        dicts = [p for p in parts if isinstance(p, dict)]
-        amounts = {p.get("milli", 1_000) for p in dicts}
-        if len(amounts) > 1:
-            raise ValueError("every entry of a GPU list must ask for the same number of GPUs")
-        ranges = {(p.get("memory_min_bytes", 0), p.get("memory_max_bytes", quantity.MAX_BYTES)) for p in dicts}
-        if len(ranges) > 1:
-            raise ValueError("every entry of a GPU list must have the same memory range")
-        low, high = ranges.pop()
-        kinds = [k for p in dicts for k in p.get("kinds", ())]
-        return {"kinds": kinds, "milli": amounts.pop(), "memory_min_bytes": low, "memory_max_bytes": high}
-    if isinstance(value, dict) and ({"type", "memory", "count"} & value.keys()):
-        rest = {k: v for k, v in value.items() if k not in ("type", "memory", "count")}
-        wanted = value.get("type", ())
-        listed = (wanted,) if isinstance(wanted, str) else wanted
-        rest["kinds"] = tuple(k for k in listed if k != "any") if isinstance(listed, (list, tuple)) else listed
-        if "memory" in value:
-            low, high = _memory_range(str(value["memory"]))
-            rest["memory_min_bytes"], rest["memory_max_bytes"] = low, high
-        rest["milli"] = _gpu_milli(value.get("count", 1))
-        return rest
-    return value
+    match value:
+        case bool():
+            raise ValueError(f"{show(value)} is not a GPU request; {_GPU_HINT}")
+        case int() | float():
+            return {"milli": _gpu_milli(value)}
+        case str():
+            return _parse_gpu_text(value)
+        case list() | tuple():
+            return _parse_gpu_list(value)
+        case dict() if value.keys() & {"type", "memory", "count"}:
+            kinds = value.get("type", "any")
+            result = {k: v for k, v in value.items() if k not in ("type", "memory", "count")}
+            result["kinds"] = _kind_list(kinds.split("|")) if isinstance(kinds, str) else kinds
+            result["milli"] = _gpu_milli(value.get("count", 1))
+            return result | (_memory_range(value["memory"]) if "memory" in value else {})
+        case _:
+            return value
+
+
+def _parse_gpu_list(value: Sequence[object]) -> dict[str, object]:
+    parts = [part for part in map(parse_gpu, value) if isinstance(part, dict)]
+    if not parts or len(parts) != len(value):
+        raise ValueError("a list of GPUs holds notations such as h100:8, best first")
+    common = {k: v for k, v in parts[0].items() if k != "kinds"}
+    if any({k: v for k, v in part.items() if k != "kinds"} != common for part in parts):
+        raise ValueError("every entry of a GPU list must ask for the same number of GPUs and the same memory")
+    if len(parts) > 1 and not all(part.get("kinds") for part in parts):
+        raise ValueError("'any' stands alone: it already includes every other kind")
+    return common | {"kinds": [kind for part in parts for kind in part.get("kinds", ())]}
 
 
 def _parse_gpu_text(text: str) -> dict[str, object]:
-    head, colon, tail = text.strip().rpartition(":")
-    if not colon:
-        head, tail = (text.strip(), "1") if not re.fullmatch(r"[0-9.]+", text.strip()) else ("any", text.strip())
-    elif not re.fullmatch(r"[0-9.]+", tail):  # a MIG kind such as h100-80gb:1g.10gb holds a colon of its own
-        head, tail = text.strip(), "1"
+    text = text.strip()
+    if len(text) > 4_096:
+        raise ValueError(f"{show(text)} is not a GPU request; {_GPU_HINT}")
+    head, colon, tail = text.rpartition(":")
+    if not colon and _COUNT.fullmatch(text):
+        head, tail = "any", text
+    elif not _COUNT.fullmatch(tail):  # a MIG kind such as h100-80gb:1g.10gb holds a colon of its own
+        head, tail = text, "1"
     result: dict[str, object] = {"milli": _gpu_milli(tail)}
-    if ".." in head and re.match(r"^[0-9.]", head):
-        result["memory_min_bytes"], result["memory_max_bytes"] = _memory_range(head)
-    elif head and head != "any":
-        kinds = [k.strip() for k in head.split("|")]
-        for kind in kinds:
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,62}", kind):
-                raise ValueError(f"{text!r} is not a GPU request; write for example h100:8, 24GB..:2, any:1 or any:0.5")
-        result["kinds"] = kinds
-    return result
+    kinds, bracket, memory = head.partition("(")
+    if bracket and memory.endswith(")"):
+        result |= _memory_range(memory[:-1])
+    elif ".." in head or _is_size(head):
+        return result | _memory_range(head)
+    return result | {"kinds": _kind_list((kinds if bracket and memory.endswith(")") else head).split("|"))}
 
 
-def _memory_range(text: str) -> tuple[int, int]:
-    low, dots, high = text.partition("..")
-    if not dots:
-        size = quantity.parse_bytes(text)
-        return size, size
-    return (
-        quantity.parse_bytes(low) if low.strip() else 0,
-        quantity.parse_bytes(high) if high.strip() else quantity.MAX_BYTES,
-    )
+def _kind_list(kinds: Sequence[str]) -> tuple[str, ...]:
+    return () if [kind.strip() for kind in kinds] == ["any"] else tuple(kinds)
+
+
+def _is_size(text: str) -> bool:
+    """Whether text is a size with a unit: `24GB` is memory, `4090` is a kind."""
+    try:
+        return quantity.parse_bytes(text) > 0 and not text.strip().isdigit()
+    except ValueError:
+        return False
+
+
+def _memory_range(value: object) -> dict[str, object]:
+    low, _, high = value.partition("..") if isinstance(value, str) else (value, "", "")
+    return {
+        "memory_min_bytes": quantity.parse_bytes(low) if low != "" else 0,
+        "memory_max_bytes": quantity.parse_bytes(high) if high.strip() else quantity.MAX_BYTES,
+    }
 
 
 def _gpu_milli(value: object) -> int:
-    try:
-        number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else -1.0
-    except ValueError:
-        number = -1.0
-    if not 0.001 <= number <= 1_024:
-        raise ValueError(f"{value!r} is not a number of GPUs; write 1 to 1024, or a share such as 0.5")
+    text = value.strip() if isinstance(value, str) else ""
+    number = float(text) if _COUNT.fullmatch(text) else value
+    if not isinstance(number, (int, float)) or isinstance(number, bool) or not 0.001 <= number <= 1_024:
+        raise ValueError(f"{show(value)} is not a number of GPUs; write 1 to 1024, or a share such as 0.5")
     return round(number * 1_000)
 
 
-class Replicas(SpecModel):
-    """How many replicas a role has: a number, or `{min, max, prefer}` for an elastic role."""
+def _any_of(schema: dict[str, object], notations: list[object]) -> None:
+    """Rewrite the JSON Schema of a model in place: its normal form, or one of the notations that people write."""
+    normal = {key: schema.pop(key) for key in ("type", "properties", "additionalProperties") if key in schema}
+    schema["anyOf"] = [*notations, normal]
 
-    min: Annotated[int, Field(ge=1, le=10_000)] = 1
-    max: Annotated[int, Field(ge=1, le=10_000)] = 1
-    prefer: Annotated[int, Field(ge=1, le=10_000)] = 1
+
+class Replicas(SpecModel):
+    """How many replicas a role has: a number, or `{min, max, prefer}` (or `2..4`) for an elastic role."""
+
+    model_config = ConfigDict(json_schema_extra=lambda schema: _any_of(schema, [
+        {"type": "integer", "minimum": 1, "maximum": MAX_REPLICAS},
+        {"type": "string", "pattern": r"^\s*[0-9]+\s*(\.\.\s*[0-9]+\s*)?$", "examples": ["2..4"]},
+    ]))
+
+    min: ReplicaCount = 1
+    """The job starts and goes on with at least so many."""
+    max: ReplicaCount = 1
+    """Never more than so many."""
+    prefer: ReplicaCount = 1
+    """As many as this when there is room; default: max."""
 
     @model_validator(mode="before")
     @classmethod
-    def _number(cls, value: object) -> object:
-        if isinstance(value, bool):
-            raise ValueError(f"{value!r} is not a number of replicas")
-        if isinstance(value, int):
-            return {"min": value, "max": value, "prefer": value}
-        if isinstance(value, str) and re.fullmatch(r"\s*\d{1,6}\s*\.\.\s*\d{1,6}\s*", value):
-            bounds = [int(part) for part in value.split("..")]
-            return {"min": bounds[0], "max": bounds[1], "prefer": bounds[1]}
-        if isinstance(value, dict):
-            low = value.get("min", 1)
-            high = value.get("max", value.get("prefer", low))
-            return {"min": low, "max": high, "prefer": value.get("prefer", high),
-                    **{k: v for k, v in value.items() if k not in ("min", "max", "prefer")}}
-        return value
+    def _notation(cls, value: object) -> object:
+        match value:
+            case bool() | float():
+                raise ValueError(f"{show(value)} is not a number of replicas; write for example 4, or 2..4")
+            case int():
+                return {"min": value, "max": value, "prefer": value}
+            case str():
+                bounds = _BOUNDS.fullmatch(value) if len(value) <= quantity.MAX_TEXT else None
+                if bounds is None:
+                    raise ValueError(f"{show(value)} is not a number of replicas; write for example 4, or 2..4")
+                least, most = int(bounds[1]), int(bounds[2] or bounds[1])
+                return {"min": least, "max": most, "prefer": most}
+            case dict():
+                said = [value.get(name) for name in ("max", "prefer", "min")]  # one that is wrong is reported once
+                high = next((n for n in said if isinstance(n, int) and 1 <= n <= MAX_REPLICAS), 1)
+                return {"min": 1, "max": high, "prefer": high, **value}
+            case _:
+                return value
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -219,6 +348,9 @@ class Replicas(SpecModel):
     @property
     def elastic(self) -> bool:
         return self.min != self.max
+
+    def __str__(self) -> str:
+        return f"{self.min}..{self.max}" if self.elastic else str(self.max)
 
 
 class RestartScope(StrEnum):
@@ -238,7 +370,7 @@ class RestartPolicy(SpecModel):
 
     scope: RestartScope | None = None
     """replica | role | job; default: replica for `ps` and for the workers of a job with `ps`, else job."""
-    max: Annotated[int, Field(ge=0, le=1_000)] = 3
+    max: Annotated[int, Field(strict=True, ge=0, le=1_000)] = 3
     """Counted restarts before the job fails; progress since the last one gives the budget back."""
     backoff: DurationMs = 1_000
     """Wait before the second restart in a row; doubles each time."""
@@ -249,18 +381,30 @@ class RestartPolicy(SpecModel):
     fail_on: tuple[ExitCode, ...] = ()
     """Exit codes that end the job although they are 128 or above."""
 
-    @model_validator(mode="after")
-    def _disjoint(self) -> Self:
-        both = sorted(set(self.retry_on) & set(self.fail_on))
+    @field_validator("backoff_max")
+    @classmethod
+    def _grows(cls, value: int, info: ValidationInfo) -> int:
+        if info.data.get("backoff", 0) > value:
+            raise ValueError("backoff_max is below backoff")
+        return value
+
+    @field_validator("fail_on")
+    @classmethod
+    def _disjoint(cls, value: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        both = sorted(set(value) & set(info.data.get("retry_on", ())))
         if both:
             raise ValueError(f"exit code {both[0]} is in both retry_on and fail_on")
-        return self
+        return value
 
 
 class RoleSpec(SpecModel):
     """A named set of like replicas."""
 
-    command: str | tuple[str, ...] = ""
+    command: Annotated[
+        str | tuple[str, ...],
+        BeforeValidator(_command),
+        Field(validate_default=True, json_schema_extra={"minLength": 1, "minItems": 1}),
+    ] = ""
     """What each replica runs: a string goes through `/bin/sh -c`, a list is executed as it is."""
     replicas: Replicas = Replicas()
     """A number, `{min, max, prefer}` or `2..4`."""
@@ -270,39 +414,36 @@ class RoleSpec(SpecModel):
     """Memory of one replica (32Gi); 0 asks for none and sets no limit."""
     gpu: GpuRequest | None = None
     """GPUs of one replica (h100:8, 24GB..:2, any:0.5)."""
-    image: str = ""
+    image: Text = ""
     """Container image; ignored by the local backend."""
-    working_dir: str = ""
+    working_dir: Text = ""
     """Directory in which the command runs; relative to the job file; default: the job's."""
-    env: Mapping[str, str | None] = {}
-    """Environment variables; an empty value is filled from the caller and refused if unset there; `secret://NAME` is a reference."""
-    ports: Mapping[str, int] = {}
+    env: Env = {}
+    """Environment; an empty value is filled from the caller, refused if unset there; `secret://NAME` is a reference."""
+    ports: Annotated[Mapping[EnvName, Annotated[int, Field(strict=True, ge=0, le=65_535)]], Field(max_length=16)] = {}
     """Named ports of one replica; 0 lets the backend choose. Found in `JOBSCHED_PORT_<NAME>`."""
     restart: RestartPolicy | None = None
     """Restart policy of this role; default: the job's."""
-    procs: Annotated[int, Field(ge=1, le=1_024)] = 1
+    procs: Annotated[int, Field(strict=True, ge=1, le=1_024)] = 1
     """Training processes that one replica starts itself (torchrun's --nproc-per-node)."""
-    preload: tuple[str, ...] = ()
-    """Python modules that a backend may keep imported in a warm interpreter, so that `python …` commands start faster."""
-
-    @field_validator("env", "ports")
-    @classmethod
-    def _names(cls, value: Mapping[str, Any]) -> Mapping[str, Any]:
-        return _check_names(value)
+    preload: Annotated[tuple[ModuleName, ...], Field(max_length=64)] = ()
+    """Modules that a backend may keep imported in a warm interpreter, so that `python …` commands start faster."""
 
     @field_validator("ports")
     @classmethod
-    def _ports(cls, value: Mapping[str, int]) -> Mapping[str, int]:
-        for name, port in value.items():
-            if not 0 <= port <= 65_535:
-                raise ValueError(f"port {name} is {port}; ports are 1 to 65535, or 0 for any")
+    def _distinct(cls, value: Mapping[str, int]) -> Mapping[str, int]:
+        if len({name.upper() for name in value}) < len(value):
+            raise ValueError("two ports differ only in upper and lower case; their variables would be the same")
+        fixed = [port for port in value.values() if port]
+        if len(set(fixed)) < len(fixed):
+            raise ValueError("two ports have the same number")
         return value
 
 
 class Checkpoint(SpecModel):
     """Where checkpoints live and how a replica is asked to write one."""
 
-    dir: str = ""
+    dir: Text = ""
     """Directory or URL; relative to the job's directory; default: one that jobsched keeps for the job."""
     signal: Literal["USR1", "USR2", "TERM", "INT", "HUP", "none"] = "USR1"
     """Signal that asks for a checkpoint before a stop."""
@@ -310,6 +451,9 @@ class Checkpoint(SpecModel):
     """Longest wait for the acknowledgement; the stop goes on as soon as it comes."""
     interval: DurationMs = 0
     """How often the job saves, if it says so; used to tell what a restart may lose."""
+
+
+_LEVELS = ("node", "nvlink", "rack", "zone")
 
 
 class Placement(SpecModel):
@@ -321,42 +465,96 @@ class Placement(SpecModel):
     """The same as a preference."""
     spread: Literal["", "node", "rack", "zone"] = ""
     """Replicas of one role on different domains of this level."""
-    nodes: Mapping[str, str] = {}
+    nodes: Labels = {}
     """Labels that a node must carry."""
-    tolerate: tuple[str, ...] = ()
+    tolerate: Annotated[tuple[Text, ...], Field(max_length=64)] = ()
     """Taints (key or key=value) that do not keep this job away."""
-    avoid: tuple[str, ...] = ()
+    avoid: Annotated[tuple[Text, ...], Field(max_length=1_000)] = ()
     """Node names never to use."""
+
+    @field_validator("spread")
+    @classmethod
+    def _possible(cls, value: str, info: ValidationInfo) -> str:
+        within = info.data.get("within", "")
+        if value and within and _LEVELS.index(value) >= _LEVELS.index(within):
+            raise ValueError(f"replicas cannot be within one {within} and spread over each {value}")
+        return value
 
 
 class ArraySpec(SpecModel):
-    """The same job many times; each member finds its number in `JOBSCHED_ARRAY_INDEX`."""
+    """The same job many times; each member finds its number in `JOBSCHED_ARRAY_INDEX`.
 
-    indices: tuple[Annotated[int, Field(ge=0, le=1_000_000)], ...] = ()
-    """Member numbers; written `0-9`, `1,3,5` or `0-99%4` (at most 4 at a time)."""
-    max_parallel: Annotated[int, Field(ge=0, le=100_000)] = 0
+    Written `0-9`, `1,3,5`, `0-99%4` (at most 4 at a time), or a number of members; JSON carries that notation too.
+    """
+
+    model_config = ConfigDict(json_schema_extra=lambda schema: _any_of(schema, [
+        {"type": "string", "pattern": r"^\s*[0-9][0-9, -]*(%\s*[0-9]+\s*)?$", "examples": ["0-9", "1,3,5", "0-99%4"]},
+        {"type": "integer", "minimum": 1, "maximum": MAX_MEMBERS},
+    ]))
+
+    indices: Annotated[
+        tuple[Annotated[int, Field(strict=True, ge=0, le=1_000_000)], ...],
+        Field(min_length=1, max_length=MAX_MEMBERS, validate_default=True),
+    ] = ()
+    """Member numbers."""
+    max_parallel: Annotated[int, Field(strict=True, ge=0, le=MAX_MEMBERS)] = 0
     """Members that may run at once; 0 means no limit."""
 
     @model_validator(mode="before")
     @classmethod
     def _notation(cls, value: object) -> object:
-        if isinstance(value, int) and not isinstance(value, bool):
-            value = f"0-{value - 1}" if value > 0 else str(value)
-        if not isinstance(value, str):
-            return value
-        match = re.fullmatch(r"\s*([0-9,\-\s]+?)\s*(?:%\s*(\d{1,6}))?\s*", value)
-        if match is None:
-            raise ValueError(f"{value!r} is not an array; write for example 0-9, 1,3,5 or 0-99%4")
-        indices: list[int] = []
-        for part in match[1].split(","):
-            span = re.fullmatch(r"\s*(\d{1,7})\s*(?:-\s*(\d{1,7}))?\s*", part)
-            if span is None:
-                raise ValueError(f"{value!r} is not an array; write for example 0-9, 1,3,5 or 0-99%4")
-            low, high = int(span[1]), int(span[2] or span[1])
-            if not low <= high < low + 100_000:
-                raise ValueError(f"{part.strip()!r} is not a range of at most 100,000 members")
-            indices.extend(range(low, high + 1))
-        return {"indices": tuple(sorted(set(indices))), "max_parallel": int(match[2] or 0)}
+        match value:
+            case bool() | float():
+                raise ValueError(f"{show(value)} is not an array; {_ARRAY_HINT}")
+            case int() if value < 1 or value > MAX_MEMBERS:
+                raise ValueError(f"an array has 1 to {MAX_MEMBERS:,} members, not {show(value)}")
+            case int():
+                return {"indices": tuple(range(value))}
+            case str():
+                return _parse_array(value)
+            case _:
+                return value
+
+    @field_validator("indices")
+    @classmethod
+    def _ordered(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        return value if all(a < b for a, b in pairwise(value)) else tuple(sorted(set(value)))
+
+    @model_serializer(mode="wrap", when_used="json")
+    def _compact(self, _normal: SerializerFunctionWrapHandler) -> str:
+        return str(self)
+
+    def __str__(self) -> str:
+        """The notation, which reads back to an equal array: `0-9,12%4`."""
+        gaps = [(a, b) for a, b in pairwise(self.indices) if b > a + 1]
+        starts = [*self.indices[:1], *(b for _, b in gaps)]
+        ends = [*(a for a, _ in gaps), *self.indices[-1:]]
+        spans = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
+        return f"{spans}%{self.max_parallel}" if self.max_parallel else spans
+
+
+_ARRAY_HINT = "write for example 0-9, 1,3,5 or 0-99%4"
+_SPAN = re.compile(r"([0-9]{1,7})(?:\s*-\s*([0-9]{1,7}))?")
+
+
+def _parse_array(text: str) -> dict[str, object]:
+    spans, percent, parallel = text.partition("%")
+    if percent and not (parallel.strip().isascii() and parallel.strip().isdigit() and len(parallel) < 9):
+        raise ValueError(f"{show(text)} is not an array; {_ARRAY_HINT}")
+    indices: set[int] = set()
+    written = 0
+    for part in spans.split(","):
+        span = _SPAN.fullmatch(part.strip())
+        if span is None:
+            raise ValueError(f"{show(text)} is not an array; {_ARRAY_HINT}")
+        low, high = int(span[1]), int(span[2] or span[1])
+        if not low <= high < low + MAX_MEMBERS:
+            raise ValueError(f"{show(part.strip())} is not a range of at most {MAX_MEMBERS:,} members")
+        written += high - low + 1
+        if written > MAX_MEMBERS:  # members written twice count twice, which keeps the work bounded
+            raise ValueError(f"an array has at most {MAX_MEMBERS:,} members")
+        indices.update(range(low, high + 1))
+    return {"indices": tuple(sorted(indices)), "max_parallel": int(parallel or 0)}
 
 
 SuccessRule = Literal["auto", "chief", "worker0", "all_workers"]
@@ -370,22 +568,22 @@ class JobSpec(SpecModel):
     """Unique among your live jobs only if you submit with --if-exists; made up (`adjective-noun-4hex`) when absent."""
     queue: Name = "default"
     """Queue to wait in."""
-    priority: Annotated[int, Field(ge=-1_000_000, le=1_000_000)] = 0
+    priority: Annotated[int, Field(strict=True, ge=-1_000_000, le=1_000_000)] = 0
     """Higher goes first within the queue."""
-    labels: Mapping[str, str] = {}
+    labels: Labels = {}
     """Free labels, for selection with -l."""
-    roles: Mapping[Name, RoleSpec] = {}
+    roles: Annotated[Mapping[RoleName, RoleSpec], Field(validate_default=True)] = {}
     """Role name -> role. `chief` and `worker` train; `ps` and `evaluator` serve and never decide success."""
-    working_dir: str = ""
+    working_dir: Text = ""
     """Directory in which commands run; relative to the job file."""
-    image: str = ""
+    image: Text = ""
     """Container image of every role that names none."""
-    env: Mapping[str, str | None] = {}
+    env: Env = {}
     """Environment of every role."""
     restart: RestartPolicy = RestartPolicy()
     """Restart policy of every role that has none."""
     success: SuccessRule = "auto"
-    """chief: the chief's exit decides; worker0: worker 0's; all_workers: all must exit 0; auto: chief if there is one, else all_workers."""
+    """Whose exit decides: the chief's, worker 0's, or all must exit 0; auto: the chief if there is one, else all."""
     clean_up: CleanUp = "all"
     """Which containers and scratch files are removed after the end; logs are always kept."""
     keep_after_finish: DurationMs = 7 * 86_400_000
@@ -406,31 +604,32 @@ class JobSpec(SpecModel):
     """Where replicas may run."""
     array: ArraySpec | None = None
     """Submit the job once per index."""
-    after: tuple[str, ...] = ()
+    after: Annotated[tuple[Text, ...], Field(max_length=1_000)] = ()
     """Ids or names of jobs that must succeed first."""
 
-    @field_validator("env")
+    @field_validator("roles")
     @classmethod
-    def _names(cls, value: Mapping[str, Any]) -> Mapping[str, Any]:
-        return _check_names(value)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if not self.roles:
+    def _gang(cls, value: Mapping[str, RoleSpec]) -> Mapping[str, RoleSpec]:
+        if not value:
             raise ValueError("a job needs at least one role with a command")
-        for name, role in self.roles.items():
-            if not role.command or (isinstance(role.command, str) and not role.command.strip()):
-                raise ValueError(f"role {name!r} has no command")
-        if not training_roles(self):
+        if all(name in SERVING_ROLES for name in value):
             raise ValueError("a job needs a role that trains; ps and evaluator only serve")
-        if self.success == "chief" and "chief" not in self.roles:
-            raise ValueError("success is 'chief' but there is no role 'chief'")
-        if self.success == "worker0" and "worker" not in self.roles:
-            raise ValueError("success is 'worker0' but there is no role 'worker'")
-        return self
+        total = sum(role.replicas.max for role in value.values())
+        if total > MAX_REPLICAS:
+            raise ValueError(f"{total:,} replicas in all roles together; at most {MAX_REPLICAS:,} are allowed")
+        if "chief" in value and value["chief"].replicas.max > 1:
+            raise ValueError("there is one chief; use role 'worker' for the others")
+        if "ps" in value and value["ps"].replicas.elastic:
+            raise ValueError("role 'ps' cannot be elastic: each parameter server keeps its own part of the model")
+        return value
 
-
-SERVING_ROLES = ("ps", "evaluator")
+    @field_validator("success")
+    @classmethod
+    def _decidable(cls, value: str, info: ValidationInfo) -> str:
+        needed = {"chief": "chief", "worker0": "worker"}.get(value)
+        if needed and needed not in info.data.get("roles", {needed}):
+            raise ValueError(f"success is {value!r} but there is no role {needed!r}")
+        return value
 
 
 def training_roles(spec: JobSpec) -> tuple[str, ...]:
@@ -446,3 +645,7 @@ def restart_policy(spec: JobSpec, role: str) -> RestartPolicy:
         return policy
     serving = role in SERVING_ROLES or "ps" in spec.roles
     return policy.model_copy(update={"scope": RestartScope.REPLICA if serving else RestartScope.JOB})
+
+
+ROLE_ONLY = tuple(name for name in RoleSpec.model_fields if name not in JobSpec.model_fields)
+"""Fields of a role that may stand at the top of a job with one role, the shorthand for `roles: {worker: …}`."""

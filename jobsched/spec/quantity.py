@@ -1,105 +1,111 @@
 """Quantities people write ("80GiB", "500m", "2h") as integers, and back.
 
 Used by the spec models and by the CLI. Every parser raises `ValueError` with a sentence that tells what is allowed;
-every formatter writes text that its parser reads back to the same integer.
+every formatter writes text that its parser reads back to the same integer. The bounds keep every sum over the 10,000
+replicas that a job may have within a signed 64-bit integer, which is what the store can hold. Texts are
+remembered, because a store that loads 100,000 specs meets the same few again and again.
 """
 
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
-_DURATION_UNITS_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000, "w": 604_800_000}
-_BYTE_UNITS = {
-    "": 1, "b": 1,
-    "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9, "t": 10**12, "tb": 10**12,
-    "ki": 2**10, "kib": 2**10, "mi": 2**20, "mib": 2**20, "gi": 2**30, "gib": 2**30, "ti": 2**40, "tib": 2**40,
-}
-_NUMBER = r"(\d{1,15}(?:\.\d{1,9})?)"
-_DURATION_PART = re.compile(rf"{_NUMBER}\s*(ms|s|m|h|d|w)")
-_BYTES = re.compile(rf"^{_NUMBER}\s*([a-z]{{0,3}})$", re.IGNORECASE)
-_CPU = re.compile(rf"^{_NUMBER}(m?)$")
 MAX_MS = 10 * 365 * 86_400_000
-MAX_BYTES = 2**60
+MAX_BYTES = 2**49
 MAX_CPU_MILLI = 10**9
+MAX_TEXT = 64
+"""Longest text that is looked at; no quantity needs more."""
+
+_DURATION_UNITS_MS = {"w": 604_800_000, "d": 86_400_000, "h": 3_600_000, "m": 60_000, "s": 1_000, "ms": 1}
+_BYTE_UNITS = {
+    "Ti": 2**40, "TB": 10**12, "Gi": 2**30, "GB": 10**9, "Mi": 2**20, "MB": 10**6, "Ki": 2**10, "KB": 10**3, "": 1,
+}
+_BYTE_SPELLINGS = {"b": 1} | {
+    spelling.lower(): size
+    for unit, size in _BYTE_UNITS.items()
+    for spelling in (unit, f"{unit[:1]}iB" if unit.endswith("i") else unit[:1])
+}
+_NUMBER = r"([0-9]{1,15}(?:\.[0-9]{1,9})?)"
+_NUMBER_ONLY = re.compile(_NUMBER)
+_DURATION_PART = re.compile(rf"\s*{_NUMBER}\s*(ms|s|m|h|d|w)\s*")
+_CLOCK = re.compile(r"(?:([0-9]{1,4})-)?([0-9]{1,4}):([0-5][0-9]):([0-5][0-9])")
+_BYTES = re.compile(rf"{_NUMBER}\s*([a-z]{{0,3}})", re.IGNORECASE)
+_CPU = re.compile(rf"{_NUMBER}(m?)")
 
 
 def parse_duration_ms(value: object) -> int:
-    """Milliseconds of "90s", "1h30m", "2d" or a bare number of seconds."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ValueError(f"{value!r} is not a duration; write for example 90s, 30m, 2h or 1h30m")
-    if isinstance(value, (int, float)):
-        result = _finite(value, 1_000, "a duration")
-    else:
-        text = value.strip().lower()
-        if re.fullmatch(_NUMBER, text):
-            result = _finite(float(text), 1_000, "a duration")
-        else:
-            result, end = 0, 0
-            for part in _DURATION_PART.finditer(text):
-                if text[end:part.start()].strip():
-                    end = -1
-                    break
-                result += round(float(part[1]) * _DURATION_UNITS_MS[part[2]])
-                end = part.end()
-            if end <= 0 or text[end:].strip():
-                raise ValueError(f"{value!r} is not a duration; write for example 90s, 30m, 2h or 1h30m")
-    if not 0 <= result <= MAX_MS:
-        raise ValueError(f"{value!r} is out of range for a duration (0 to 10 years)")
-    return result
+    """Milliseconds of "90s", "1h30m", "2d", of "1:30:00" or "2-12:00:00" (Slurm), or of a bare number of seconds."""
+    number = _number_or_text(value, "a duration; write for example 90s, 30m, 2h or 1h30m")
+    ms = _duration_text(number) if isinstance(number, str) else number * 1_000
+    if ms is None:
+        raise ValueError(f"{show(value)} is not a duration; write for example 90s, 30m, 2h or 1h30m")
+    return _within(ms, MAX_MS, value, "a duration (0 to 10 years)")
 
 
+@lru_cache(1_024)
+def _duration_text(text: str) -> float | None:
+    text = text.lower()
+    if _NUMBER_ONLY.fullmatch(text):
+        return float(text) * 1_000
+    if clock := _CLOCK.fullmatch(text):
+        days, hours, minutes, seconds = (int(part or 0) for part in clock.groups())
+        return (((days * 24 + hours) * 60 + minutes) * 60 + seconds) * 1_000
+    total, end = 0.0, 0
+    while part := _DURATION_PART.match(text, end):
+        total += float(part[1]) * _DURATION_UNITS_MS[part[2]]
+        end = part.end()
+    return total if end and end == len(text) else None
+
+
+@lru_cache(maxsize=1_024)  # the same few defaults are written with every job
 def format_duration(ms: int) -> str:
     """`5400000` -> "1h30m"; exact, so that `parse_duration_ms` gives the same number back."""
-    if ms == 0:
-        return "0s"
     parts = []
-    for unit in ("d", "h", "m", "s", "ms"):
-        size = _DURATION_UNITS_MS[unit]
-        if ms >= size:
+    for unit, size in _DURATION_UNITS_MS.items():
+        if ms >= size and unit != "w":
             parts.append(f"{ms // size}{unit}")
             ms %= size
-    return "".join(parts)
+    return "".join(parts) or "0s"
 
 
 def parse_bytes(value: object) -> int:
-    """Bytes of "32Gi", "80GiB", "500M" (10^6) or a bare number of bytes."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ValueError(f"{value!r} is not a size; write for example 512Mi, 32Gi or 80GB")
-    if isinstance(value, (int, float)):
-        result = _finite(value, 1, "a size")
-    else:
-        match = _BYTES.match(value.strip())
-        if match is None or match[2].lower() not in _BYTE_UNITS:
-            raise ValueError(f"{value!r} is not a size; write for example 512Mi, 32Gi or 80GB")
-        result = round(float(match[1]) * _BYTE_UNITS[match[2].lower()])
-    if not 0 <= result <= MAX_BYTES:
-        raise ValueError(f"{value!r} is out of range for a size (0 to 1024 PiB)")
-    return result
+    """Bytes of "32Gi", "80GiB" (2^30), "24GB", "500M" (10^6), or of a bare number of bytes."""
+    number = _number_or_text(value, "a size; write for example 512Mi, 32Gi or 80GB")
+    count = _bytes_text(number) if isinstance(number, str) else number
+    if count is None:
+        raise ValueError(f"{show(value)} is not a size; write for example 512Mi, 32Gi or 80GB")
+    return _within(count, MAX_BYTES, value, "a size (0 to 512Ti)")
 
 
+@lru_cache(1_024)
+def _bytes_text(text: str) -> float | None:
+    match = _BYTES.fullmatch(text)
+    unit = _BYTE_SPELLINGS.get(match[2].lower()) if match else None
+    return None if match is None or unit is None else float(match[1]) * unit
+
+
+@lru_cache(maxsize=1_024)  # the same few defaults are written with every job
 def format_bytes(count: int) -> str:
-    """`34359738368` -> "32Gi"; exact, falling back to plain bytes."""
-    for unit in ("Ti", "Gi", "Mi", "Ki"):
-        size = _BYTE_UNITS[unit.lower()]
-        if count >= size and count % size == 0:
-            return f"{count // size}{unit}"
-    return str(count)
+    """`34359738368` -> "32Gi", `24000000000` -> "24GB": the unit that needs the smallest whole number; always exact."""
+    exact = (unit for unit, size in _BYTE_UNITS.items() if count and count % size == 0)
+    unit = min(exact, key=lambda u: count // _BYTE_UNITS[u], default="")
+    return f"{count // _BYTE_UNITS[unit]}{unit}"
 
 
 def parse_cpu_milli(value: object) -> int:
     """Thousandths of a CPU of 4, 0.5, "500m" or "2"."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ValueError(f"{value!r} is not a CPU count; write for example 4, 0.5 or 500m")
-    if isinstance(value, (int, float)):
-        result = _finite(value, 1_000, "a CPU count")
-    else:
-        match = _CPU.match(value.strip())
-        if match is None:
-            raise ValueError(f"{value!r} is not a CPU count; write for example 4, 0.5 or 500m")
-        result = round(float(match[1]) * (1 if match[2] else 1_000))
-    if not 0 <= result <= MAX_CPU_MILLI:
-        raise ValueError(f"{value!r} is out of range for a CPU count (0 to 1,000,000)")
-    return result
+    number = _number_or_text(value, "a CPU count; write for example 4, 0.5 or 500m")
+    milli = _cpu_text(number) if isinstance(number, str) else number * 1_000
+    if milli is None:
+        raise ValueError(f"{show(value)} is not a CPU count; write for example 4, 0.5 or 500m")
+    return _within(milli, MAX_CPU_MILLI, value, "a CPU count (0 to 1,000,000)")
+
+
+@lru_cache(1_024)
+def _cpu_text(text: str) -> float | None:
+    match = _CPU.fullmatch(text)
+    return float(match[1]) * (1 if match[2] else 1_000) if match else None
 
 
 def format_cpu(milli: int) -> str:
@@ -107,7 +113,36 @@ def format_cpu(milli: int) -> str:
     return str(milli // 1_000) if milli % 1_000 == 0 else f"{milli}m"
 
 
-def _finite(value: float, scale: int, what: str) -> int:
-    if value != value or value in (float("inf"), float("-inf")):
-        raise ValueError(f"{value!r} is not {what}: it must be finite")
-    return round(value * scale)
+def show(value: object) -> str:
+    """A value as an error message quotes it: short, on one line, and safe for integers of any length."""
+    match value:
+        case None:
+            return "nothing"
+        case bool():
+            return str(value).lower()
+        case dict():
+            return "a mapping"
+        case list() | tuple():
+            return "a list"
+        case int() if abs(value) >= 10**24:
+            return "a number of more than 24 digits"
+        case str() if len(value) > MAX_TEXT:
+            return f"{value[:MAX_TEXT - 4]!r}…"
+        case str() | int() | float():
+            return repr(value)
+        case _:
+            return f"a Python {type(value).__name__}"
+
+
+def _number_or_text(value: object, what: str) -> int | float | str:
+    if isinstance(value, str) and len(value) <= MAX_TEXT:
+        return value.strip()
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
+        return value
+    raise ValueError(f"{show(value)} is not {what}")
+
+
+def _within(number: float, most: int, value: object, what: str) -> int:
+    if not 0 <= number <= most:
+        raise ValueError(f"{show(value)} is out of range for {what}")
+    return round(number)

@@ -1,0 +1,361 @@
+"""What the person who runs a server writes: where it listens, what it keeps, which machines it offers.
+
+`jobsched.load.load_server_config` builds a `ServerConfig` from YAML; `jobsched.wiring` turns it into objects. A server
+without any file runs with `ServerConfig()`: SQLite in the home directory, this machine's real CPUs and GPUs.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+
+from jobsched.spec.job import GPU_KIND, Bytes, CpuMilli, DurationMs, Labels, ModuleName, Name, SpecModel, Text
+from jobsched.spec.quantity import show
+from jobsched.spec.queue import QueueSpec, distinct_queues
+
+EPHEMERAL_PORT = 32_768
+"""First port that Linux gives to outgoing connections by default; ports that jobsched hands out stay below it."""
+
+
+def _host(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9.:_-]{1,253}", value):
+        raise ValueError(f"{show(value)} is not an address to bind; write for example 127.0.0.1 or ::1")
+    return value
+
+
+def _store(value: str) -> str:
+    if not re.match(r"$|memory:$|(sqlite|postgresql)(\+[a-z0-9]+)?://", value):
+        raise ValueError(f"{show(value)} is not a store; write sqlite:///FILE, postgresql://… or memory:")
+    return value
+
+
+class Listen(SpecModel):
+    """Where the API answers; written `127.0.0.1:8080`, `:8080`, a port, or `{host, port}`."""
+
+    host: Annotated[str, AfterValidator(_host)] = "127.0.0.1"
+    """Address to bind; the default is reachable from this machine only."""
+    port: Annotated[int, Field(strict=True, ge=0, le=65_535)] = 0
+    """Port to bind; 0 takes any free one (clients find it through the home directory)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _notation(cls, value: object) -> object:
+        match value:
+            case int() if not isinstance(value, bool):
+                return {"port": value}
+            case str():
+                host, _, port = value.rpartition(":")
+                if not re.fullmatch(r"[0-9]{1,5}", port):
+                    raise ValueError(f"{show(value)} is not an address; write for example 127.0.0.1:8080")
+                return {"port": int(port)} | ({"host": host.strip("[]")} if host else {})
+            case _:
+                return value
+
+
+class GpuStock(SpecModel):
+    """GPUs of one kind that a virtual node has; written `sim-gpu:8`."""
+
+    kind: str
+    """Kind, lower case, for example `sim-gpu` or `h100-80gb`."""
+    count: Annotated[int, Field(strict=True, ge=1, le=1_024)] = 1
+    """How many."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _notation(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        kind, _, count = value.rpartition(":")
+        if not re.fullmatch(r"[0-9]{1,4}", count):
+            kind, count = value, "1"
+        return {"kind": kind, "count": int(count)}
+
+    @field_validator("kind")
+    @classmethod
+    def _kind(cls, value: str) -> str:
+        if not GPU_KIND.fullmatch(value):
+            raise ValueError(f"{show(value)} is not a GPU kind; write for example sim-gpu:8, in lower case")
+        return value
+
+
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+class VirtualNodes(SpecModel):
+    """Like nodes that exist in name only: their replicas are processes of this machine, their GPUs are numbers."""
+
+    count: Annotated[int, Field(strict=True, ge=1, le=10_000)] = 1
+    """How many such nodes."""
+    name_prefix: Annotated[Name, Field(max_length=40)] = "node"
+    """Nodes are called PREFIX-0, PREFIX-1, …"""
+    cpu: CpuMilli = 8_000
+    """CPUs of one node, for placement."""
+    memory: Bytes = 32 * 2**30
+    """Memory of one node, for placement."""
+    gpus: Annotated[tuple[GpuStock, ...], BeforeValidator(_listed), Field(max_length=64)] = ()
+    """GPUs of one node: `sim-gpu:8`, or a list of such."""
+    gpu_memory: Bytes = 16 * 2**30
+    """Memory of one GPU."""
+    labels: Labels = Field(default={})
+    """Labels of the nodes, for example `{rack: a}`."""
+    taints: tuple[Text, ...] = ()
+    """Taints (key or key=value) that keep jobs away which do not tolerate them."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(f"{self.name_prefix}-{index}" for index in range(self.count))
+
+
+class PortRange(SpecModel):
+    """Ports (both ends included) that replicas may be given; written `20000-32000`."""
+
+    first: Annotated[int, Field(strict=True, ge=1_024, le=65_535)] = 20_000
+    """Lowest."""
+    last: Annotated[int, Field(strict=True, ge=1_024, le=65_535)] = 32_000
+    """Highest."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _notation(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        span = re.fullmatch(r"\s{0,9}([0-9]{1,5})\s{0,9}-\s{0,9}([0-9]{1,5})\s{0,9}", value)
+        if span is None:
+            raise ValueError(f"{show(value)} is not a range of ports; write for example 20000-32000")
+        return {"first": int(span[1]), "last": int(span[2])}
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.last - self.first < 99:
+            raise ValueError("a range of ports holds at least 100")
+        return self
+
+
+class LogLimits(SpecModel):
+    """How much of a replica's output is kept, per attempt."""
+
+    size: Annotated[Bytes, Field(ge=4_096)] = 16 * 2**20
+    """Size at which a log file is rotated."""
+    rotations: Annotated[int, Field(strict=True, ge=0, le=1_000)] = 4
+    """Older files kept beside the current one; what is older is dropped."""
+
+
+class LocalBackend(SpecModel):
+    """Replicas are processes of this machine."""
+
+    virtual_nodes: tuple[VirtualNodes, ...] = ()
+    """Pretended nodes, to see gangs and queues on a laptop; none: one node with the machine's real CPUs and GPUs."""
+    limits: Literal["auto", "cgroup", "rlimit", "none"] = "auto"
+    """How CPU and memory limits are enforced; auto: cgroup when writable, else rlimit."""
+    logs: LogLimits = LogLimits()
+    """Size of the logs."""
+    ports: PortRange = PortRange()
+    """Ports for replicas."""
+    preload: tuple[ModuleName, ...] = ()
+    """Python modules kept imported in a warm interpreter, for `python …` commands that ask for them."""
+
+    @field_validator("virtual_nodes")
+    @classmethod
+    def _distinct(cls, value: tuple[VirtualNodes, ...]) -> tuple[VirtualNodes, ...]:
+        names = [name for nodes in value for name in nodes.names]
+        if len(set(names)) < len(names):
+            raise ValueError("two groups of virtual nodes share names; give each its own name_prefix")
+        return value
+
+    @field_validator("ports")
+    @classmethod
+    def _below_ephemeral(cls, value: PortRange) -> PortRange:
+        if value.last >= EPHEMERAL_PORT:
+            raise ValueError(f"ports from {EPHEMERAL_PORT} on are given to outgoing connections; stay below")
+        return value
+
+
+class DockerGpus(SpecModel):
+    """Like GPUs of one Docker engine: real ones by their UUIDs, or pretended ones, written `sim-gpu:8`."""
+
+    kind: str
+    """Kind, lower case, for example `h100-80gb`."""
+    ids: tuple[Text, ...] = ()
+    """UUIDs as `nvidia-smi -L` prints them (GPU-… or MIG-…)."""
+    count: Annotated[int, Field(strict=True, ge=0, le=1_024)] = 0
+    """How many pretended ones, for kinds that begin with `sim-`."""
+    memory: Bytes = 16 * 2**30
+    """Memory of one."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _notation(cls, value: object) -> object:
+        return GpuStock.model_validate(value).model_dump() if isinstance(value, str) else value
+
+    @field_validator("kind")
+    @classmethod
+    def _kind(cls, value: str) -> str:
+        return GpuStock(kind=value).kind
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        if self.count and not self.kind.startswith("sim-"):
+            raise ValueError(f"{self.kind}: real GPUs are named by their ids, for example ids: [GPU-…]")
+        return self
+
+
+class DockerTls(SpecModel):
+    """Files for a `tcp://` engine that asks for certificates; relative to the server's directory."""
+
+    ca: Text
+    """Certificate of the authority that signed the engine's."""
+    cert: Text
+    """This client's certificate."""
+    key: Text
+    """Its private key."""
+
+
+class DockerEngine(SpecModel):
+    """One Docker engine: a node."""
+
+    url: Annotated[Text, Field(pattern=r"^(unix:///|ssh://[^/]+|tcp://[^/]+)")] = "unix:///var/run/docker.sock"
+    """`unix:///var/run/docker.sock`, `ssh://user@host` or `tcp://host:2376`."""
+    name: Name | Literal[""] = ""
+    """Name of the node; default: what the engine calls its machine."""
+    address: Annotated[Text, Field(pattern=r"^[A-Za-z0-9.:_-]{0,253}$")] = ""
+    """Where replicas on other engines reach this one; default: the host of the url."""
+    tls: DockerTls | None = None
+    """Certificates for `tcp://`."""
+    same_files: bool | None = None
+    """Whether the engine sees this server's files under the same paths; default: yes for `unix://`, else no."""
+    gpus: Annotated[tuple[DockerGpus, ...], BeforeValidator(_listed), Field(max_length=64)] | None = None
+    """Its GPUs; default: asked from NVML where the engine is on this machine, none elsewhere."""
+    labels: Labels = Field(default={})
+    """Labels of the node, for example `{rack: a}`."""
+    taints: tuple[Text, ...] = ()
+    """Taints (key or key=value) that keep jobs away which do not tolerate them."""
+
+    @property
+    def shares_files(self) -> bool:
+        return self.url.startswith("unix:") if self.same_files is None else self.same_files
+
+    @property
+    def host(self) -> str:
+        """Where peers reach it."""
+        named = re.match(r"(?:ssh|tcp)://(?:[^@/]*@)?(\[[^\]]+\]|[^:/]+)", self.url)
+        return self.address or (named[1].strip("[]") if named else "")
+
+    @model_validator(mode="after")
+    def _certified(self) -> Self:
+        if self.tls is not None and not self.url.startswith("tcp:"):
+            raise ValueError("tls is for tcp:// engines; ssh:// brings its own encryption")
+        return self
+
+
+_MOUNT = re.compile(r"(/[^:\x00]{0,4000}):?(/[^:\x00]{1,4000})?(:ro)?")
+
+
+def _mount(value: str) -> str:
+    if not _MOUNT.fullmatch(value):
+        raise ValueError(f"{show(value)} is not a mount; write /path, /path:/inside or /path:/inside:ro")
+    return value
+
+
+class DockerBackend(SpecModel):
+    """Replicas are containers on one or several Docker engines."""
+
+    engines: Annotated[tuple[DockerEngine, ...], Field(min_length=1, max_length=1_000)] = (DockerEngine(),)
+    """The engines, each a node. One: replicas find each other by name on a network of their own. Several: they use
+    the hosts' network, with ports handed out by jobsched."""
+    image: Text = ""
+    """Image of jobs that name none."""
+    pull: Literal["missing", "always", "never"] = "missing"
+    """When images are pulled; credentials are those of `docker login` of the user who runs the server."""
+    working_dir: Literal["copy", "mount"] = "copy"
+    """How a job's directory comes into its containers: packed and copied, or mounted where the engine shares files."""
+    copy_limit: Annotated[Bytes, Field(ge=1_024)] = 256 * 2**20
+    """Largest directory that is copied; `.jobschedignore` (else `.gitignore`) says what to leave out."""
+    user: Annotated[Text, Field(pattern=r"^([0-9]{1,10}:[0-9]{1,10})?$")] = ""
+    """`UID:GID` of every replica; default: the server's own, or 65532:65532 where the server is root."""
+    read_only: bool = False
+    """Whether the root file system is read-only; /tmp and the scratch directory then are memory."""
+    shm_size: Bytes = 2 * 2**30
+    """Size of /dev/shm, which data loaders and NCCL use."""
+    volumes: tuple[Annotated[Text, AfterValidator(_mount)], ...] = ()
+    """Directories of the engine's machine that every replica sees: `/data:/data:ro`."""
+    checkpoints: Text = ""
+    """Directory of the engines' machines for checkpoints, the same files on all of them; default: in the home."""
+    logs: LogLimits = LogLimits()
+    """Size of the logs."""
+    ports: PortRange = PortRange()
+    """Ports for replicas, where several engines share the hosts' network."""
+
+    @field_validator("engines")
+    @classmethod
+    def _engines(cls, value: tuple[DockerEngine, ...]) -> tuple[DockerEngine, ...]:
+        if len({engine.url for engine in value}) < len(value):
+            raise ValueError("an engine is listed twice")
+        if len(named := [engine.name for engine in value if engine.name]) > len(set(named)):
+            raise ValueError("two engines have the same name")
+        if len(value) > 1 and (lost := [engine.url for engine in value if not engine.host]):
+            raise ValueError(f"{lost[0]} needs an address at which the other engines' replicas reach it")
+        return value
+
+    @field_validator("checkpoints")
+    @classmethod
+    def _shared(cls, value: str, info: ValidationInfo) -> str:
+        engines = info.data.get("engines", ())
+        if not value and not all(engine.shares_files for engine in engines):
+            raise ValueError("engines on other machines need a directory for checkpoints that all of them share")
+        if value and not value.startswith("/"):
+            raise ValueError(f"{show(value)} is not an absolute directory")
+        return value
+
+
+class BackendConfig(SpecModel):
+    """Where replicas run: one field per kind of engine."""
+
+    local: LocalBackend = LocalBackend()
+    """Processes of this machine."""
+    docker: DockerBackend | None = None
+    """Containers on Docker engines."""
+
+
+class PolicyConfig(SpecModel):
+    """Scheduling policies by name."""
+
+    ordering: Literal["priority"] = "priority"
+    """Who goes first within a queue: higher priority, then earlier submission."""
+
+
+class Timers(SpecModel):
+    """How patient the server is."""
+
+    lease_ttl: Annotated[DurationMs, Field(ge=1_000)] = 15_000
+    """Life of the leader's lease; after a crash another server leads at most so much later."""
+    node_grace: DurationMs = 30_000
+    """Silence after which a node, and what ran on it, is taken for lost."""
+    longest_wait: Annotated[DurationMs, Field(ge=50)] = 1_000
+    """Longest time between two ticks when nothing happens."""
+
+
+class ServerConfig(SpecModel):
+    """One server."""
+
+    home: Text = ""
+    """Directory for database, token, logs and checkpoints; relative to this file; default: the user's."""
+    store: Annotated[Text, AfterValidator(_store)] = ""
+    """`sqlite:///FILE`, `postgresql://…` or `memory:`; default: SQLite in the home directory."""
+    listen: Listen = Listen()
+    """Where the API answers."""
+    backend: BackendConfig = BackendConfig()
+    """Where replicas run."""
+    queues: tuple[QueueSpec, ...] = (QueueSpec(),)
+    """Queues that jobs may name."""
+    policy: PolicyConfig = PolicyConfig()
+    """Scheduling policies."""
+    timers: Timers = Timers()
+    """How patient the server is."""
+
+    @field_validator("queues")
+    @classmethod
+    def _queues(cls, value: tuple[QueueSpec, ...]) -> tuple[QueueSpec, ...]:
+        return distinct_queues(value)

@@ -1,0 +1,263 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from pydantic import ValidationError
+
+from jobsched import load
+from jobsched.spec.job import (
+    ArraySpec,
+    GpuRequest,
+    JobSpec,
+    Replicas,
+    RestartPolicy,
+    RestartScope,
+    RoleSpec,
+    restart_policy,
+    training_roles,
+)
+from tests.spec import strategies
+
+
+def a_job(**fields: object) -> JobSpec:
+    return JobSpec.model_validate({"roles": {"worker": {"command": "true"}}} | fields)
+
+
+@pytest.mark.parametrize(
+    ("written", "kinds", "milli", "low", "high"),
+    [
+        ("h100:8", ("h100",), 8_000, 0, None),
+        ("any:1", (), 1_000, 0, None),
+        ("any:0.5", (), 500, 0, None),
+        (0.25, (), 250, 0, None),
+        (8, (), 8_000, 0, None),
+        ("8", (), 8_000, 0, None),
+        ("24GB..:2", (), 2_000, 24 * 10**9, None),
+        ("24GB:2", (), 2_000, 24 * 10**9, None),
+        ("..40GB", (), 1_000, 0, 40 * 10**9),
+        ("16Gi..80GB:4", (), 4_000, 16 * 2**30, 80 * 10**9),
+        (["h100:8", "A100:8"], ("h100", "a100"), 8_000, 0, None),
+        ("h100|a100:2", ("h100", "a100"), 2_000, 0, None),
+        ("h100(40GB..):1", ("h100",), 1_000, 40 * 10**9, None),
+        ("h100-80gb:1g.10gb", ("h100-80gb:1g.10gb",), 1_000, 0, None),
+        ("h100-80gb:1g.10gb:3", ("h100-80gb:1g.10gb",), 3_000, 0, None),
+        ("4090:2", ("4090",), 2_000, 0, None),
+        ({"type": ["h100", "a100"], "memory": "24GB..", "count": 8}, ("h100", "a100"), 8_000, 24 * 10**9, None),
+        ({"memory": "24GB"}, (), 1_000, 24 * 10**9, None),
+        ({"kinds": ["h100"], "milli": 2_000}, ("h100",), 2_000, 0, None),
+    ],
+)
+def test_gpu_notations(written: object, kinds: tuple[str, ...], milli: int, low: int, high: int | None) -> None:
+    gpu = GpuRequest.model_validate(written)
+    assert (gpu.kinds, gpu.milli, gpu.memory_min_bytes) == (kinds, milli, low)
+    assert high is None or gpu.memory_max_bytes == high
+    assert GpuRequest.model_validate(str(gpu)) == gpu
+    assert GpuRequest.model_validate_json(gpu.model_dump_json()) == gpu
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "",
+        "h100:x",
+        "h100:0",
+        "h100:1.5",
+        "h100:-1",
+        0,
+        -1,
+        1.5,
+        2_000,
+        True,
+        [],
+        ["h100:8", "a100:4"],
+        ["any", "h100"],
+        "any|h100",
+        "h 100:8",
+        "80GB..24GB:1",
+        pytest.param("x" * 10_000, id="long"),
+        {"type": 5},
+        {"type": "h100", "milli": 5, "colour": "red"},
+        float("nan"),
+        pytest.param(10**400, id="huge"),
+        [[[]]],
+        {"count": "many"},
+        "..:1",
+    ],
+)
+def test_gpu_nonsense(written: object) -> None:
+    if written == "..:1":  # no bounds at all is any GPU
+        assert GpuRequest.model_validate(written) == GpuRequest()
+        return
+    with pytest.raises(ValidationError):
+        GpuRequest.model_validate(written)
+
+
+def test_gpu_shown_and_counted() -> None:
+    assert str(GpuRequest.model_validate("24GB..:2")) == "24GB..:2"
+    assert str(GpuRequest.model_validate(["h100:8", "a100:8"])) == "h100|a100:8"
+    assert str(GpuRequest.model_validate(0.5)) == "any:0.5"
+    assert GpuRequest.model_validate(0.5).count == 1
+    assert GpuRequest.model_validate("h100:8").count == 8
+
+
+@pytest.mark.parametrize(
+    ("written", "bounds"),
+    [
+        (4, (4, 4, 4)),
+        ("4", (4, 4, 4)),
+        ("2..4", (2, 4, 4)),
+        ({"min": 2, "max": 8, "prefer": 6}, (2, 8, 6)),
+        ({"min": 2, "max": 8}, (2, 8, 8)),
+        ({"prefer": 3}, (1, 3, 3)),
+        ({"max": 3}, (1, 3, 3)),
+        ({"min": 3}, (3, 3, 3)),
+        ({}, (1, 1, 1)),
+    ],
+)
+def test_replicas(written: object, bounds: tuple[int, int, int]) -> None:
+    replicas = Replicas.model_validate(written)
+    assert (replicas.min, replicas.max, replicas.prefer) == bounds
+    assert replicas.elastic == (replicas.min != replicas.max)
+
+
+@pytest.mark.parametrize(
+    "written", [0, -1, 10_001, True, 2.0, "4..2", "many", {"min": 3, "max": 2}, {"min": "2"}, {"least": 1}, None]
+)
+def test_replica_nonsense(written: object) -> None:
+    with pytest.raises(ValidationError):
+        Replicas.model_validate(written)
+
+
+@pytest.mark.parametrize(
+    ("written", "indices", "parallel"),
+    [
+        ("0-3", (0, 1, 2, 3), 0),
+        ("5,1,3", (1, 3, 5), 0),
+        ("0-5%2", (0, 1, 2, 3, 4, 5), 2),
+        (3, (0, 1, 2), 0),
+        ("7", (7,), 0),
+        ({"indices": [9, 1, 1], "max_parallel": 1}, (1, 9), 1),
+        (" 0 - 1 , 4 % 2 ", (0, 1, 4), 2),
+    ],
+)
+def test_arrays(written: object, indices: tuple[int, ...], parallel: int) -> None:
+    array = ArraySpec.model_validate(written)
+    assert (array.indices, array.max_parallel) == (indices, parallel)
+    assert ArraySpec.model_validate(str(array)) == array
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "",
+        "x",
+        "3-1",
+        "-5",
+        "0-",
+        "1,,2",
+        "0-100000",
+        "0-99999,100000",
+        0,
+        -3,
+        100_001,
+        True,
+        1.0,
+        {},
+        {"indices": []},
+        "0-9%x",
+        "0-9%",
+        "0-9%-1",
+        pytest.param("0" + " " * 100_000 + "x", id="spaces"),
+        pytest.param(",".join(["0-99999"] * 100_000), id="the same again and again"),
+    ],
+)
+def test_array_nonsense(written: object) -> None:
+    with pytest.raises(ValidationError):
+        ArraySpec.model_validate(written)
+
+
+def test_a_large_array_is_small_in_json() -> None:
+    spec = a_job(array="0-49999,60000-99999%100")
+    assert spec.array is not None
+    assert len(spec.array.indices) == 90_000
+    assert len(spec.model_dump_json()) < 2_000
+    assert JobSpec.model_validate_json(spec.model_dump_json()) == spec
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"roles": {}}, "at least one role"),
+        ({"roles": {"ps": {"command": "a"}}}, "role that trains"),
+        ({"roles": {"worker": {}}}, "needs a command"),
+        ({"roles": {"worker": {"command": "  "}}}, "needs a command"),
+        ({"roles": {"worker": {"command": []}}}, "needs a command"),
+        ({"roles": {"worker": {"command": ["a", None]}}}, "is not a command"),
+        ({"roles": {"worker": {"command": "a\0b"}}}, "NUL"),
+        ({"roles": {"worker": {"command": "a", "env": {"A": "a\0b"}}}}, "pattern"),
+        ({"roles": {"worker": {"command": "a", "env": {"A": "secret://"}}}}, "reference to a secret"),
+        ({"roles": {"worker": {"command": "a", "env": {"1A": "x"}}}}, "not a variable name"),
+        ({"roles": {"worker": {"command": "a", "ports": {"http": 70_000}}}}, "65535"),
+        ({"roles": {"worker": {"command": "a", "ports": {"a": 0, "A": 0}}}}, "upper and lower"),
+        ({"roles": {"worker": {"command": "a", "ports": {"a": 80, "b": 80}}}}, "same number"),
+        ({"roles": {"worker": {"command": "a", "preload": ["a b"]}}}, "Python module"),
+        ({"roles": {"Worker": {"command": "a"}}}, "role name"),
+        ({"roles": {"w" * 25: {"command": "a"}}}, "role name"),
+        ({"roles": {"worker\n": {"command": "a"}}}, "role name"),
+        ({"roles": {"chief": {"command": "a", "replicas": 2}}}, "one chief"),
+        ({"roles": {"ps": {"command": "a", "replicas": "1..2"}, "worker": {"command": "a"}}}, "cannot be elastic"),
+        ({"roles": {f"r{i}": {"command": "a", "replicas": 5_000} for i in range(3)}}, "15,000 replicas"),
+        ({"success": "chief"}, "no role 'chief'"),
+        ({"roles": {"trainer": {"command": "a"}}, "success": "worker0"}, "no role 'worker'"),
+        ({"name": "a\n"}, "not a name"),
+        ({"labels": {"a=b": "c"}}, "label name"),
+        ({"priority": "5"}, "integer"),
+        ({"priority": 2**63}, "less than or equal"),
+        ({"placement": {"within": "node", "spread": "node"}}, "cannot be within"),
+        ({"restart": {"backoff": "1h", "backoff_max": "1m"}}, "below backoff"),
+        ({"restart": {"retry_on": [200], "fail_on": [200]}}, "both"),
+        ({"restart": {"retry_on": [256]}}, "255"),
+    ],
+)
+def test_impossible_jobs(fields: Mapping[str, object], complaint: str) -> None:
+    with pytest.raises(ValidationError, match=complaint):
+        a_job(**fields)
+
+
+def test_training_roles_put_the_chief_first() -> None:
+    roles = {name: {"command": "a"} for name in ("worker", "ps", "chief", "evaluator")}
+    assert training_roles(a_job(roles=roles)) == ("chief", "worker")
+
+
+def test_scope_of_a_restart() -> None:
+    with_servers = a_job(
+        roles={
+            "ps": {"command": "a"},
+            "worker": {"command": "a"},
+            "own": {"command": "a", "restart": {"scope": "role"}},
+        }
+    )
+    assert restart_policy(with_servers, "ps").scope is RestartScope.REPLICA
+    assert restart_policy(with_servers, "worker").scope is RestartScope.REPLICA
+    assert restart_policy(with_servers, "own").scope is RestartScope.ROLE
+    assert restart_policy(a_job(), "worker").scope is RestartScope.JOB
+    assert restart_policy(a_job(restart={"max": 7}), "worker") == RestartPolicy(scope=RestartScope.JOB, max=7)
+
+
+def test_specs_are_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        a_job().priority = 3  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        RoleSpec(command="a").cpu = 3  # type: ignore[misc]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(strategies.jobs)
+def test_every_spec_reads_back_from_its_json(fields: dict[str, object]) -> None:
+    spec = load.load_job_dict(fields)
+    dumped = spec.model_dump(mode="json")
+    assert JobSpec.model_validate(dumped) == spec
+    assert JobSpec.model_validate_json(spec.model_dump_json()) == spec
+    assert load.load_job_dict(dumped) == spec
