@@ -1,0 +1,150 @@
+"""The in-memory store: the same promises as `SqlStore`, for tests and the simulator. Nothing outlives the process.
+
+Values are kept as they came, without encoding; appending costs O(events), whatever else the store holds.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left, insort
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Literal
+
+from jobsched.core.events import Event, Stored, job_id_of
+from jobsched.core.job import Job
+from jobsched.core.resources import JobId
+from jobsched.ports import Appended, JobQuery, Lease, Loaded, Sample
+from jobsched.store.projections import SAMPLES_KEPT, Projections, assert_fenced, check_fence, loaded, next_lease
+
+
+class MemoryStore:
+    """A `Store` in dicts and lists."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._now = Projections()
+        self._log: list[Stored] = []
+        self._history: defaultdict[JobId, list[Stored]] = defaultdict(list)
+        self._live: dict[JobId, Job] = {}
+        self._order: list[tuple[int, JobId]] = []
+        """(submitted_at_ms, id) of every job, sorted: the order of listings."""
+        self._phases: Counter[str] = Counter()
+        self._samples: dict[JobId, deque[Sample]] = {}
+        self._lease = Lease("", 0, 0)
+
+    def append(
+        self, events: Sequence[Event], expected: Mapping[JobId, int] | None = None, fence: int | None = None
+    ) -> Appended:
+        assert_fenced(events, fence)
+        with self._lock:
+            check_fence(fence, self._lease.fence)
+            touched = {job_id: self._now.jobs.get(job_id) for job_id in map(job_id_of, events) if job_id is not None}
+            end = self._now.seq
+            appended = self._now.append(events, expected or {})
+            for stored in appended.stored:
+                if stored.seq > end:
+                    end = stored.seq
+                    self._log.append(stored)
+                    if (job_id := job_id_of(stored.event)) is not None:
+                        self._history[job_id].append(stored)
+            for job_id, before in touched.items():
+                self._refile(before, self._now.jobs.get(job_id))
+            return appended
+
+    def _refile(self, before: Job | None, after: Job | None) -> None:
+        if after is None or after is before:
+            return
+        if before is None:
+            insort(self._order, (after.submitted_at_ms, after.id))
+        else:
+            self._phases[before.phase] -= 1
+        self._phases[after.phase] += 1
+        if after.phase.terminal:
+            self._live.pop(after.id, None)
+        else:
+            self._live[after.id] = after
+
+    def read(self, after: int, limit: int = 10_000) -> Sequence[Stored]:
+        with self._lock:
+            return tuple(self._log[max(0, after) : max(0, after) + limit])
+
+    def history(self, job_id: JobId, after: int = 0, limit: int = 10_000) -> Sequence[Stored]:
+        with self._lock:
+            events = self._history.get(job_id, [])
+            start = bisect_left(events, after + 1, key=lambda s: s.seq)
+            return tuple(events[start : start + limit])
+
+    def load(self) -> Loaded:
+        with self._lock:
+            live = sorted(self._live.values(), key=lambda job: (job.submitted_at_ms, job.id))
+            return loaded(self._now.seq, live, self._now.nodes, list(self._now.queues.values()))
+
+    def job(self, job_id: JobId) -> Job | None:
+        return self._now.jobs.get(job_id)
+
+    def jobs(self, query: JobQuery) -> Sequence[Job]:
+        with self._lock:
+            return tuple(islice(self._select(query), query.limit))
+
+    def _select(self, query: JobQuery) -> Iterator[Job]:
+        end = len(self._order)
+        if query.before is not None:
+            last = self._now.jobs.get(query.before)
+            end = 0 if last is None else bisect_left(self._order, (last.submitted_at_ms, last.id))
+        for place in reversed(range(end)):
+            at_ms, job_id = self._order[place]
+            if query.submitted_after_ms and at_ms <= query.submitted_after_ms:
+                return
+            job = self._now.jobs[job_id]
+            if _selected(job, query):
+                yield job
+
+    def count(self, by: Literal["phase", "queue"] = "phase") -> Mapping[str, int]:
+        with self._lock:
+            if by == "phase":
+                return dict(+self._phases)
+            return dict(Counter(job.spec.queue for job in self._live.values()))
+
+    def add_samples(self, samples: Sequence[Sample]) -> None:
+        with self._lock:
+            for sample in samples:
+                if sample.job_id in self._now.jobs:
+                    self._samples.setdefault(sample.job_id, deque(maxlen=SAMPLES_KEPT)).append(sample)
+
+    def samples(self, job_id: JobId, limit: int = 1_000) -> Sequence[Sample]:
+        with self._lock:
+            kept = self._samples.get(job_id, ())
+            return tuple(islice(kept, max(0, len(kept) - limit), None))
+
+    def lease(self, holder: str, ttl_ms: int, now_ms: int) -> Lease | None:
+        with self._lock:
+            lease = next_lease(self._lease, holder, ttl_ms, now_ms)
+            if lease is not None:
+                self._lease = lease
+            return lease
+
+    def release(self, holder: str) -> None:
+        with self._lock:
+            if self._lease.holder == holder:
+                self._lease = replace(self._lease, holder="", expires_ms=0)
+
+    def last_seq(self) -> int:
+        return self._now.seq
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+
+def _selected(job: Job, query: JobQuery) -> bool:
+    return (
+        (not query.phases or job.phase in query.phases)
+        and query.queue in ("", job.spec.queue)
+        and query.owner in ("", job.owner)
+        and query.name in ("", job.name)
+        and query.array_id in ("", job.array_id)
+        and job.id.startswith(query.id_prefix)
+        and all(job.labels.get(key) == value for key, value in query.labels)
+    )

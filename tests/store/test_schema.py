@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import inspect, text
+
+from jobsched.errors import StoreUnavailable
+from jobsched.store import schema
+from jobsched.store.sql import SqlStore
+from tests.contracts.store import assert_consistent, submitted
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/jobs 100%.db"
+
+
+def test_head_is_the_newest_migration() -> None:
+    scripts = ScriptDirectory(str(Path(schema.__file__).parent / "migrations"))
+    assert scripts.get_current_head() == schema.HEAD
+
+
+def test_the_migrations_make_the_tables_of_the_schema(url: str) -> None:
+    store = SqlStore(url)
+    with store._transaction("read") as connection:
+        assert compare_metadata(MigrationContext.configure(connection), schema.metadata) == []
+        indexes = {(t, i["name"]) for t in schema.metadata.tables for i in inspect(connection).get_indexes(t)}
+    assert indexes == {(t.name, i.name) for t in schema.metadata.tables.values() for i in t.indexes}
+    store.close()
+
+
+def test_down_and_up_again(url: str) -> None:
+    store = SqlStore(url)
+    with store._transaction("write") as connection:
+        schema.migrate(connection, down_to="base")
+        assert set(inspect(connection).get_table_names()) == {"alembic_version"}
+        assert schema.version(connection) is None
+    store.close()
+    store = SqlStore(url)
+    store.append([submitted("a")])
+    assert_consistent(store)
+    store.close()
+
+
+def test_a_failed_migration_leaves_the_database_as_it_was(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("alembic.op.bulk_insert", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        SqlStore(url)
+    monkeypatch.undo()
+    store = SqlStore(url)
+    assert store.append([submitted("a")]).stored[0].seq == 1
+    store.close()
+
+
+def test_a_database_of_a_newer_jobsched_is_refused(url: str) -> None:
+    store = SqlStore(url)
+    with store._transaction("write") as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    store.close()
+    with pytest.raises(StoreUnavailable, match="newer jobsched") as caught:
+        SqlStore(url)
+    assert "upgrade jobsched" in caught.value.hint
+
+
+def test_alembic_is_not_imported_when_there_is_nothing_to_migrate(url: str) -> None:
+    SqlStore(url).close()
+    program = (
+        "import sys; from jobsched.store.sql import SqlStore; SqlStore(sys.argv[1]).close();"
+        "sys.exit('alembic' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program, url], check=True, timeout=60)
