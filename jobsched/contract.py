@@ -31,8 +31,8 @@ class ReplicaEnv:
     """Everything one replica needs to know about itself and its peers.
 
     `rank` counts training replicas (not ps, not evaluator) from 0, chief first; -1 for the others. `role_rank` is the
-    rank within the role. `peers` maps role -> "host:port" per index, including indices of an elastic role that are
-    not running now (up to its max). `coordinator` is "host:port" of rank 0, free for rank 0 to bind. `ports` are the
+    rank within the role. `peers` maps role -> "host:port" per index up to the role's max; an index that has no place
+    yet has an empty address. `coordinator` is "host:port" of rank 0, free for rank 0 to bind. `ports` are the
     named ports. `report` is the address for progress reports: `unix:PATH` (datagrams), `http(s)://…`, or `log:`
     (lines on stdout). Ranks are not stable across attempts; `index` and addresses are, within an attempt.
     """
@@ -68,8 +68,17 @@ class ReplicaEnv:
     scratch_dir: str = ""
     report: str = ""
     token: str = ""
+    """Authorises this replica's reports."""
+    secret: str = ""
+    """Shared by all replicas of the job; peers show it to one another. Empty: the job's id alone must do."""
     array_index: int = -1
     gpu_count: int = 0
+    threads: int = 0
+    """Threads that one process should use: OMP_NUM_THREADS where the user sets none; 0 leaves it alone."""
+    deadline_ms: int = 0
+    """Instant (ms since the epoch) at which the job's time limit ends it; 0: none."""
+    grace_ms: int = 30_000
+    """Longest time between the request for a checkpoint and the stop."""
 
     @property
     def address(self) -> str:
@@ -77,12 +86,20 @@ class ReplicaEnv:
         return self.peers[self.role][self.index]
 
     @property
+    def peer_token(self) -> str:
+        """What a message between replicas must carry, so that a stray process of another job is turned away."""
+        return f"{self.job_id}:{self.secret}"
+
+    @property
     def launch_key(self) -> str:
         return f"{self.job_id}/{self.attempt}/{self.role}/{self.index}/{self.restart}"
 
 
 def to_environ(env: ReplicaEnv, user: Mapping[str, str]) -> dict[str, str]:
-    """The user's variables plus the contract's; where both name one, `USER_WINS` decides. GPU visibility is the backend's."""
+    """The user's variables plus the contract's; where both name one, `USER_WINS` decides.
+
+    GPU visibility is the backend's.
+    """
     host, _, port = env.coordinator.rpartition(":")
     ours = {
         CONTRACT_VARIABLE: json.dumps(asdict(env), separators=(",", ":")),
@@ -108,17 +125,20 @@ def to_environ(env: ReplicaEnv, user: Mapping[str, str]) -> dict[str, str]:
         ours[f"JOBSCHED_PORT_{name.upper()}"] = str(number)
     if env.array_index >= 0:
         ours["JOBSCHED_ARRAY_INDEX"] = str(env.array_index)
+    if env.threads:
+        ours["OMP_NUM_THREADS"] = str(env.threads)
     if env.coordinator:
         ours |= {"MASTER_ADDR": host, "MASTER_PORT": port}
     if env.rank >= 0:
         ours |= {
             "RANK": str(env.rank),
-            "LOCAL_RANK": str(env.local_rank),
+            # Its GPUs are pinned, so a replica that has some is a node of its own: LOCAL_RANK must be a GPU it can see.
+            "LOCAL_RANK": "0" if env.gpu_count else str(env.local_rank),
             "WORLD_SIZE": str(env.world_size * env.procs),
-            "LOCAL_WORLD_SIZE": str(env.local_world_size),
+            "LOCAL_WORLD_SIZE": str(env.procs if env.gpu_count else env.local_world_size),
             "ROLE_RANK": str(env.role_rank),
             "ROLE_WORLD_SIZE": str(env.role_world_size),
-            "GROUP_RANK": str(env.node_rank),
+            "GROUP_RANK": str(env.rank if env.gpu_count else env.node_rank),
         }
         ours |= torchrun_environ(env, host, port)
     ours |= dmlc_environ(env)
@@ -137,16 +157,25 @@ def from_environ(environ: Mapping[str, str]) -> ReplicaEnv | None:
 
 
 def tf_config(env: ReplicaEnv) -> dict[str, object]:
-    """TF_CONFIG: dense, or sparse (a worker sees every ps and itself; a ps only itself) when the role is elastic."""
-    cluster: dict[str, object]
-    if env.sparse:
-        cluster = {"ps": list(env.peers["ps"])} if "ps" in env.peers and env.role != "ps" else {}
-        cluster[env.role] = {str(env.index): env.address}
-    else:
-        cluster = {role: list(addresses) for role, addresses in env.peers.items() if role != "evaluator"}
+    """TF_CONFIG: dense (every declared type is listed), or sparse when a role is elastic: a worker sees every ps and
+    itself, a ps only itself.
+
+    `cluster` keeps the index of a lone task (`{"1": "host:port"}`), which TensorFlow reads; `sparseCluster` is the
+    form that TFJob's dynamic workers read.
+    """
+    task = {"type": env.role, "index": env.index}
+    if not env.sparse:
+        return {
+            "cluster": {role: list(addresses) for role, addresses in env.peers.items()},
+            "task": task,
+            "environment": "cloud",
+        }
+    own = {str(env.index): env.address}
+    servers = list(env.peers.get("ps", ())) if env.role == "worker" else [env.address] if env.role == "ps" else []
     return {
-        "cluster": cluster,
-        "task": {"type": env.role, "index": env.index},
+        "cluster": ({"ps": servers} if env.role == "worker" and servers else {}) | {env.role: own},
+        "sparseCluster": {"worker": own if env.role == "worker" else {}, "ps": servers},
+        "task": task,
         "environment": "cloud",
     }
 
@@ -165,13 +194,13 @@ def torchrun_environ(env: ReplicaEnv, host: str, port: str) -> dict[str, str]:
 
 
 def dmlc_environ(env: ReplicaEnv) -> dict[str, str]:
-    """ps-lite's variables, for jobs with parameter servers; ps 0 also hosts ps-lite's scheduler address."""
+    """ps-lite's variables, for jobs with parameter servers; its scheduler is the job's coordinator address."""
     servers = env.peers.get("ps", ())
     if not servers:
         return {}
     host, _, port = (env.coordinator or servers[0]).rpartition(":")
     return {
-        "DMLC_ROLE": {"ps": "server"}.get(env.role, "worker"),
+        "DMLC_ROLE": {"ps": "server", "scheduler": "scheduler"}.get(env.role, "worker"),
         "DMLC_PS_ROOT_URI": host,
         "DMLC_PS_ROOT_PORT": port,
         "DMLC_NUM_SERVER": str(len(servers)),

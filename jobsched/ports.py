@@ -46,6 +46,8 @@ class Capabilities:
     stacks: bool = False
     limits: str = "none"
     """How CPU and memory limits are enforced: `cgroup v2`, `cgroup v1`, `rlimit`, `container`, `none`."""
+    checkpoint_root: str = ""
+    """Directory or URL under which a job without `checkpoint.dir` keeps its checkpoints, a sub-directory per job id."""
     report: str = ""
     """Address that replicas use for reports, may hold `{key}`."""
 
@@ -110,6 +112,8 @@ class Loaded:
     cordoned: tuple[tuple[NodeName, bool], ...] = ()
     """(node, drain)"""
     queues: tuple[QueueSpec, ...] = ()
+    ended: tuple[tuple[JobId, bool], ...] = ()
+    """For every job that a live one still waits for but that has ended: whether it succeeded."""
 
 
 @dataclass(frozen=True, slots=True)

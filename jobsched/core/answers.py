@@ -95,6 +95,19 @@ class WhyAnswer:
 
 
 @dataclass(frozen=True, slots=True)
+class LogLine:
+    """One line that a replica wrote, without its line end. `offset` is where the line begins in that replica's log."""
+
+    role: str
+    index: int
+    rank: int
+    attempt: int
+    restart: int
+    offset: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class NodeAnswer:
     node: Node
     free: Resources

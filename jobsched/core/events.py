@@ -351,7 +351,7 @@ JobEvent = (
 ClusterEvent = NodeCordoned | NodeUncordoned | QueueDefined | NodeSeen | NodeLost
 Event = JobEvent | ClusterEvent
 
-EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
+EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")], config={"defer_build": True})
 
 
 def is_wish(event: Event) -> bool:

@@ -70,7 +70,7 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Action: stop these replicas, checkpoint signal first, SIGTERM after the acknowledgement or `grace_ms`, then SIGKILL."""
+    """Action: stop these replicas: checkpoint signal, SIGTERM at the acknowledgement or after `grace_ms`, SIGKILL."""
 
     keys: tuple[LaunchKey, ...]
     grace_ms: int
@@ -83,4 +83,11 @@ class AskStacks:
     keys: tuple[LaunchKey, ...]
 
 
-Action = Start | Stop | AskStacks
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Action: the end of these replicas is in the log; the engine may drop them."""
+
+    keys: tuple[LaunchKey, ...]
+
+
+Action = Start | Stop | AskStacks | Forget

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jobsched.core.resources import GpuId, GpuShare, NodeName, Resources
+from jobsched.core.resources import NOTHING, GpuId, GpuShare, NodeName, Resources
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +33,11 @@ class Node:
     address: str = "127.0.0.1"
     port_lo: int = 0
     port_hi: int = 0
+    port_from: int = 0
+    """Where handing out begins (0: at `port_lo`): different per server, so that two on one machine rarely meet."""
     labels: tuple[tuple[str, str], ...] = ()
     taints: tuple[str, ...] = ()
-    foreign: Resources = Resources()
+    foreign: Resources = NOTHING
     foreign_gpus: tuple[GpuShare, ...] = ()
     ready: bool = True
     message: str = ""
@@ -48,7 +50,8 @@ class Node:
 
 
 def kind_matches(kind: str, wanted: tuple[str, ...]) -> bool:
-    """Whether a GPU of `kind` satisfies a request: empty means any whole device; `h100` matches `h100-80gb` but not its MIG slices."""
+    """Whether a GPU of `kind` satisfies a request: empty means any whole device; `h100` matches `h100-80gb`, but not
+    its MIG slices (those are asked for by their full kind)."""
     if not wanted:
         return ":" not in kind
     return any(kind == w or (kind.startswith(w + "-") and ":" not in kind) for w in (k.lower() for k in wanted))

@@ -6,14 +6,13 @@ that from the server's own clock.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from jobsched.core.job import Reason
 from jobsched.core.launch import LaunchKey
 from jobsched.core.node import Node
-from jobsched.core.resources import NodeName
+from jobsched.core.resources import JobId, NodeName
 
 
 class Seen(StrEnum):
@@ -66,6 +65,11 @@ class ReplicaReport:
     stacks: str = ""
     ident: str = ""
     """What the engine calls it: pid, container id, pod name."""
+    ended_age_ms: int = 0
+    """Time since its end, so that the first of several failures can be told."""
+    idle_age_ms: int = -1
+    """Time since its processes last used any CPU, when the engine knows; -1: unknown. A second sign beside a lost
+    heartbeat."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,18 +96,36 @@ class Sight:
     nodes: dict[NodeName, Node] = field(default_factory=dict)
     step_at_ms: dict[LaunchKey, int] = field(default_factory=dict)
     beat_at_ms: dict[LaunchKey, int] = field(default_factory=dict)
+    running_at_ms: dict[LaunchKey, int] = field(default_factory=dict)
+    """When a replica was first seen running."""
+    absent_at_ms: dict[LaunchKey, int] = field(default_factory=dict)
+    """When a replica that had been seen was first missing."""
+    node_absent_at_ms: dict[NodeName, int] = field(default_factory=dict)
+    ordered_at_ms: dict[LaunchKey, int] = field(default_factory=dict)
+    """When this process last ordered a start of a replica that has not been seen yet."""
+    observed_at_ms: int = 0
+    by_job: dict[JobId, set[LaunchKey]] = field(default_factory=dict)
 
-    def fold(self, observation: Observation, now_ms: int) -> tuple[set[LaunchKey], set[NodeName]]:
-        """Apply; returns keys and nodes that appeared, changed or went. O(size of the observation), plus O(known) when full."""
-        keys: set[LaunchKey] = set()
+    def fold(self, observation: Observation, now_ms: int) -> tuple[set[JobId], set[NodeName]]:
+        """Apply; returns jobs and nodes of which something appeared, changed or went. O(size of the observation), plus
+        O(known replicas) when it is full."""
+        jobs: set[JobId] = set()
         names: set[NodeName] = set()
         for report in observation.replicas:
-            if self.replicas.get(report.key) != report:
-                keys.add(report.key)
-            self.replicas[report.key] = report
+            key = report.key
+            job_id = JobId(key.split("/", 1)[0])
+            if self.replicas.get(key) != report:
+                jobs.add(job_id)
+            self.replicas[key] = report
+            self.by_job.setdefault(job_id, set()).add(key)
+            self.absent_at_ms.pop(key, None)
+            self.ordered_at_ms.pop(key, None)
+            if report.state is not Seen.STARTING:
+                self.running_at_ms.setdefault(key, now_ms)
             if report.progress is not None:
-                self.step_at_ms[report.key] = now_ms - report.progress.step_age_ms
-                self.beat_at_ms[report.key] = now_ms - report.progress.beat_age_ms
+                if report.progress.step >= 0:
+                    self.step_at_ms[key] = now_ms - report.progress.step_age_ms
+                self.beat_at_ms[key] = now_ms - report.progress.beat_age_ms
         gone = set(observation.gone)
         lost_nodes = set(observation.gone_nodes)
         if observation.full:
@@ -112,16 +134,28 @@ class Sight:
             lost_nodes |= self.nodes.keys() - {n.name for n in observation.nodes}
         for key in gone:
             if self.replicas.pop(key, None) is not None:
-                keys.add(key)
-            self.step_at_ms.pop(key, None)
-            self.beat_at_ms.pop(key, None)
+                self.absent_at_ms[key] = now_ms
+                jobs.add(JobId(key.split("/", 1)[0]))
         for node in observation.nodes:
+            self.node_absent_at_ms.pop(node.name, None)
             if self.nodes.get(node.name) != node:
                 names.add(node.name)
                 self.nodes[node.name] = node
         for name in lost_nodes:
             if self.nodes.pop(name, None) is not None:
+                self.node_absent_at_ms[name] = now_ms
                 names.add(name)
-        return keys, names
+        self.observed_at_ms = now_ms
+        return jobs, names
 
+    def forget_job(self, job_id: JobId) -> None:
+        """Drop what is remembered of a job none of whose replicas exist any more."""
+        for key in self.by_job.pop(job_id, ()):
+            self.replicas.pop(key, None)
+            for instants in (self.step_at_ms, self.beat_at_ms, self.running_at_ms, self.absent_at_ms,
+                             self.ordered_at_ms):
+                instants.pop(key, None)
 
+    def alive(self, key: LaunchKey) -> bool:
+        report = self.replicas.get(key)
+        return report is not None and report.state is not Seen.EXITED

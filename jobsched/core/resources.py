@@ -46,6 +46,9 @@ class Resources:
         )
 
 
+NOTHING = Resources()
+
+
 @dataclass(frozen=True, slots=True)
 class GpuShare:
     """Part (or all, 1000) of one GPU, given to one replica."""

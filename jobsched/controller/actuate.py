@@ -1,0 +1,47 @@
+"""Actuate: carry out converge's actions on a backend. Every act is idempotent, so nothing is remembered here."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import assert_never
+
+from jobsched.core.launch import Action, AskStacks, Forget, Launch, Start, Stop, parse_key
+from jobsched.core.observation import Sight
+from jobsched.ports import Backend
+
+
+def actuate(backend: Backend, actions: Iterable[Action], sight: Sight, now_ms: int, secret: bytes) -> None:
+    """Stops first, so that what they free is free when the starts arrive. Raises BackendUnreachable: the rest is done
+    by the next tick."""
+    starts: list[Launch] = []
+    for action in actions:
+        match action:
+            case Stop(keys, grace_ms):
+                backend.stop(keys, grace_ms)
+            case AskStacks(keys):
+                backend.ask_stacks(keys)
+            case Forget(keys):
+                backend.forget(keys)
+            case Start(launches):
+                starts += launches
+            case _:
+                assert_never(action)
+    if starts:
+        for launch in starts:
+            sight.ordered_at_ms[launch.key] = now_ms
+            sight.by_job.setdefault(parse_key(launch.key).job_id, set()).add(launch.key)
+        backend.start([_with_secrets(launch, secret) for launch in starts])
+
+
+def _with_secrets(launch: Launch, secret: bytes) -> Launch:
+    """Each attempt has a token that lets its replicas report; each job a secret by which they know each other."""
+    parts = parse_key(launch.key)
+
+    def derived(purpose: str) -> str:
+        return hmac.new(secret, purpose.encode(), hashlib.sha256).hexdigest()[:32]
+
+    token, shared = derived(f"attempt/{parts.job_id}/{parts.attempt}"), derived(f"job/{parts.job_id}")
+    return replace(launch, contract=replace(launch.contract, token=token, secret=shared))

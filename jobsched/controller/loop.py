@@ -1,0 +1,422 @@
+"""The controller: the one loop that joins the pure functions to the three ports.
+
+`tick()`: read news -> observe -> judge -> append -> schedule -> append -> converge -> act. Always forward: intent is
+stored before any act, so a crash anywhere is healed by the next tick. `run()` repeats it on a thread while this process
+leads; a follower only folds the news. The simulator calls `tick()` itself.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import structlog
+
+from jobsched.controller.actuate import actuate
+from jobsched.controller.leader import DEFAULT_TTL_MS, Leader
+from jobsched.controller.telemetry import Sampler, progress_of
+from jobsched.core import events as ev
+from jobsched.core.answers import JobProgress
+from jobsched.core.cluster import Cluster
+from jobsched.core.converge import Addresses, converge
+from jobsched.core.job import ReplicaState
+from jobsched.core.judge import Senses, judge, judge_nodes
+from jobsched.core.launch import launch_key
+from jobsched.core.observation import Observation, Sight
+from jobsched.core.resources import JobId, NodeName
+from jobsched.core.schedule import Policy, schedule
+from jobsched.core.timers import Timers, deadline
+from jobsched.errors import StaleFence, Unreachable
+from jobsched.ports import Backend, Clock, Store
+from jobsched.spec.queue import QueueSpec
+
+log = structlog.get_logger("jobsched.controller")
+
+JUDGE_ROUNDS = 8
+"""Judging an event may call for judging another job (dependencies); more rounds than this wait for the next tick."""
+OBSERVE_WAIT_MS = 1_000
+NO_NEWS = Observation(full=False)
+RETRY_MS = 1_000
+IDLE_MS = 10_000
+"""Longest sleep: a tick without news is cheap."""
+
+Listener = Callable[[Sequence[ev.Stored], frozenset[JobId]], None]
+"""Called after a tick with the new events and the jobs whose progress changed. Must return at once."""
+
+
+@dataclass(slots=True)
+class Health:
+    """What `doctor` and the metrics tell of the loop."""
+
+    ticks: int = 0
+    last_tick_ms: float = 0.0
+    store_error: str = ""
+    backend_error: str = ""
+    rejected: int = 0
+
+
+@dataclass(slots=True)
+class _State:
+    """What is folded from the log; dropped as a whole and read again when anything went wrong."""
+
+    cluster: Cluster
+    nodes_known: bool = False
+    """Whether the log has been told of every node sighted since this state was loaded."""
+    timers: Timers = field(default_factory=Timers)
+    sampler: Sampler = field(default_factory=Sampler)
+
+
+class Controller:
+    def __init__(
+        self,
+        store: Store,
+        backend: Backend,
+        clock: Clock,
+        policy: Policy | None = None,
+        *,
+        queues: Iterable[QueueSpec] = (QueueSpec(),),
+        holder: str = "local",
+        lease_ttl_ms: int = DEFAULT_TTL_MS,
+        secret: bytes = b"",
+        idle_ms: int = IDLE_MS,
+        node_grace_ms: int | None = None,
+    ) -> None:
+        self._store = store
+        self._backend = backend
+        self._clock = clock
+        self._policy = policy or Policy()
+        self._queues = tuple(queues)
+        self._secret = secret
+        self._idle_ms = idle_ms
+        self._leader = Leader(store, holder, lease_ttl_ms)
+        self._lock = threading.RLock()
+        self._wake = threading.Event()
+        self._stopping = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._inbox: deque[Observation] = deque()
+        self._sight = Sight()
+        self._observer_runs = False
+        self._listeners: list[Listener] = []
+        self._state: _State | None = None
+        self._fence: int | None = None
+        self._looks = 0
+        """Successful observations so far."""
+        self._looks_wanted = 1
+        """A leader decides nothing before its first look since it leads: what it saw in an earlier reign is stale."""
+        self._stale = False
+        self.health = Health()
+        caps = backend.capabilities
+        self._senses = Senses(caps.absence_is_final, node_grace_ms or caps.lost_after_ms)
+        self._addresses = Addresses(caps.name_template, caps.checkpoint_root)
+
+    # ---- life ----
+
+    def start(self) -> None:
+        """Run on threads of its own until `stop`."""
+        self._observer_runs = True
+        for name, target in (("controller", self._run), ("observer", self._observe_for_ever)):
+            thread = threading.Thread(target=target, name=f"jobsched-{name}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """End the loop and hand the lease over. Running replicas go on."""
+        self._stopping.set()
+        self._wake.set()
+        for thread in self._threads:
+            thread.join(timeout_s)
+        try:
+            self._leader.release()
+        except Unreachable as error:
+            log.warning("lease not released", error=error.message)
+
+    def wake(self) -> None:
+        """Look now: something was appended."""
+        self._wake.set()
+
+    def subscribe(self, listener: Listener) -> Callable[[], None]:
+        """Call `listener` after every tick that brought something; returns how to stop that."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
+
+    # ---- questions, under the lock ----
+
+    @property
+    def leading(self) -> bool:
+        return self._fence is not None
+
+    @contextmanager
+    def view(self) -> Iterator[tuple[Cluster, Sight]]:
+        """The folded state, to be read and let go quickly: the loop waits meanwhile."""
+        with self._lock:
+            state = self._state
+            yield state.cluster if state is not None else Cluster(), self._sight
+
+    def progress(self, job_id: JobId) -> JobProgress | None:
+        """Progress of an active job; None for others."""
+        with self._lock:
+            job = self._state.cluster.jobs.get(job_id) if self._state else None
+            if job is None or self._state is None or not job.phase.active:
+                return None
+            return progress_of(job, self._sight, self._clock.now_ms())
+
+    # ---- the loop ----
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                wait_ms = self.tick()
+                self.health.store_error = ""
+            except StaleFence:
+                log.warning("another leader took over")
+                self._step_down()
+                wait_ms = RETRY_MS
+            except Unreachable as error:
+                # Whether the last append was written is unknown: until it is read again, memory serves readers only.
+                self._stale = True
+                self.health.store_error = error.message
+                log.warning("store unreachable; nothing is decided meanwhile", error=error.message)
+                wait_ms = RETRY_MS
+            except Exception:
+                log.exception("tick failed; state is read again from the store")
+                self._step_down()
+                wait_ms = RETRY_MS
+            self._clock.wait_until(self._clock.now_ms() + wait_ms, self._wake)
+
+    def _observe_for_ever(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                observation = self._backend.observe(OBSERVE_WAIT_MS)
+                self.health.backend_error = ""
+            except Unreachable as error:
+                self.health.backend_error = error.message
+                log.warning("backend unreachable; its replicas are left as they are", error=error.message)
+                self._stopping.wait(RETRY_MS / 1000)
+                continue
+            except Exception:
+                log.exception("observation failed")
+                self._stopping.wait(RETRY_MS / 1000)
+                continue
+            if observation != NO_NEWS:
+                self._inbox.append(observation)
+            self._looks += 1
+            if observation != NO_NEWS or self._looks == self._looks_wanted:
+                self._wake.set()
+
+    def _step_down(self) -> None:
+        self._stale, self._fence = True, None
+        self._leader.drop()
+
+    def tick(self) -> int:
+        """One round; returns for how many milliseconds nothing needs to be done unless something happens.
+
+        Only this thread changes the state, and only under the lock; store and backend are called without it, so that
+        readers wait for computing, never for a disk or an engine.
+        """
+        now = self._clock.now_ms()
+        self._wake.clear()
+        fence = self._leader.hold(now)
+        if fence is not None and fence != self._fence:
+            self._looks_wanted = self._looks + 1
+        if self._state is None or self._stale or (fence is not None and fence != self._fence):
+            fresh = self._load()
+            with self._lock:
+                self._state, self._stale = fresh, False
+        self._fence = fence
+        state = self._state
+        news = self._read_news(state)
+        progressed: frozenset[JobId] = frozenset()
+        if fence is not None:
+            progressed = self._decide(state, fence, now, news)
+        self.health.ticks += 1
+        self.health.last_tick_ms = self._clock.now_ms() - now
+        if news or progressed:
+            for listener in tuple(self._listeners):
+                listener(news, progressed)
+        return 0 if self._wake.is_set() else self._pause_ms(state, now)
+
+    def _load(self) -> _State:
+        loaded = self._store.load()
+        cluster = Cluster.of(
+            loaded.jobs, loaded.nodes, loaded.queues, loaded.lost_nodes, loaded.cordoned, loaded.ended, loaded.seq,
+            self._policy.rank,
+        )  # fmt: skip
+        cluster.touched.update(dict.fromkeys(cluster.jobs))
+        self._note_absent(cluster, self._clock.now_ms())
+        return _State(cluster)
+
+    def _decide(self, state: _State, fence: int, now: int, news: list[ev.Stored]) -> frozenset[JobId]:
+        cluster, sight = state.cluster, self._sight
+        self._define_queues(state, fence, now, news)
+        observations = self._observations()
+        with self._lock:
+            seen_jobs, seen_nodes = self._fold(state, observations, now)
+            if self._looks < self._looks_wanted:
+                cluster.touched.update(dict.fromkeys(sorted(seen_jobs)))
+                return frozenset(seen_jobs)
+            events = judge_nodes(cluster, sight, seen_nodes, now, self._senses)
+        self._append(state, events, fence, news)
+        state.nodes_known = True
+        with self._lock:
+            look = self._to_look_at(state, seen_jobs, now)
+        everyone = dict(look)
+        for _ in range(JUDGE_ROUNDS):
+            with self._lock:
+                cluster.touched.clear()
+                found = judge(cluster, sight, look, now, self._senses)
+                samples = state.sampler.samples(cluster, sight, look, now)
+            if samples:
+                self._store.add_samples(samples)
+            if not found:
+                break
+            self._append(state, found, fence, news)
+            look = dict(cluster.touched)
+            everyone |= look
+        with self._lock:
+            plan = schedule(cluster, now, self._policy)
+        self._append(state, plan.decisions, fence, news)
+        with self._lock:
+            everyone |= cluster.touched
+            cluster.touched.clear()
+            actions = converge(cluster, sight, everyone, now, self._addresses)
+        try:
+            actuate(self._backend, actions, sight, now, self._secret)
+        except Unreachable as error:
+            self.health.backend_error = error.message
+            log.warning("backend unreachable; its replicas are left as they are", error=error.message)
+            cluster.touched.update(everyone)
+        with self._lock:
+            self._arm(state, everyone, now)
+        if len(plan.decisions) >= self._policy.batch:
+            self._wake.set()
+        return frozenset(seen_jobs)
+
+    def _fold(
+        self, state: _State, observations: Iterable[Observation], now: int
+    ) -> tuple[set[JobId], set[NodeName]]:
+        """Jobs and nodes that the observations bring news of; absent nodes are looked at until they are lost."""
+        cluster, sight = state.cluster, self._sight
+        seen_jobs: set[JobId] = set()
+        seen_nodes = set(sight.node_absent_at_ms)
+        if not state.nodes_known:
+            seen_nodes |= sight.nodes.keys()
+        for observation in observations:
+            jobs, nodes = sight.fold(observation, now)
+            seen_jobs |= jobs
+            seen_nodes |= nodes
+            if observation.full:
+                self._note_absent(cluster, now)
+                seen_jobs.update(job_id for job_id, job in cluster.jobs.items() if job.phase.active)
+                seen_nodes.update(cluster.nodes)
+        return seen_jobs, seen_nodes
+
+    @staticmethod
+    def _to_look_at(state: _State, seen_jobs: Iterable[JobId], now: int) -> dict[JobId, None]:
+        """Jobs that an event, an observation, a timer, a lost or a draining node names, in a definite order."""
+        cluster = state.cluster
+        look = dict.fromkeys([*cluster.touched, *sorted(seen_jobs), *state.timers.due(now)])
+        draining = (name for name, drain in cluster.cordoned.items() if drain)
+        for name in sorted({*cluster.lost, *draining}):
+            look |= dict.fromkeys(cluster.jobs_on(name))
+        return look
+
+    def _arm(self, state: _State, job_ids: Iterable[JobId], now: int) -> None:
+        """Set the jobs' next deadlines; forget what was sighted of those that are gone."""
+        sight = self._sight
+        for job_id in job_ids:
+            job = state.cluster.jobs.get(job_id)
+            state.timers.arm(job_id, None if job is None else deadline(job, sight, now, self._senses))
+            if (job is None or not job.phase.active) and not any(
+                key in sight.replicas for key in sight.by_job.get(job_id, ())
+            ):
+                sight.forget_job(job_id)
+
+    def _note_absent(self, cluster: Cluster, now: int) -> None:
+        """What the log expects and a full observation did not show is absent from now on."""
+        sight = self._sight
+        if not sight.observed_at_ms:
+            return
+        for name in cluster.nodes:
+            if name not in sight.nodes and name not in cluster.lost:
+                sight.node_absent_at_ms.setdefault(name, now)
+        for job in cluster.jobs.values():
+            for r in job.replicas.values():
+                key = launch_key(job.id, job.attempt, r.role, r.index, r.restart)
+                if r.state is ReplicaState.RUNNING and key not in sight.replicas:
+                    sight.absent_at_ms.setdefault(key, now)
+
+    def _define_queues(self, state: _State, fence: int, now: int, news: list[ev.Stored]) -> None:
+        changed = [q for q in self._queues if state.cluster.queues.get(q.name) != q]
+        if changed:
+            self._append(state, [ev.QueueDefined(now, queue) for queue in changed], fence, news)
+
+    def _observations(self) -> list[Observation]:
+        if not self._observer_runs:
+            try:
+                observation = self._backend.observe()
+            except Unreachable as error:
+                self.health.backend_error = error.message
+                return []
+            self.health.backend_error = ""
+            self._looks += 1
+            return [observation]
+        found = []
+        while self._inbox:
+            found.append(self._inbox.popleft())
+        return found
+
+    # ---- the log ----
+
+    def _read_news(self, state: _State) -> list[ev.Stored]:
+        news: list[ev.Stored] = []
+        while batch := self._store.read(state.cluster.seq):
+            with self._lock:
+                for stored in batch:
+                    state.cluster.evolve(stored.event, stored.seq)
+            news += batch
+        return news
+
+    def _append(self, state: _State, events: Sequence[ev.Event], fence: int, news: list[ev.Stored]) -> None:
+        """Write decisions, then fold what the log now holds: usually exactly these, else wishes in between too."""
+        if not events:
+            return
+        jobs = state.cluster.jobs
+        ids = dict.fromkeys(job_id for event in events if (job_id := ev.job_id_of(event)) is not None)
+        expected = {job_id: jobs[job_id].version for job_id in ids if job_id in jobs}
+        result = self._store.append(events, expected, fence)
+        for rejected in result.rejected:
+            self.health.rejected += 1
+            log.info("job changed meanwhile; decided again next tick", job=rejected.job_id)
+            self._wake.set()
+        stored = result.stored
+        if stored and stored[0].seq == state.cluster.seq + 1 and stored[-1].seq == state.cluster.seq + len(stored):
+            with self._lock:
+                for entry in stored:
+                    state.cluster.evolve(entry.event, entry.seq)
+            news += stored
+        else:
+            news += self._read_news(state)
+
+    # ---- time ----
+
+    def _pause_ms(self, state: _State, now: int) -> int:
+        instants = [now + self._idle_ms, self._leader.next_ms(now)]
+        deciding = self._fence is not None and self._looks >= self._looks_wanted
+        if not deciding:  # a follower, or a leader that has not looked yet: no deadline is its own
+            retry = [] if self._fence is None else [now + RETRY_MS]
+            return max(0, min([*instants, *retry]) - self._clock.now_ms())
+        wake = state.timers.next_wake()
+        if wake is not None:
+            instants.append(wake)
+        if state.cluster.next_pass_ms > now:
+            instants.append(state.cluster.next_pass_ms)
+        if state.cluster.parked:
+            instants.append(state.cluster.parked[0][0])
+        absent = self._sight.node_absent_at_ms
+        if absent and not self._senses.absence_is_final:
+            instants.append(min(absent.values()) + self._senses.lost_after_ms)
+        return max(0, min(instants) - self._clock.now_ms())
+

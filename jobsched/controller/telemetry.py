@@ -1,0 +1,82 @@
+"""Telemetry: progress of running jobs from what was sighted, and its sampling into the store's side table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from jobsched.core.answers import JobProgress, ReplicaProgress
+from jobsched.core.cluster import Cluster
+from jobsched.core.job import Job
+from jobsched.core.judge import ranks
+from jobsched.core.launch import launch_key
+from jobsched.core.observation import Progress, Sight
+from jobsched.core.resources import JobId
+from jobsched.ports import Sample
+
+SAMPLE_EVERY_MS = 1_000
+
+
+def progress_of(job: Job, sight: Sight, now_ms: int) -> JobProgress:
+    """The job's progress now. O(its replicas)."""
+    rank = ranks(job)
+    rows: list[ReplicaProgress] = []
+    best: tuple[int, int, Progress] | None = None
+    for replica in sorted(job.replicas.values(), key=lambda r: (r.role, r.index)):
+        key = launch_key(job.id, job.attempt, replica.role, replica.index, replica.restart)
+        report = sight.replicas.get(key)
+        progress = report.progress if report else None
+        stepped, beat = sight.step_at_ms.get(key), sight.beat_at_ms.get(key)
+        rows.append(
+            ReplicaProgress(
+                role=replica.role,
+                index=replica.index,
+                rank=rank.get(replica.id, -1),
+                node=str(replica.binding.node) if replica.binding else "",
+                state=str(report.state) if report else str(replica.state),
+                restart=replica.restart,
+                ident=report.ident if report else "",
+                step=progress.step if progress else -1,
+                step_age_ms=now_ms - stepped if stepped is not None else -1,
+                beat_age_ms=now_ms - beat if beat is not None else -1,
+                metrics=progress.metrics if progress else (),
+            )
+        )
+        if progress is not None and progress.step >= 0 and replica.id in rank:
+            mine = (progress.step, -rank[replica.id], progress)
+            if best is None or mine[:2] > best[:2]:
+                best = mine
+    if best is None:
+        return JobProgress(world_size=len(rank), replicas=tuple(rows))
+    newest = best[2]
+    return JobProgress(newest.step, newest.total, newest.world_size or len(rank), newest.metrics, tuple(rows))
+
+
+class Sampler:
+    """At most one sample a second and job, and always the last one of an attempt."""
+
+    def __init__(self) -> None:
+        self._last: dict[JobId, Sample] = {}
+
+    def samples(self, cluster: Cluster, sight: Sight, job_ids: Iterable[JobId], now_ms: int) -> list[Sample]:
+        found: list[Sample] = []
+        for job_id in job_ids:
+            job = cluster.jobs.get(job_id)
+            if job is None or not job.phase.active:
+                self._last.pop(job_id, None)
+                continue
+            progress = progress_of(job, sight, now_ms)
+            if progress.step < 0:
+                continue
+            last = self._last.get(job_id)
+            sample = Sample(
+                job_id, now_ms, job.attempt, progress.step, progress.total, progress.world_size, progress.metrics
+            )
+            if last is not None and (last.attempt, last.step, last.metrics) == (
+                sample.attempt, sample.step, sample.metrics,
+            ):  # fmt: skip
+                continue
+            ending = job.outcome is not None or any(r.exit_code is not None for r in job.replicas.values())
+            if last is None or ending or now_ms - last.at_ms >= SAMPLE_EVERY_MS:
+                self._last[job_id] = sample
+                found.append(sample)
+        return found

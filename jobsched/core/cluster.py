@@ -1,0 +1,376 @@
+"""The cluster: current state, folded from events by `evolve`, with the indexes that keep every tick cheap.
+
+One leader owns one `Cluster` in memory. `evolve` is the only way it changes; applying an event costs O(1) in the number
+of jobs (O(log n) for the ordered indexes) and O(replicas) of the event's own job. Ended jobs leave memory at once: the
+store's projections serve them.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from jobsched.core import events as ev
+from jobsched.core.job import Binding, Job, Phase, Replica, ReplicaId, RoleShape, Shape
+from jobsched.core.ledger import Ledger
+from jobsched.core.lifecycle import evolve_job
+from jobsched.core.node import Node
+from jobsched.core.resources import JobId, NodeName
+from jobsched.core.shape import shape_of_job
+from jobsched.spec.queue import QueueSpec
+
+ENDED_KEPT = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class LineKey:
+    """Jobs that the scheduler need not tell apart but by age: same queue, priority, shape, array."""
+
+    queue: str
+    priority: int
+    shape: Shape
+    array_id: str = ""
+
+
+class Place(NamedTuple):
+    """A job's place in its line: lower rank first, then older."""
+
+    rank: int
+    submitted_at_ms: int
+    job_id: JobId
+
+
+class Standing(NamedTuple):
+    """Where a job stood in the last re-plan."""
+
+    level: int
+    place: int
+
+
+@dataclass(slots=True)
+class Service:
+    """GPU time that a job has attained: held since its first placement, in thousandths of a GPU times milliseconds."""
+
+    milli_ms: int = 0
+    since_ms: int = 0
+    milli: int = 0
+
+    def at(self, now_ms: int) -> int:
+        return self.milli_ms + self.milli * max(0, now_ms - self.since_ms)
+
+
+Rank = Callable[[Job], int]
+"""What decides between like jobs before their age: a policy's estimate of how long each will take, for example. Asked
+when a job joins its line."""
+
+
+def equal_rank(job: Job) -> int:
+    """Age alone decides."""
+    return 0
+
+
+@dataclass(slots=True)
+class Line:
+    """One line of like jobs, best rank and oldest first."""
+
+    key: LineKey
+    places: list[Place] = field(default_factory=list)
+    blocked_at: int = -1
+    """`Ledger.freed_for` its shape when its head was last found not to fit; equal means: not worth another try."""
+    refused_at: int = -1
+    """`Ledger.freed` when its head was last over a quota or limit."""
+
+
+@dataclass(slots=True)
+class Cluster:
+    seq: int = 0
+    """Position in the log that this state is folded up to."""
+    jobs: dict[JobId, Job] = field(default_factory=dict)
+    """Live jobs only."""
+    nodes: dict[NodeName, Node] = field(default_factory=dict)
+    lost: set[NodeName] = field(default_factory=set)
+    cordoned: dict[NodeName, bool] = field(default_factory=dict)
+    """Cordoned node -> whether it drains."""
+    queues: dict[str, QueueSpec] = field(default_factory=dict)
+    ledger: Ledger = field(default_factory=Ledger)
+
+    lines: dict[LineKey, Line] = field(default_factory=dict)
+    """Jobs that may start now."""
+    lines_of: dict[str, dict[LineKey, Line]] = field(default_factory=dict)
+    """The same by queue; queues without waiting jobs are absent."""
+    stuck: dict[str, Line] = field(default_factory=dict)
+    """Queue whose first line was found not to fit, where that stops the whole queue; forgotten when a job comes or
+    goes."""
+    parked: list[tuple[int, JobId]] = field(default_factory=list)
+    """Heap of (not_before_ms, job) for queued jobs in backoff; stale entries are skipped."""
+    growing: dict[JobId, int] = field(default_factory=dict)
+    """Running jobs with fewer replicas than wanted -> `Ledger.freed` when they were last found not to fit."""
+    touched: dict[JobId, None] = field(default_factory=dict)
+    """Jobs changed since the controller last converged them."""
+    on_node: dict[NodeName, dict[tuple[JobId, ReplicaId], tuple[Binding, RoleShape]]] = field(default_factory=dict)
+    dependents: dict[JobId, list[JobId]] = field(default_factory=dict)
+    ended: dict[JobId, bool] = field(default_factory=dict)
+    """Recently ended job -> whether it succeeded; what jobs that wait for it are told."""
+    queue_gpu_milli: dict[str, int] = field(default_factory=dict)
+    """GPUs held per queue."""
+    array_active: dict[str, int] = field(default_factory=dict)
+    """Active members per array."""
+    rank: Rank = equal_rank
+    standing: dict[JobId, Standing] = field(default_factory=dict)
+    """Where each runnable job stood in the last re-plan; scratch of `policies.preemption`."""
+    next_pass_ms: int = 0
+    """When the order of a re-plan changes by itself; 0: not before something happens."""
+    service: dict[JobId, Service] = field(default_factory=dict)
+    """Attained service of live jobs that were placed once."""
+    joined: int = 0
+    """Rises whenever a job joins a line."""
+    ever_fits: dict[Shape, str] = field(default_factory=dict)
+    """On an `emptied` cluster: shape -> why it does not fit even there ("" when it does)."""
+    _emptied: Cluster | None = None
+    _place: dict[JobId, tuple[LineKey, Place]] = field(default_factory=dict)
+    _shape: dict[JobId, Shape] = field(default_factory=dict)
+    _pools: dict[tuple[object, ...], frozenset[NodeName]] = field(default_factory=dict)
+
+    # ---- evolve ----
+
+    def evolve(self, event: ev.Event, seq: int = 0) -> None:
+        """Apply one event. The only way in."""
+        if seq:
+            self.seq = seq
+        match event:
+            case ev.NodeSeen(node=node):
+                self._put_node(node)
+            case ev.NodeLost(node=name):
+                self.lost.add(name)
+                self.ledger.drop_node(name)
+                self._pools.clear()
+            case ev.NodeCordoned(node=name, drain=drain):
+                self.cordoned[name] = drain
+                self._regroup()
+            case ev.NodeUncordoned(node=name):
+                self.cordoned.pop(name, None)
+                self._regroup()
+            case ev.QueueDefined(queue=queue):
+                self.queues[queue.name] = queue
+                self._regroup()
+            case _:
+                before = self.jobs.get(event.job_id)
+                self._replace_job(before, evolve_job(before, event), event.at_ms)
+
+    @classmethod
+    def of(
+        cls,
+        jobs: Iterable[Job],
+        nodes: Iterable[Node],
+        queues: Iterable[QueueSpec],
+        lost: Iterable[NodeName] = (),
+        cordoned: Iterable[tuple[NodeName, bool]] = (),
+        ended: Iterable[tuple[JobId, bool]] = (),
+        seq: int = 0,
+        rank: Rank = equal_rank,
+    ) -> Cluster:
+        """From a store's projections; equal to folding the log up to `seq`."""
+        cluster = cls(seq=seq, cordoned=dict(cordoned), ended=dict(ended), rank=rank)
+        for queue in queues:
+            cluster.queues[queue.name] = queue
+        for node in nodes:
+            cluster._put_node(node)
+        for name in lost:
+            cluster.lost.add(name)
+            cluster.ledger.drop_node(name)
+        for job in jobs:
+            cluster._replace_job(None, job, job.running_since_ms or job.attempt_started_at_ms)
+        return cluster
+
+    def _regroup(self) -> None:
+        """What may be bound where has changed: everything is worth another try."""
+        self.ledger.unblock()
+        self._pools.clear()
+
+    def emptied(self) -> Cluster:
+        """The same nodes, all healthy and without any job; kept until a node changes. What could ever fit fits there."""
+        if self._emptied is None:
+            self._emptied = Cluster()
+            for node in self.nodes.values():
+                self._emptied._put_node(node)
+        return self._emptied
+
+    def _put_node(self, node: Node) -> None:
+        self._emptied = None
+        self._pools.clear()
+        self.nodes[node.name] = node
+        self.lost.discard(node.name)
+        self.ledger.put_node(node, self.on_node.get(node.name, {}).values())
+
+    def _replace_job(self, before: Job | None, after: Job, at_ms: int) -> None:
+        job_id = after.id
+        self.touched[job_id] = None
+        if before is not None and not before.phase.active:
+            self._leave_line(before)
+        old = before.replicas if before is not None else {}
+        if old is not after.replicas:
+            self._rebind(before, after, at_ms)
+        if before is None or before.phase is not after.phase:
+            self._count_array(before, after)
+        if after.phase.terminal:
+            self._remember_end(after)
+            self.jobs.pop(job_id, None)
+            self.growing.pop(job_id, None)
+            self._shape.pop(job_id, None)
+            self.service.pop(job_id, None)
+            return
+        self.jobs[job_id] = after
+        if before is None:
+            for dependency in after.waiting_for:
+                self.dependents.setdefault(dependency, []).append(job_id)
+        if before is None or before.wanted is not after.wanted:
+            self._shape[job_id] = shape_of_job(after)
+        if after.phase is Phase.QUEUED:
+            self._join_line(after)
+        if after.phase is Phase.RUNNING and missing_replicas(after):
+            self.growing[job_id] = -1
+        else:
+            self.growing.pop(job_id, None)
+
+    def _remember_end(self, job: Job) -> None:
+        self.ended[job.id] = job.phase is Phase.SUCCEEDED
+        if len(self.ended) > ENDED_KEPT:
+            self.ended.pop(next(iter(self.ended)))
+        self.touched.update(dict.fromkeys(self.dependents.pop(job.id, ())))
+
+    def _rebind(self, before: Job | None, after: Job, at_ms: int) -> None:
+        """Keep ledger, node index and queue usage true when a job's replicas change."""
+        old = before.replicas if before is not None else {}
+        shape = self._shape.get(after.id) or shape_of_job(after)
+        roles = {r.role: r for r in shape.roles}
+        service = self.service.get(after.id)
+        if service is None:
+            service = self.service[after.id] = Service()
+        service.milli_ms, service.since_ms = service.at(at_ms), at_ms
+        for rid, replica in old.items():
+            now = after.replicas.get(rid)
+            if replica.binding is not None and (now is None or now.binding is not replica.binding):
+                self._book(after, replica, roles[replica.role], -1)
+        for rid, replica in after.replicas.items():
+            was = old.get(rid)
+            if replica.binding is not None and (was is None or was.binding is not replica.binding):
+                self._book(after, replica, roles[replica.role], +1)
+
+    def _book(self, job: Job, replica: Replica, role: RoleShape, sign: int) -> None:
+        binding = replica.binding
+        assert binding is not None
+        on_node = self.on_node.setdefault(binding.node, {})
+        if sign > 0:
+            on_node[(job.id, replica.id)] = (binding, role)
+            self.ledger.take(binding, role)
+        else:
+            del on_node[(job.id, replica.id)]
+            self.ledger.give(binding, role)
+        queue, milli = job.spec.queue, sign * sum(share.milli for share in binding.gpus)
+        self.queue_gpu_milli[queue] = self.queue_gpu_milli.get(queue, 0) + milli
+        self.service[job.id].milli += milli
+
+    def _count_array(self, before: Job | None, after: Job) -> None:
+        if not after.array_id:
+            return
+        was = before is not None and before.phase.active
+        change = after.phase.active - was
+        self.array_active[after.array_id] = self.array_active.get(after.array_id, 0) + change
+
+    # ---- lines ----
+
+    def _join_line(self, job: Job) -> None:
+        if job.held or job.waiting_for or job.cancel_by:
+            return
+        if job.not_before_ms:
+            heapq.heappush(self.parked, (job.not_before_ms, job.id))
+            return
+        self._line_up(job)
+
+    def _line_up(self, job: Job) -> None:
+        key = LineKey(job.spec.queue, job.priority, self._shape[job.id], job.array_id)
+        line = self.lines.get(key)
+        if line is None:
+            line = self.lines[key] = self.lines_of.setdefault(key.queue, {})[key] = Line(key)
+        self.stuck.pop(key.queue, None)
+        self.joined += 1
+        place = Place(self.rank(job), job.submitted_at_ms, job.id)
+        insort(line.places, place)
+        self._place[job.id] = (key, place)
+
+    def _leave_line(self, job: Job) -> None:
+        found = self._place.pop(job.id, None)
+        if found is None:
+            return
+        key, place = found
+        line = self.lines[key]
+        del line.places[bisect_left(line.places, place)]
+        self.stuck.pop(key.queue, None)
+        if not line.places:
+            del self.lines[key]
+            del self.lines_of[key.queue][key]
+            if not self.lines_of[key.queue]:
+                del self.lines_of[key.queue]
+
+    def unpark(self, now_ms: int) -> None:
+        """Queued jobs whose backoff is over join their lines. Cost: those jobs."""
+        while self.parked and self.parked[0][0] <= now_ms:
+            instant, job_id = heapq.heappop(self.parked)
+            job = self.jobs.get(job_id)
+            if job is None or job.phase is not Phase.QUEUED or job.not_before_ms != instant or job_id in self._place:
+                continue
+            self._line_up(job)
+
+    # ---- questions ----
+
+    def shape(self, job: Job) -> Shape:
+        return self._shape.get(job.id) or shape_of_job(job)
+
+    def line_of(self, job_id: JobId) -> Line | None:
+        """The line that a job waits in; None when it may not start (held, backoff, dependency) or runs."""
+        found = self._place.get(job_id)
+        return None if found is None else self.lines[found[0]]
+
+    def pool(self, shape: Shape) -> frozenset[NodeName]:
+        """Nodes that something of this shape may be bound on at all: usable, with its labels, without taints or
+        avoidance against it. Remembered until a node changes."""
+        key = (shape.node_labels, shape.tolerate, shape.avoid)
+        pool = self._pools.get(key)
+        if pool is None:
+            pool = self._pools[key] = frozenset(
+                name
+                for name, node in self.nodes.items()
+                if self.usable(name)
+                and name not in shape.avoid
+                and all(node.label(k) == v for k, v in shape.node_labels)
+                and all(t in shape.tolerate or t.split("=")[0] in shape.tolerate for t in node.taints)
+            )
+        return pool
+
+    def usable(self, name: NodeName) -> bool:
+        """Whether something new may be bound on the node."""
+        node = self.nodes.get(name)
+        return node is not None and node.ready and name not in self.lost and name not in self.cordoned
+
+    def jobs_on(self, name: NodeName) -> Iterator[JobId]:
+        """Jobs with a replica bound on the node, each once, in order of binding."""
+        yield from dict.fromkeys(job_id for job_id, _ in self.on_node.get(name, {}))
+
+    def waiting_count(self) -> int:
+        return len(self._place)
+
+
+def missing_replicas(job: Job) -> dict[str, int]:
+    """Role -> how many replicas it has fewer than wanted; only roles that lack some."""
+    have: dict[str, int] = {}
+    for replica in job.replicas.values():
+        if replica.binding is not None:
+            have[replica.role] = have.get(replica.role, 0) + 1
+    return {
+        name: job.wanted_count(name) - have.get(name, 0)
+        for name in job.spec.roles
+        if job.wanted_count(name) > have.get(name, 0)
+    }

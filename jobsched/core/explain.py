@@ -1,0 +1,319 @@
+"""Answers in words, with numbers: why a job waits, what would let it start, where a spec would run, what happened.
+
+The same engine as `schedule`, read-only: the ledger is worked on inside a trial and put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from jobsched.core import events as ev
+from jobsched.core.answers import PlanAnswer, RolePlan, Verdict, Why
+from jobsched.core.cluster import Cluster, missing_replicas
+from jobsched.core.job import Cause, Job, Phase, Reason, ReplicaState, RoleShape, Shape, replica_id
+from jobsched.core.ledger import Ledger
+from jobsched.core.node import kind_matches
+from jobsched.core.policies.placement import Gang, Short, place_gang
+from jobsched.core.resources import WHOLE_GPU, JobId
+from jobsched.core.schedule import Usage, admit
+from jobsched.core.shape import shape_of
+from jobsched.spec.job import JobSpec
+from jobsched.spec.quantity import format_bytes, format_cpu
+
+
+def verdict(cluster: Cluster, job: Job, now_ms: int) -> Verdict:
+    """Every reason that keeps a job waiting, most important first. O(jobs ahead in its queue + placing it once)."""
+    reasons = list(_reasons(cluster, job, now_ms))
+    position, ahead = _position(cluster, job)
+    nearest = ""
+    if not reasons:
+        short = _try(cluster, cluster.shape(job), job)
+        if isinstance(short, Short):
+            reasons.append(_shortage(cluster, cluster.shape(job), short))
+            nearest = f"{short.placed} of {short.role.min} {short.role.role} replicas fit now"
+        else:
+            text = f"{ahead} jobs go first" if ahead else "it is next; the scheduler has not looked yet"
+            reasons.append(Why(Reason.PRIORITY, text))
+        if ahead and isinstance(short, Short):
+            reasons.append(Why(Reason.PRIORITY, f"{ahead} waiting jobs of queue {job.spec.queue} go first"))
+    return Verdict(job.id, tuple(reasons), position, nearest)
+
+
+def _reasons(cluster: Cluster, job: Job, now_ms: int) -> Iterator[Why]:
+    """Reasons that do not depend on free resources."""
+    if job.held:
+        yield Why(Reason.HELD, "held by a user", f"jobsched release {job.name}")
+    if job.not_before_ms > now_ms:
+        wait = (job.not_before_ms - now_ms) / 1000
+        text = f"waits {wait:.0f} s before attempt {job.attempt + 1}"
+        last = f" after: {job.cause.message}" if job.cause else ""
+        yield Why(Reason.BACKOFF, text + last, f"jobsched release {job.name}")
+    for dependency in job.waiting_for:
+        other = cluster.jobs.get(dependency)
+        state = f"{other.name} is {other.phase}" if other else f"{dependency} has ended"
+        yield Why(Reason.DEPENDENCY, f"waits for job {state}")
+    queue = cluster.queues.get(job.spec.queue)
+    if queue is None:
+        yield Why(Reason.QUEUE_PAUSED, f"queue {job.spec.queue} does not exist", "jobsched queues")
+        return
+    if queue.paused:
+        yield Why(Reason.QUEUE_PAUSED, f"queue {queue.name} is paused")
+    shape = cluster.shape(job)
+    usage = Usage(dict(cluster.queue_gpu_milli), dict(cluster.array_active))
+    left = usage.gpus_left_milli(queue)
+    needs = sum(r.min * r.gpu_milli for r in shape.roles)
+    if left is not None and needs > left and queue.max_gpus is not None:
+        used = queue.max_gpus - left / WHOLE_GPU
+        yield Why(
+            Reason.QUOTA_QUEUE,
+            f"needs {_gpus(needs)}; queue {queue.name} holds {used:g} of its {queue.max_gpus}",
+            "wait for its jobs to end, or submit to another queue",
+        )
+    elif not queue.paused and admit(cluster, job, usage) is None:
+        limit = job.spec.array.max_parallel if job.spec.array else 0
+        yield Why(Reason.ARRAY_LIMIT, f"{limit} members of the array run, which is its limit")
+    never = could_ever_fit(cluster, job.spec)
+    if never:
+        yield Why(Reason.UNPLACEABLE, never, "jobsched nodes shows what there is")
+
+
+def _position(cluster: Cluster, job: Job) -> tuple[int, int]:
+    """(place in the queue from 1, jobs ahead)."""
+    ahead = 0
+    mine = (-job.priority, job.submitted_at_ms, job.id)
+    for line in cluster.lines.values():
+        if line.key.queue != job.spec.queue:
+            continue
+        if -line.key.priority < mine[0]:
+            ahead += len(line.places)
+        elif -line.key.priority == mine[0]:
+            ahead += sum(1 for place in line.places if place[1:] < (job.submitted_at_ms, job.id))
+    return ahead + 1, ahead
+
+
+def _try(cluster: Cluster, shape: Shape, job: Job | None = None) -> Gang | Short:
+    with cluster.ledger.trial():
+        return place_gang(cluster, shape, job.avoid if job else ())
+
+
+def _shortage(cluster: Cluster, shape: Shape, short: Short) -> Why:
+    """Names the resource that is short, with what is needed and what is free."""
+    role = short.role
+    ledger = cluster.ledger
+    want = f"{role.min} × {_each(role)}"
+    if role.gpu_milli:
+        classes = ledger.matching(role)
+        free = sum(s.whole.get(c, 0) for s in ledger.spaces.values() if cluster.usable(s.node.name) for c in classes)
+        total = sum(1 for s in ledger.spaces.values() for c in s.gpu_class.values() if c in classes)
+        most = max((s.whole.get(c, 0) for s in ledger.spaces.values() if cluster.usable(s.node.name) for c in classes),
+                   default=0)
+        text = f"role {role.role} needs {want}; {free} of {total} matching GPUs are free, at most {most} on one node"
+        idle = sum(c for s in ledger.spaces.values() if cluster.usable(s.node.name) for c in s.whole.values())
+        kinds = ",".join(role.gpu_kinds)
+        if kinds and free < role.min * max(1, role.gpu_milli // WHOLE_GPU) <= idle:
+            fix = f"{idle} GPUs of any kind are free: gpu: any:{role.gpu_milli // WHOLE_GPU or 1}"
+            return Why(Reason.GPU_TYPE, text, fix)
+    else:
+        free_cpu = sum(max(0, s.cpu_milli) for s in ledger.spaces.values() if cluster.usable(s.node.name))
+        most_cpu = max((s.cpu_milli for s in ledger.spaces.values() if cluster.usable(s.node.name)), default=0)
+        text = (f"role {role.role} needs {want}; {format_cpu(free_cpu)} CPUs are free, "
+                f"at most {format_cpu(max(0, most_cpu))} on one node")
+    if shape.within:
+        return Why(Reason.TOPOLOGY, f"{text}, all within one {shape.within}", f"placement: {{prefer: {shape.within}}}")
+    cordoned = [n for n in cluster.cordoned if n in cluster.nodes]
+    if cordoned and short.placed < role.min:
+        text += f" ({len(cordoned)} nodes are cordoned)"
+    return Why(Reason.RESOURCES, text, "fewer replicas, or wait for running jobs to end")
+
+
+def _each(role: RoleShape) -> str:
+    parts = []
+    if role.gpu_milli:
+        parts.append(f"{role.gpu_milli / WHOLE_GPU:g} {'|'.join(role.gpu_kinds) or 'any'} GPU")
+    parts.append(f"{format_cpu(role.cpu_milli)} CPU")
+    if role.memory_bytes:
+        parts.append(format_bytes(role.memory_bytes))
+    return "(" + ", ".join(parts) + ")"
+
+
+def _gpus(milli: int) -> str:
+    return f"{milli / WHOLE_GPU:g} GPU{'s' if milli != WHOLE_GPU else ''}"
+
+
+def could_ever_fit(cluster: Cluster, spec: JobSpec) -> str:
+    """"" if the cluster, empty and healthy, could hold the job at its minimum; else why not, in a sentence. Costs a
+    placement once per shape, until a node changes."""
+    if not cluster.nodes:
+        return ""
+    shape = shape_of(spec)
+    queue = cluster.queues.get(spec.queue)
+    needs = sum(r.min * r.gpu_milli for r in shape.roles)
+    if queue is not None and queue.max_gpus is not None and needs > queue.max_gpus * WHOLE_GPU:
+        return f"the job needs {_gpus(needs)}, queue {queue.name} may hold {queue.max_gpus}"
+    empty = cluster.emptied()
+    if shape not in empty.ever_fits:
+        empty.ever_fits[shape] = _misfit(empty, shape)
+    return empty.ever_fits[shape]
+
+
+def _misfit(empty: Cluster, shape: Shape) -> str:
+    result = _try(empty, shape)
+    if isinstance(result, Gang):
+        return ""
+    role = result.role
+    if role.gpu_milli:
+        kinds = sorted({g.kind for n in empty.nodes.values() for g in n.gpus})
+        if not any(kind_matches(k.lower(), role.gpu_kinds) for k in kinds):
+            want = f"a GPU of kind {'|'.join(role.gpu_kinds)}" if role.gpu_kinds else "any GPU"
+            return f"no node has {want} for role '{role.role}' (there is: {', '.join(kinds) or 'none'})"
+        biggest = max((s.whole_total for s in empty.ledger.spaces.values()), default=0)
+        if role.gpu_milli // WHOLE_GPU > biggest:
+            want = _gpus(role.gpu_milli)
+            return f"no node can ever hold role '{role.role}': it needs {want}, the biggest node has {biggest}"
+    fits = f"{result.placed} of {role.min}" if result.placed else "not one"
+    return f"the whole cluster, empty, holds {fits} of role '{role.role}' at {_each(role)} each"
+
+
+def plan(cluster: Cluster, spec: JobSpec, now_ms: int) -> PlanAnswer:
+    """Where the job would run if it were submitted now. Nothing changes."""
+    never = could_ever_fit(cluster, spec)
+    probe = Job(JobId(""), spec.name or "", "", spec, now_ms, priority=spec.priority)
+    if never:
+        why = Why(Reason.UNPLACEABLE, never, "jobsched nodes shows what there is")
+        return PlanAnswer(8, (), Verdict(probe.id, (why,)))
+    result = _try(cluster, shape_of(spec))
+    reasons = tuple(_reasons(cluster, probe, now_ms))
+    if reasons or not isinstance(result, Gang):
+        return PlanAnswer(10, (), verdict(cluster, probe, now_ms))
+    roles = []
+    for role in shape_of(spec).roles:
+        mine = [b for b in result.bindings if b.role == role.role]
+        roles.append(RolePlan(role.role, len(mine), _each(role), tuple(dict.fromkeys(str(b.node) for b in mine))))
+    return PlanAnswer(0, tuple(roles))
+
+
+# ---- sentences ----
+
+
+def headline(job: Job, found: Verdict | None = None) -> str:
+    """One sentence for a table: what the job does or why it does not."""
+    match job.phase:
+        case Phase.QUEUED:
+            if found and found.reasons:
+                return found.reasons[0].message
+            return job.reason.value
+        case Phase.STARTING:
+            late = sum(r.state is ReplicaState.BOUND for r in job.replicas.values())
+            return f"{len(job.replicas) - late} of {len(job.replicas)} replicas run"
+        case Phase.RUNNING:
+            if job.suspected_since_ms:
+                return f"suspected of hanging: {', '.join(job.suspects)}"
+            again = [r.id for r in job.replicas.values() if r.state is ReplicaState.BOUND]
+            if again:
+                return f"recovering {', '.join(again)}"
+            lack = missing_replicas(job)
+            return "waits for " + ", ".join(f"{n} more {role}" for role, n in lack.items()) if lack else ""
+        case Phase.STOPPING:
+            return f"{job.reason.value} → {job.outcome.phase if job.outcome else ''}"
+        case _:
+            return job.cause.message if job.cause and job.phase is not Phase.SUCCEEDED else job.reason.value
+
+
+def story(events: Sequence[ev.Stored]) -> tuple[str, ...]:
+    """The life of a job in lines a newcomer understands, each with the time since its first event; a failure is
+    followed by the last log lines of who failed and, for a hang, by its stack."""
+    lines: list[str] = []
+    for stored in events:
+        text = sentence(stored.event)
+        if text:
+            since_s = (stored.event.at_ms - events[0].event.at_ms) / 1000
+            lines.append(f"{f'+{since_s:.1f}s':>9}  {text}")
+            lines += [f"{'':>9}    | {line}" for line in _evidence(stored.event)]
+    return tuple(lines)
+
+
+EVIDENCE_LINES = 12
+
+
+def _evidence(event: ev.Event) -> tuple[str, ...]:
+    cause = None
+    if isinstance(event, ev.AttemptStopping):
+        cause = event.outcome.cause
+    elif isinstance(event, ev.ReplicasRestarted):
+        cause = event.cause
+    if cause is None:
+        return ()
+    own = dict(cause.stacks).get(replica_id(cause.role, cause.index), "")
+    return (*cause.tail[-EVIDENCE_LINES:], *own.splitlines()[:EVIDENCE_LINES]) if own else cause.tail[-EVIDENCE_LINES:]
+
+
+def sentence(event: ev.Event) -> str:
+    """One event in words; "" for those that tell a reader nothing."""
+    match event:
+        case ev.JobSubmitted():
+            return f"submitted by {event.owner} to queue {event.spec.queue}"
+        case ev.JobCancelRequested():
+            return f"{event.by} asked to cancel"
+        case ev.JobHeld():
+            return f"held by {event.by}"
+        case ev.JobReleased():
+            return f"released by {event.by}"
+        case ev.JobRestartRequested():
+            return f"{event.by} asked for a restart"
+        case ev.JobScaled():
+            return f"{event.by} asked for " + ", ".join(f"{n} × {role}" for role, n in event.wanted.items())
+        case ev.JobPriorityChanged():
+            return f"{event.by} set priority {event.priority}"
+        case ev.AttemptPlaced():
+            nodes = dict.fromkeys(b.node for b in event.bindings)
+            return f"attempt {event.attempt}: {len(event.bindings)} replicas placed on {', '.join(nodes)}"
+        case ev.AttemptStarted():
+            return f"attempt {event.attempt}: every replica runs"
+        case ev.ReplicaExited():
+            how = f"signal {event.signal}" if event.signal else f"code {event.exit_code}"
+            return f"{event.role}/{event.index} ended with {how}" + (f" ({event.reason})" if event.reason else "")
+        case ev.ReplicasLost():
+            return f"{', '.join(event.replicas)} lost ({event.reason})"
+        case ev.ReplicasRestarted():
+            return f"{', '.join(event.replicas)} started anew in place; {event.cause.message}"
+        case ev.ReplicasUnbound():
+            return f"{', '.join(event.replicas)} lost their place; {event.cause.message}"
+        case ev.ReplicasBound():
+            return "grew by " + ", ".join(f"{b.id} on {b.node}" for b in event.bindings)
+        case ev.ReplicasReleased():
+            return f"shrinks by {', '.join(event.replicas)} ({event.reason})"
+        case ev.HangSuspected():
+            return f"suspected of hanging: {event.message}; taking stacks"
+        case ev.HangCleared():
+            return "progress again; suspicion cleared"
+        case ev.CheckpointSaved():
+            return f"checkpoint at step {event.step}"
+        case ev.AttemptStopping():
+            out = event.outcome
+            cause = f": {out.cause.message}" if out.cause and out.cause.message else ""
+            return f"attempt {event.attempt} stops, {out.reason} → {out.phase}{cause}"
+        case ev.AttemptEnded():
+            return f"attempt {event.attempt} ended: {event.phase}"
+        case ev.JobEnded():
+            return f"{event.phase}: {event.cause.message}"
+        case _:
+            return ""
+
+
+def blame(cause: Cause) -> tuple[str, ...]:
+    """A root cause in lines: who, how, class, its last log lines and, for hangs, the stacks."""
+    who = f"{cause.role}/{cause.index}" + (f" (rank {cause.rank})" if cause.rank >= 0 else "") if cause.role else ""
+    where = f" on {cause.node}" if cause.node else ""
+    lines = [f"{cause.message}" + (f" [class {cause.failure_class}]" if cause.failure_class else "")]
+    if who:
+        lines.append(f"first failing replica: {who}{where}")
+    lines += [f"  | {line}" for line in cause.tail]
+    for rid, text in cause.stacks:
+        lines.append(f"stack of {rid}:")
+        lines += [f"  | {line}" for line in text.splitlines()[:40]]
+    return tuple(lines)
+
+
+def free_gpus(ledger: Ledger) -> int:
+    """Wholly free GPUs of all nodes."""
+    return sum(space.whole_total for space in ledger.spaces.values())

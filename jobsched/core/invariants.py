@@ -1,0 +1,75 @@
+"""What must hold of every cluster state, whatever happened; checked by tests, the simulator and `debug verify`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from jobsched.core.cluster import Cluster
+from jobsched.core.job import Job, Phase
+from jobsched.core.resources import WHOLE_GPU, GpuId, NodeName
+from jobsched.core.shape import role_resources
+
+
+def check(cluster: Cluster) -> tuple[str, ...]:
+    """Sentences about what is broken; empty when all holds. O(live jobs + nodes)."""
+    return tuple(_problems(cluster))
+
+
+def _problems(cluster: Cluster) -> Iterator[str]:
+    gpu_used: dict[tuple[NodeName, GpuId], int] = {}
+    cpu_used: dict[NodeName, int] = {}
+    ports: dict[tuple[NodeName, int], str] = {}
+    queue_gpu: dict[str, int] = {}
+    for job in cluster.jobs.values():
+        yield from _job_problems(job)
+        for replica in job.replicas.values():
+            binding = replica.binding
+            if binding is None:
+                continue
+            who = f"{job.id}/{replica.id}"
+            cpu_milli = role_resources(job.spec.roles[replica.role]).cpu_milli
+            cpu_used[binding.node] = cpu_used.get(binding.node, 0) + cpu_milli
+            for share in binding.gpus:
+                slot = (binding.node, share.gpu)
+                gpu_used[slot] = gpu_used.get(slot, 0) + share.milli
+                queue_gpu[job.spec.queue] = queue_gpu.get(job.spec.queue, 0) + share.milli
+            for port in binding.ports:
+                if (binding.node, port) in ports:
+                    yield f"port {port} of {binding.node} is bound twice: {ports[binding.node, port]} and {who}"
+                ports[binding.node, port] = who
+    for (node, gpu), milli in gpu_used.items():
+        if milli > WHOLE_GPU:
+            yield f"gpu {gpu} of {node} is bound {milli / WHOLE_GPU:g} times"
+    for name, space in cluster.ledger.spaces.items():
+        for gpu, free in space.gpu_free.items():
+            foreign = sum(s.milli for s in space.node.foreign_gpus if s.gpu == gpu)
+            if free != max(0, WHOLE_GPU - foreign) - gpu_used.get((name, gpu), 0):
+                yield f"the ledger says {free} thousandths of {gpu} on {name} are free, which does not add up"
+        expected = space.node.cpu_milli - space.node.foreign.cpu_milli - cpu_used.get(name, 0)
+        if space.cpu_milli != expected:
+            yield f"the ledger says {space.cpu_milli} milli-CPUs of {name} are free, it should be {expected}"
+    for queue, milli in cluster.queue_gpu_milli.items():
+        if milli != queue_gpu.get(queue, 0):
+            yield f"queue {queue} is booked with {milli} milli-GPUs but holds {queue_gpu.get(queue, 0)}"
+    waiting = [place.job_id for line in cluster.lines.values() for place in line.places]
+    if len(waiting) != len(set(waiting)):
+        yield "a job waits in two lines"
+    for job_id in waiting:
+        waiter = cluster.jobs.get(job_id)
+        if waiter is None or waiter.phase is not Phase.QUEUED:
+            yield f"job {job_id} waits in a line but is not queued"
+
+
+def _job_problems(job: Job) -> Iterator[str]:
+    if job.phase.terminal:
+        yield f"ended job {job.id} is still in memory"
+    if job.phase is Phase.QUEUED and job.replicas:
+        yield f"queued job {job.id} has replicas"
+    if job.phase.active and not job.replicas:
+        yield f"active job {job.id} has no replicas"
+    if (job.phase is Phase.STOPPING) != (job.outcome is not None):
+        yield f"job {job.id} is {job.phase} but its outcome is {job.outcome}"
+    if job.phase is Phase.STARTING:
+        for name, role in job.spec.roles.items():
+            if sum(r.role == name for r in job.replicas.values()) < min(role.replicas.min, job.wanted_count(name)):
+                yield f"gang of job {job.id} was placed below the minimum of role {name}"

@@ -1,0 +1,319 @@
+"""The life of a job: one table of legal transitions, and the fold of one job's events.
+
+`evolve_job` is called by `cluster.evolve` (the leader's memory) and by every store (projections): one function, so both
+agree by construction. It never looks at other jobs, nodes or the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Final
+
+from jobsched.core import events as ev
+from jobsched.core.job import (
+    CheckpointMark,
+    FailureClass,
+    Job,
+    Phase,
+    Reason,
+    Replica,
+    ReplicaId,
+    ReplicaState,
+    changed,
+)
+from jobsched.core.resources import NodeName
+from jobsched.spec.job import RestartScope, restart_policy
+
+Q, S, R, X = Phase.QUEUED, Phase.STARTING, Phase.RUNNING, Phase.STOPPING
+LIVE: Final = (Q, S, R, X)
+ACTIVE: Final = (S, R, X)
+
+LEGAL: Final[Mapping[type, tuple[Phase, ...]]] = {
+    # event                      phases in which it may happen      phase afterwards
+    ev.AttemptPlaced:            (Q,),                              # STARTING
+    ev.AttemptStarted:           (S,),                              # RUNNING
+    ev.AttemptStopping:          (S, R, X),                         # STOPPING (from STOPPING: another outcome)
+    ev.AttemptEnded:             (X,),                              # the outcome's: QUEUED or a terminal one
+    ev.JobEnded:                 (Q,),                              # FAILED | CANCELLED
+    ev.JobCancelRequested:       LIVE,                              # the same; judge acts on the wish
+    ev.JobHeld:                  LIVE,
+    ev.JobReleased:              LIVE,
+    ev.JobRestartRequested:      LIVE,
+    ev.JobScaled:                LIVE,
+    ev.JobPriorityChanged:       LIVE,
+    ev.DependencyMet:            LIVE,
+    ev.ReplicasStarted:          ACTIVE,
+    ev.ReplicaExited:            ACTIVE,
+    ev.ReplicasLost:             ACTIVE,
+    ev.ReplicasRestarted:        (S, R),
+    ev.ReplicasUnbound:          (S, R),
+    ev.ReplicasBound:            (S, R),
+    ev.ReplicasReleased:         (S, R),
+    ev.ReplicasGone:             ACTIVE,
+    ev.HangSuspected:            (R,),
+    ev.HangCleared:              (R,),
+    ev.CheckpointSaved:          ACTIVE,
+    ev.FailuresForgiven:         LIVE,
+}  # fmt: skip
+"""Terminal phases allow nothing: an ended job never changes again."""
+
+COUNTED: Final = (FailureClass.USER, FailureClass.OOM, FailureClass.HANG)
+"""Failures that use up the restart budget."""
+
+
+_FOLDED: Final[dict[tuple[int, int], tuple[Job, ev.JobEvent, Job]]] = {}
+"""What was folded last. Judge, an in-memory store and the cluster apply the same event to the same job one after the
+other; they get the same result without folding again. Entries keep their inputs alive, so identities cannot be reused.
+"""
+FOLDED_KEPT = 4_096
+
+
+class Illegal(ValueError):
+    """An event that the job's phase does not allow; the writer decided on an outdated job."""
+
+
+def evolve_job(job: Job | None, event: ev.JobEvent) -> Job:
+    """The job after `event`. O(replicas of the job) at most. Raises `Illegal`; never changes its input."""
+    if isinstance(event, ev.JobSubmitted):
+        if job is not None:
+            raise Illegal(f"job {event.job_id} is already there")
+        return _submitted(event)
+    if job is None:
+        raise Illegal(f"{event.kind} for job {event.job_id}, which is not there")
+    folded = _FOLDED.get((id(job), id(event)))
+    if folded is not None:
+        return folded[2]
+    if job.phase not in LEGAL[type(event)]:
+        raise Illegal(f"{event.kind} is not possible while job {job.id} is {job.phase}")
+    attempt = getattr(event, "attempt", None)
+    if attempt is not None and attempt != job.attempt + isinstance(event, ev.AttemptPlaced):
+        raise Illegal(f"{event.kind} names attempt {attempt}, job {job.id} is at {job.attempt}")
+    step: Callable[[Job, ev.JobEvent], Job] = _STEPS[type(event)]
+    after = changed(step(job, event), version=job.version + 1)
+    if len(_FOLDED) >= FOLDED_KEPT:
+        _FOLDED.clear()
+    _FOLDED[id(job), id(event)] = (job, event, after)
+    return after
+
+
+def _submitted(e: ev.JobSubmitted) -> Job:
+    return Job(
+        id=e.job_id,
+        name=e.name,
+        owner=e.owner,
+        spec=e.spec,
+        submitted_at_ms=e.at_ms,
+        phase_since_ms=e.at_ms,
+        priority=e.spec.priority,
+        held=e.held,
+        waiting_for=e.waiting_for,
+        array_id=e.array_id,
+        array_index=e.array_index,
+        labels=e.spec.labels,
+    )
+
+
+def _enter(job: Job, phase: Phase, reason: Reason, at_ms: int) -> Job:
+    return changed(job, phase=phase, reason=reason, phase_since_ms=at_ms)
+
+
+def _change(job: Job, ids: Iterable[ReplicaId], change: Callable[[Replica], Replica]) -> Job:
+    replicas = dict(job.replicas)
+    for rid in ids:
+        if rid not in replicas:
+            raise Illegal(f"job {job.id} has no replica {rid}")
+        replicas[rid] = change(replicas[rid])
+    return changed(job, replicas=replicas)
+
+
+def _cancel(job: Job, e: ev.JobCancelRequested) -> Job:
+    return changed(job, cancel_by=e.by or "somebody")
+
+
+def _held(job: Job, e: ev.JobHeld) -> Job:
+    wish = Reason.HELD if e.stop and job.phase in (S, R) else job.stop_wish
+    return changed(job, held=True, stop_wish=wish)
+
+
+def _released(job: Job, e: ev.JobReleased) -> Job:
+    wish = Reason.NONE if job.stop_wish is Reason.HELD else job.stop_wish
+    return changed(job, held=False, not_before_ms=0, stop_wish=wish)
+
+
+def _restart_requested(job: Job, e: ev.JobRestartRequested) -> Job:
+    wish = Reason.RESTART_REQUESTED if job.phase in (S, R) else job.stop_wish
+    return changed(job, stop_wish=wish, not_before_ms=0, failures=0, infra_failures=0)
+
+
+def _scaled(job: Job, e: ev.JobScaled) -> Job:
+    wish = job.stop_wish
+    for role in e.wanted:
+        if job.phase in (S, R) and restart_policy(job.spec, role).scope is not RestartScope.REPLICA:
+            wish = Reason.RESCALED
+    return changed(job, wanted={**job.wanted, **e.wanted}, stop_wish=wish)
+
+
+def _priority(job: Job, e: ev.JobPriorityChanged) -> Job:
+    return changed(job, priority=e.priority)
+
+
+def _dependency_met(job: Job, e: ev.DependencyMet) -> Job:
+    return changed(job, waiting_for=tuple(d for d in job.waiting_for if d != e.dependency))
+
+
+def _placed(job: Job, e: ev.AttemptPlaced) -> Job:
+    replicas = {b.id: Replica(b.role, b.index, b) for b in e.bindings}
+    return changed(
+        _enter(job, S, Reason.NONE, e.at_ms),
+        attempt=e.attempt,
+        restarts=job.restarts + (e.attempt > 1),
+        replicas=replicas,
+        coordinator_port=e.coordinator_port,
+        attempt_started_at_ms=e.at_ms,
+        not_before_ms=0,
+    )
+
+
+def _replicas_started(job: Job, e: ev.ReplicasStarted) -> Job:
+    return _change(job, e.replicas, lambda r: replace(r, state=ReplicaState.RUNNING))
+
+
+def _attempt_started(job: Job, e: ev.AttemptStarted) -> Job:
+    first = job.first_started_at_ms or e.at_ms
+    return changed(_enter(job, R, Reason.NONE, e.at_ms), first_started_at_ms=first, running_since_ms=e.at_ms)
+
+
+def _replica_exited(job: Job, e: ev.ReplicaExited) -> Job:
+    def exited(r: Replica) -> Replica:
+        return replace(r, state=ReplicaState.EXITED, exit_code=e.exit_code, signal=e.signal)
+
+    return _change(job, (ReplicaId(f"{e.role}/{e.index}"),), exited)
+
+
+def _replicas_lost(job: Job, e: ev.ReplicasLost) -> Job:
+    return _change(job, e.replicas, lambda r: replace(r, state=ReplicaState.LOST))
+
+
+def _count_failure(job: Job, failure_class: FailureClass, at_ms: int) -> Job:
+    if failure_class in COUNTED:
+        return changed(job, failures=job.failures + 1, failed_at_ms=at_ms)
+    if failure_class is FailureClass.INFRA:
+        return changed(job, infra_failures=job.infra_failures + 1, failed_at_ms=at_ms)
+    return job
+
+
+def _replicas_restarted(job: Job, e: ev.ReplicasRestarted) -> Job:
+    def again(r: Replica) -> Replica:
+        return Replica(r.role, r.index, r.binding, restart=r.restart + 1, not_before_ms=e.not_before_ms)
+
+    job = _count_failure(_change(job, e.replicas, again), e.cause.failure_class, e.at_ms)
+    return changed(job, restarts=job.restarts + 1, cause=e.cause, suspected_since_ms=0, suspects=())
+
+
+def _replicas_unbound(job: Job, e: ev.ReplicasUnbound) -> Job:
+    job = _change(job, e.replicas, lambda r: replace(r, state=ReplicaState.UNBOUND, binding=None))
+    return changed(_count_failure(job, e.cause.failure_class, e.at_ms), cause=e.cause)
+
+
+def _replicas_bound(job: Job, e: ev.ReplicasBound) -> Job:
+    replicas = dict(job.replicas)
+    for b in e.bindings:
+        old = replicas.get(b.id)
+        if old is not None and old.state not in (ReplicaState.UNBOUND, ReplicaState.GONE):
+            raise Illegal(f"replica {b.id} of job {job.id} already has a place")
+        replicas[b.id] = Replica(b.role, b.index, b, restart=0 if old is None else old.restart + 1)
+    return changed(job, replicas=replicas)
+
+
+def _replicas_released(job: Job, e: ev.ReplicasReleased) -> Job:
+    return _change(job, e.replicas, lambda r: replace(r, state=ReplicaState.STOPPING))
+
+
+def _replicas_gone(job: Job, e: ev.ReplicasGone) -> Job:
+    return _change(job, e.replicas, lambda r: replace(r, state=ReplicaState.GONE, binding=None))
+
+
+def _hang_suspected(job: Job, e: ev.HangSuspected) -> Job:
+    return changed(job, suspected_since_ms=e.at_ms, suspects=e.replicas)
+
+
+def _hang_cleared(job: Job, e: ev.HangCleared) -> Job:
+    return changed(job, suspected_since_ms=0, suspects=())
+
+
+def _checkpoint_saved(job: Job, e: ev.CheckpointSaved) -> Job:
+    return changed(job, checkpoint=CheckpointMark(e.attempt, e.step, e.path, e.at_ms))
+
+
+def _forgiven(job: Job, e: ev.FailuresForgiven) -> Job:
+    return changed(job, failures=0, infra_failures=0)
+
+
+def _stopping(job: Job, e: ev.AttemptStopping) -> Job:
+    cause = e.outcome.cause
+    if job.phase is not X:
+        ran = e.at_ms - job.running_since_ms if job.running_since_ms else 0
+        job = changed(job, ran_ms=job.ran_ms + max(0, ran), running_since_ms=0)
+        if cause is not None:
+            job = _count_failure(job, cause.failure_class, e.at_ms)
+            infra = cause.failure_class is FailureClass.INFRA and cause.node
+            job = changed(job, avoid=(NodeName(cause.node),) if infra else ())
+    return changed(
+        _enter(job, X, e.outcome.reason, e.at_ms),
+        outcome=e.outcome,
+        cause=cause or (None if e.outcome.phase is Phase.SUCCEEDED else job.cause),
+        stop_wish=Reason.NONE,
+        suspected_since_ms=0,
+        suspects=(),
+    )
+
+
+def _ended(job: Job, e: ev.AttemptEnded) -> Job:
+    outcome = job.outcome
+    assert outcome is not None
+    if e.phase is not outcome.phase:
+        raise Illegal(f"job {job.id} was stopping towards {outcome.phase}, not {e.phase}")
+    return changed(
+        _enter(job, e.phase, outcome.reason, e.at_ms),
+        replicas={},
+        outcome=None,
+        coordinator_port=0,
+        not_before_ms=outcome.not_before_ms if e.phase is Q else 0,
+        ended_at_ms=0 if e.phase is Q else e.at_ms,
+    )
+
+
+def _job_ended(job: Job, e: ev.JobEnded) -> Job:
+    if e.phase not in (Phase.FAILED, Phase.CANCELLED):
+        raise Illegal(f"a waiting job cannot become {e.phase}")
+    return changed(_enter(job, e.phase, e.cause.reason, e.at_ms), cause=e.cause, ended_at_ms=e.at_ms)
+
+
+_STEPS: Final[Mapping[type, Callable[..., Job]]] = {
+    ev.JobCancelRequested: _cancel,
+    ev.JobHeld: _held,
+    ev.JobReleased: _released,
+    ev.JobRestartRequested: _restart_requested,
+    ev.JobScaled: _scaled,
+    ev.JobPriorityChanged: _priority,
+    ev.DependencyMet: _dependency_met,
+    ev.AttemptPlaced: _placed,
+    ev.ReplicasStarted: _replicas_started,
+    ev.AttemptStarted: _attempt_started,
+    ev.ReplicaExited: _replica_exited,
+    ev.ReplicasLost: _replicas_lost,
+    ev.ReplicasRestarted: _replicas_restarted,
+    ev.ReplicasUnbound: _replicas_unbound,
+    ev.ReplicasBound: _replicas_bound,
+    ev.ReplicasReleased: _replicas_released,
+    ev.ReplicasGone: _replicas_gone,
+    ev.HangSuspected: _hang_suspected,
+    ev.HangCleared: _hang_cleared,
+    ev.CheckpointSaved: _checkpoint_saved,
+    ev.FailuresForgiven: _forgiven,
+    ev.AttemptStopping: _stopping,
+    ev.AttemptEnded: _ended,
+    ev.JobEnded: _job_ended,
+}
+assert _STEPS.keys() == LEGAL.keys()

@@ -1,0 +1,255 @@
+"""A simulated engine: replicas are entries that start, step, save and end as a script says, in virtual time.
+
+Implements `ports.Backend` like any engine and passes the same contract suite. What a replica does is told by a `Script`
+per launch; faults are injected by methods that real engines suffer from outside (`kill`, `lose_node`, `hang`).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from jobsched.core.job import Reason
+from jobsched.core.launch import Launch, LaunchKey
+from jobsched.core.node import Node
+from jobsched.core.observation import Observation, Progress, ReplicaReport, Seen
+from jobsched.core.resources import NodeName
+from jobsched.errors import BackendUnreachable
+from jobsched.ports import Addressing, Capabilities, Clock, LogChunk
+
+FOREVER_MS = 1 << 60
+REPORT_EVERY_MS = 1_000
+KILL_MS = 5
+"""Even SIGKILL takes a moment: whoever starts something else meanwhile has bound a GPU twice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """What a replica does: runs `start_ms` after its order, makes a step every `step_ms` (0: reports nothing), ends by
+    itself after `run_ms` of running with `exit_code`. Asked to stop, it needs `save_ms` to save (0: it does not)."""
+
+    run_ms: int = FOREVER_MS
+    exit_code: int = 0
+    start_ms: int = 0
+    step_ms: int = 0
+    save_ms: int = 0
+    kill_ms: int = KILL_MS
+    failure: Reason = Reason.NONE
+    """Set: it never runs and ends with this failure instead."""
+
+
+Scripts = Callable[[Launch], Script]
+
+
+@dataclass(slots=True)
+class _Replica:
+    launch: Launch
+    script: Script
+    running_at_ms: int
+    ends_at_ms: int
+    exit_code: int | None
+    signal: int | None = None
+    hung_at_ms: int = FOREVER_MS
+    saved_step: int = -1
+    stacks: str = ""
+
+
+class SimBackend:
+    def __init__(self, clock: Clock, nodes: Sequence[Node], scripts: Scripts | None = None) -> None:
+        self._clock = clock
+        self._nodes = {node.name: node for node in nodes}
+        self._scripts = scripts or (lambda launch: Script())
+        self._replicas: dict[LaunchKey, _Replica] = {}
+        self._ever: set[LaunchKey] = set()
+        self._due: list[tuple[int, LaunchKey]] = []
+        self._changed: dict[LaunchKey, None] = {}
+        self._gone: dict[LaunchKey, None] = {}
+        self._nodes_changed: dict[NodeName, None] = {}
+        self._full = True
+        self.unreachable = False
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities("sim", Addressing.NODE, absence_is_final=True, stacks=True)
+
+    # ---- port ----
+
+    def observe(self, timeout_ms: int = 0) -> Observation:
+        self._reach()
+        now = self._clock.now_ms()
+        while self._due and self._due[0][0] <= now:
+            _, key = heapq.heappop(self._due)
+            self._changed[key] = None
+        full, self._full = self._full, False
+        keys = self._replicas if full else [k for k in self._changed if k in self._replicas]
+        names = self._nodes if full else [n for n in self._nodes_changed if n in self._nodes]
+        observation = Observation(
+            full=full,
+            nodes=tuple(self._nodes[name] for name in names),
+            replicas=tuple(self._report(self._replicas[key], now) for key in keys),
+            gone=() if full else tuple(k for k in self._gone if k not in self._replicas),
+            gone_nodes=() if full else tuple(n for n in self._nodes_changed if n not in self._nodes),
+        )
+        self._changed.clear()
+        self._gone.clear()
+        self._nodes_changed.clear()
+        return observation
+
+    def start(self, launches: Sequence[Launch]) -> None:
+        self._reach()
+        now = self._clock.now_ms()
+        for launch in launches:
+            if launch.key in self._ever or launch.node not in self._nodes:
+                continue
+            self._ever.add(launch.key)
+            script = self._scripts(launch)
+            running = now + script.start_ms
+            ends = now if script.failure is not Reason.NONE else min(running + script.run_ms, FOREVER_MS)
+            self._replicas[launch.key] = _Replica(launch, script, running, ends, script.exit_code)
+            self._changed[launch.key] = None
+            for instant in (running, ends):
+                if now < instant < FOREVER_MS:
+                    heapq.heappush(self._due, (instant, launch.key))
+
+    def stop(self, keys: Sequence[LaunchKey], grace_ms: int) -> None:
+        self._reach()
+        now = self._clock.now_ms()
+        for key in keys:
+            replica = self._replicas.get(key)
+            if replica is None or replica.ends_at_ms <= now:
+                continue
+            saves = 0 < replica.script.save_ms <= grace_ms and replica.hung_at_ms > now
+            ends = now + (replica.script.save_ms if saves else replica.script.kill_ms)
+            if ends < replica.ends_at_ms:
+                replica.saved_step = self._step(replica, ends) if saves else -1
+                self._end(replica, ends, signal=15)
+
+    def ask_stacks(self, keys: Sequence[LaunchKey]) -> None:
+        self._reach()
+        now = self._clock.now_ms()
+        for key in keys:
+            replica = self._replicas.get(key)
+            if replica is not None and replica.ends_at_ms > now:
+                where = "stuck" if replica.hung_at_ms <= now else "all_reduce"
+                replica.stacks = f'Thread 1 (active): "MainThread"\n    {where} (train.py:1)\n'
+                self._changed[key] = None
+
+    def forget(self, keys: Sequence[LaunchKey]) -> None:
+        self._reach()
+        now = self._clock.now_ms()
+        for key in keys:
+            replica = self._replicas.get(key)
+            if replica is not None and replica.ends_at_ms <= now:
+                self._remove(key)
+
+    def logs(self, key: LaunchKey, offset: int = 0, follow: bool = False, timeout_ms: int = 0) -> Iterator[LogChunk]:
+        """Simulated replicas say nothing."""
+        return iter(())
+
+    def close(self) -> None:
+        """A later observer begins with a full observation again."""
+        self._full = True
+
+    # ---- faults ----
+
+    def kill(self, key: LaunchKey, signal: int = 9) -> None:
+        """A process dies."""
+        self._end(self._replicas[key], self._clock.now_ms(), signal=signal)
+
+    def remove(self, key: LaunchKey) -> None:
+        """Somebody removes a replica behind the scheduler's back: its end is never seen."""
+        self._remove(key)
+
+    def hang(self, key: LaunchKey) -> None:
+        """It lives on but makes no step any more."""
+        self._replicas[key].hung_at_ms = self._clock.now_ms()
+
+    def stall(self, key: LaunchKey, for_ms: int) -> None:
+        """It makes no progress for so long, and ends that much later."""
+        replica = self._replicas[key]
+        if replica.ends_at_ms < FOREVER_MS:
+            replica.ends_at_ms += for_ms
+            heapq.heappush(self._due, (replica.ends_at_ms, key))
+
+    def lose_node(self, name: NodeName) -> None:
+        """The node and everything on it is gone."""
+        del self._nodes[name]
+        self._nodes_changed[name] = None
+        for key in [k for k, r in self._replicas.items() if r.launch.node == name]:
+            self._remove(key)
+
+    def put_node(self, node: Node) -> None:
+        """A node joins, returns or changes."""
+        self._nodes[node.name] = node
+        self._nodes_changed[node.name] = None
+
+    # ---- inspection ----
+
+    def nodes(self) -> dict[NodeName, Node]:
+        """What is there."""
+        return dict(self._nodes)
+
+    def alive(self) -> dict[LaunchKey, Launch]:
+        """What runs or is about to, by key."""
+        now = self._clock.now_ms()
+        return {key: r.launch for key, r in self._replicas.items() if r.ends_at_ms > now}
+
+    def next_event_ms(self) -> int | None:
+        """When there will be something to observe; None: never, unless somebody acts."""
+        if self._full or self._changed or self._gone or self._nodes_changed:
+            return self._clock.now_ms()
+        return self._due[0][0] if self._due else None
+
+    def ends_now(self) -> bool:
+        """Whether a replica comes to its end at this instant."""
+        now = self._clock.now_ms()
+        return any(at <= now and (r := self._replicas.get(key)) and r.ends_at_ms <= now for at, key in self._due)
+
+    # ---- inside ----
+
+    def _reach(self) -> None:
+        if self.unreachable:
+            raise BackendUnreachable("the simulated engine does not answer")
+
+    def _end(self, replica: _Replica, at_ms: int, signal: int) -> None:
+        replica.ends_at_ms, replica.exit_code, replica.signal = at_ms, None, signal
+        if at_ms <= self._clock.now_ms():
+            self._changed[replica.launch.key] = None
+        else:
+            heapq.heappush(self._due, (at_ms, replica.launch.key))
+
+    def _remove(self, key: LaunchKey) -> None:
+        if self._replicas.pop(key, None) is not None:
+            self._gone[key] = None
+
+    @staticmethod
+    def _step(replica: _Replica, at_ms: int) -> int:
+        if not replica.script.step_ms:
+            return -1
+        return max(0, min(at_ms, replica.hung_at_ms) - replica.running_at_ms) // replica.script.step_ms
+
+    def _report(self, replica: _Replica, now: int) -> ReplicaReport:
+        launch, script = replica.launch, replica.script
+        ended = replica.ends_at_ms <= now
+        state = Seen.EXITED if ended else Seen.RUNNING if replica.running_at_ms <= now else Seen.STARTING
+        progress = None
+        if script.step_ms and replica.running_at_ms <= now:
+            until = min(now, replica.ends_at_ms, replica.hung_at_ms)
+            age = now - until + (until - replica.running_at_ms) % script.step_ms
+            progress = Progress(self._step(replica, until), step_age_ms=age, saved_step=replica.saved_step)
+            if not ended:
+                heapq.heappush(self._due, (now + max(script.step_ms, REPORT_EVERY_MS), launch.key))
+        return ReplicaReport(
+            key=launch.key,
+            node=launch.node,
+            state=state,
+            exit_code=replica.exit_code if ended else None,
+            signal=replica.signal if ended else None,
+            failure=script.failure if ended else Reason.NONE,
+            progress=progress,
+            stacks=replica.stacks,
+            ident=f"sim-{launch.key}",
+            ended_age_ms=now - replica.ends_at_ms if ended else 0,
+            idle_age_ms=now - replica.hung_at_ms if replica.hung_at_ms <= now else 0,
+        )

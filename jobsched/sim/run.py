@@ -1,0 +1,302 @@
+"""Runs a workload through the real controller, an in-memory store and the simulated engine, in virtual time.
+
+Nothing here decides anything: time jumps to the next arrival, engine event or deadline of the controller. Called by
+`jobsched simulate`, the benchmarks and the fault tests.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from jobsched.controller.loop import Controller
+from jobsched.core import events as ev
+from jobsched.core.accounting import Accounts, Summary
+from jobsched.core.cluster import Rank
+from jobsched.core.job import FailureClass, Job, Phase
+from jobsched.core.launch import Launch, LaunchKey, parse_key
+from jobsched.core.policies.ordering import fifo, gpu_time, least_attained, priority, shortest
+from jobsched.core.policies.preemption import Order, Replan
+from jobsched.core.resources import WHOLE_GPU, JobId, NodeName
+from jobsched.core.schedule import Policy
+from jobsched.sim.backend import Script, SimBackend
+from jobsched.sim.clock import SimClock
+from jobsched.sim.throughput import Course, Seats
+from jobsched.sim.workload import Arrival, Workload
+from jobsched.store.memory import MemoryStore
+
+START_MS = 1_699_920_000_000
+"""A midnight, so that passes at whole minutes and days fall where the traces' own simulators have them."""
+NEVER_MS = 1 << 60
+LOSING = (FailureClass.USER, FailureClass.OOM, FailureClass.HANG, FailureClass.INFRA)
+"""Ends that nobody could save before."""
+STUCK_TICKS = 10_000
+"""So many ticks at one instant mean that the loop chases its own tail."""
+
+
+class Stuck(AssertionError):
+    """Virtual time stands still although the controller keeps deciding."""
+
+
+@dataclass(slots=True)
+class _Run:
+    """One attempt of a job on the engine."""
+
+    attempt: int
+    since_ms: int
+    seats: Seats
+    pause_ms: int
+    """Time since then without progress."""
+    checked_ms: int
+    """When a pause was last looked at."""
+    keys: list[LaunchKey] = field(default_factory=list)
+
+    def ran_ms(self, now_ms: int) -> int:
+        """Time with progress."""
+        return max(0, now_ms - self.since_ms - self.pause_ms)
+
+
+class Player:
+    """What each replica does and how far each job is: the engine's scripts, and the truth behind them."""
+
+    def __init__(self, workload: Workload, store: MemoryStore, clock: SimClock) -> None:
+        self.workload = workload
+        self._store, self._clock = store, clock
+        self._arrivals = {a.job_id: a for a in workload.arrivals}
+        self._courses: dict[JobId, Course] = {}
+        self._runs: dict[JobId, _Run] = {}
+        self._seq = 0
+        self.lost_gpu_ms = 0
+        """GPU time that failures threw away."""
+        self._kinds = {n.name: {g.id: g.kind for g in n.gpus} for n in workload.nodes}
+
+    def script(self, launch: Launch) -> Script:
+        """Told to the engine when a replica starts."""
+        job_id = parse_key(launch.key).job_id
+        run = self._runs.get(job_id)
+        job = self._store.job(job_id)
+        assert job is not None
+        if run is None or run.attempt != job.attempt:
+            self.catch_up()
+            now = self._clock.now_ms()
+            start_ms = 0 if self.workload.rules.pause_everyone else self._arrivals[job_id].work.start_ms
+            run = self._runs[job_id] = _Run(job.attempt, now, self._seats(job), start_ms, now)
+        run.keys.append(launch.key)
+        left = run.pause_ms + self.course(job_id).left_ms(run.seats) - run.ran_ms(self._clock.now_ms())
+        return Script(run_ms=max(1, round(left)), kill_ms=self.workload.rules.kill_ms)
+
+    def course(self, job_id: JobId) -> Course:
+        course = self._courses.get(job_id)
+        if course is None:
+            course = self._courses[job_id] = self._arrivals[job_id].work.begin()
+        return course
+
+    def left_ms(self, job: Job) -> int:
+        """True time to the end: what an informed policy is told."""
+        course, run = self.course(job.id), self._runs.get(job.id)
+        if run is None or run.attempt != job.attempt or not job.phase.active:
+            return round(course.left_ms(self._seats(job)))
+        return round(course.left_ms(run.seats)) - run.ran_ms(self._clock.now_ms())
+
+    def pause_everyone(self, engine: SimBackend) -> None:
+        """Each running job makes no progress for its start cost, or since the last such pause if that is shorter."""
+        now = self._clock.now_ms()
+        for job_id, run in self._runs.items():
+            pause = min(now - run.checked_ms, self._arrivals[job_id].work.start_ms)
+            run.checked_ms = now
+            if pause and run.ran_ms(now) < round(self.course(job_id).left_ms(run.seats)):
+                run.pause_ms += pause
+                for key in run.keys:
+                    engine.stall(key, pause)
+
+    def catch_up(self) -> None:
+        """Read what ended since the last look, and count what it achieved."""
+        for stored in self._store.read(self._seq, 1 << 30):
+            self._seq = stored.seq
+            event = stored.event
+            if isinstance(event, ev.AttemptStopping):
+                run = self._runs.get(event.job_id)
+                if run is not None and run.attempt == event.attempt:
+                    del self._runs[event.job_id]
+                    ran = run.ran_ms(event.at_ms)
+                    cause = event.outcome.cause
+                    if cause is not None and cause.failure_class in LOSING and self.workload.rules.save_every_ms:
+                        lost = ran % self.workload.rules.save_every_ms
+                        self.lost_gpu_ms += lost * sum(milli for _, milli in run.seats) // WHOLE_GPU
+                        ran -= lost
+                    self.course(event.job_id).advance(run.seats, ran)
+
+    def _seats(self, job: Job) -> Seats:
+        seats: dict[NodeName, tuple[str, int]] = {}
+        for replica in job.replicas.values():
+            if replica.binding is not None and replica.binding.gpus:
+                node, gpus = replica.binding.node, replica.binding.gpus
+                milli = seats.get(node, ("", 0))[1] + sum(share.milli for share in gpus)
+                seats[node] = (self._kinds[node][gpus[0].gpu], milli)
+        if not seats:  # waits: as if all its GPUs were on one node
+            asked = sum(r.gpu.milli * r.replicas.prefer for r in job.spec.roles.values() if r.gpu)
+            return (("", asked or WHOLE_GPU),)
+        return tuple(seats.values())
+
+
+@dataclass(slots=True)
+class Result:
+    """What a run gave."""
+
+    workload: str
+    policy: str
+    seed: int
+    summary: Summary
+    accounts: Accounts
+    ticks: int
+    cpu_s: float
+    store: MemoryStore = field(repr=False)
+
+    def row(self) -> dict[str, object]:
+        """The final JSON line of `jobsched simulate`."""
+        return {**self.summary.to_dict(), "ticks": self.ticks, "cpu_s": round(self.cpu_s, 3), "policy": self.policy,
+                "seed": self.seed}  # fmt: skip
+
+
+Told = Callable[[Job], int]
+"""What a policy may know of a job's time to its end, in milliseconds."""
+PolicyMaker = Callable[["Simulation"], Policy]
+"""Policies that are told something get it from the simulation they run in."""
+
+
+class Simulation:
+    """Everything real but the engine and the time. `step()` is one tick; `run()` goes to the end."""
+
+    def __init__(self, workload: Workload, make_policy: PolicyMaker, name: str = "", seed: int = 0) -> None:
+        self.workload, self.name, self.seed = workload, name, seed
+        self.clock = SimClock(START_MS)
+        self.store = MemoryStore()
+        self.player = Player(workload, self.store, self.clock)
+        self.engine = SimBackend(self.clock, workload.nodes, self.player.script)
+        self.arrivals: dict[JobId, Arrival] = {a.job_id: a for a in workload.arrivals}
+        self._coming = sorted(workload.arrivals, key=lambda a: (a.at_ms, a.job_id), reverse=True)
+        self.policy = make_policy(self)
+        self.ticks = 0
+        self.cpu_s = 0.0
+        self._still = 0
+        self._turns_at = 0
+        """When the order of a re-plan changes by itself."""
+        self.controller = self.boot()
+
+    def boot(self) -> Controller:
+        """A new server process: nothing survives but store and engine."""
+        self.engine.close()
+        self.controller = Controller(
+            self.store, self.engine, self.clock, self.policy, queues=self.workload.queues,
+            lease_ttl_ms=NEVER_MS, idle_ms=NEVER_MS,
+        )  # fmt: skip
+        return self.controller
+
+    def told_ms(self, job: Job) -> int:
+        """What the trace tells about a job's run time."""
+        return self.arrivals[job.id].told_ms
+
+    def step(self) -> bool:
+        """Submit what is due, tick once, move on to the next instant; False when nothing will ever happen again."""
+        now = self.clock.now_ms()
+        submitted = self.submit(now)
+        if self.workload.rules.pause_everyone and (submitted or self._turns_at == now or self.engine.ends_now()):
+            self.player.catch_up()
+            self.player.pause_everyone(self.engine)
+        pause = self.controller.tick()
+        self.ticks += 1
+        with self.controller.view() as (cluster, _):
+            self._turns_at = cluster.next_pass_ms
+        instants = [now + pause] if pause < NEVER_MS // 8 else []
+        wake = self.engine.next_event_ms()
+        if wake is not None:
+            instants.append(wake)
+        coming = self.next_arrival_ms()
+        if coming is not None:
+            instants.append(coming)
+        if not instants:
+            return False
+        instant = max(now, min(instants))
+        self._still = self._still + 1 if instant == now else 0
+        if self._still > STUCK_TICKS:
+            raise Stuck(f"{STUCK_TICKS} ticks at {now}")
+        self.clock.advance_to(instant)
+        return True
+
+    def next_arrival_ms(self) -> int | None:
+        """When the next job comes; None after the last."""
+        return START_MS + self._coming[-1].at_ms if self._coming else None
+
+    def submit(self, now: int) -> bool:
+        """Submit what is due; whether anything was."""
+        events: list[ev.Event] = []
+        while self._coming and START_MS + self._coming[-1].at_ms <= now:
+            a = self._coming.pop()
+            events.append(ev.JobSubmitted(now, a.job_id, a.spec.name or str(a.job_id), a.owner, a.spec))
+        if events:
+            self.store.append(events)
+        return bool(events)
+
+    def run(self, progress: Callable[[int], None] | None = None) -> Result:
+        """To the end of the last job. `progress` is called with the number of ended jobs now and then."""
+        begin = time.process_time()
+        while self.step():
+            if progress is not None and self.ticks % 500 == 0:
+                progress(self.ended())
+        self.cpu_s = time.process_time() - begin
+        return self.result()
+
+    def result(self) -> Result:
+        """What the log says so far."""
+        accounts = Accounts.of(self.workload.nodes, (s.event for s in self.store.read(0, 1 << 60)), START_MS)
+        return Result(
+            self.workload.name, self.name, self.seed, accounts.summary(), accounts, self.ticks, self.cpu_s,
+            self.store,
+        )
+
+    def ended(self) -> int:
+        count = self.store.count("phase")
+        return sum(count.get(phase, 0) for phase in (Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED))
+
+
+def _ranked(rank: Callable[[Simulation], Rank]) -> PolicyMaker:
+    """Shortest first in some sense, without preemption."""
+    return lambda sim: _policy(sim, ordering=fifo, rank=rank(sim))
+
+
+def _preempting(order: Callable[[Simulation], Order]) -> PolicyMaker:
+    def make(sim: Simulation) -> Policy:
+        rules = sim.workload.rules
+        return _policy(sim, replan=Replan(order(sim), True, rules.running_first, rules.settle))
+
+    return make
+
+
+def _policy(sim: Simulation, **fields: object) -> Policy:
+    rules = sim.workload.rules
+    given: dict[str, object] = {
+        "strict": rules.strict, "pass_every_ms": rules.pass_every_ms, "score": rules.score, **fields
+    }  # fmt: skip
+    return Policy(**given)  # type: ignore[arg-type]
+
+
+def _las(sim: Simulation) -> Order:
+    return least_attained(sim.workload.rules.thresholds_gpu_s, sim.workload.rules.whole_seconds)
+
+
+def _deadline(sim: Simulation) -> Rank:
+    return lambda job: sim.arrivals[job.id].deadline_ms or NEVER_MS
+
+
+POLICIES: dict[str, PolicyMaker] = {
+    "priority": lambda sim: _policy(sim, ordering=priority),
+    "fifo": lambda sim: _policy(sim, ordering=fifo),
+    "sjf": _ranked(lambda sim: sim.told_ms),
+    "qssf": _ranked(lambda sim: gpu_time(sim.told_ms)),
+    "edf": _ranked(_deadline),
+    "srtf": _preempting(lambda sim: shortest(sim.player.left_ms)),
+    "srsf": _preempting(lambda sim: shortest(gpu_time(sim.player.left_ms))),
+    "las": _preempting(_las),
+}
+"""Policies by the name that `jobsched simulate --policy` takes. sjf, qssf, srtf and srsf are told run times."""

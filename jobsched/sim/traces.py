@@ -1,0 +1,342 @@
+"""Readers of recorded traces: one function per format, from its files to a `Workload`. Called by `jobsched simulate`
+and the benchmarks; never part of a running server.
+
+Files are found under the environment variable JOBSCHED_TRACES (default: `shared/traces` beside the project), in a
+folder per format. Each reader gives the cluster and the rules of its format's paper.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+
+from jobsched.core.node import Node
+from jobsched.core.policies.placement import Score
+from jobsched.core.resources import JobId
+from jobsched.errors import NotFound
+from jobsched.sim.throughput import Profile, Profiled, Seats, Steady
+from jobsched.sim.workload import Arrival, Rules, Workload, gang_spec, make_node, make_nodes
+from jobsched.spec.job import JobSpec
+from jobsched.spec.queue import QueueSpec
+
+DEFAULT_ROOT = Path(__file__).resolve().parents[2].parent / "shared" / "traces"
+
+
+def root() -> Path:
+    """The folder of all traces; it may not exist."""
+    return Path(os.environ.get("JOBSCHED_TRACES") or DEFAULT_ROOT)
+
+
+def find(fmt: str, name: str) -> Path:
+    """The file `name` of a format, compressed or not, or any path. Raises NotFound."""
+    for folder in (root() / fmt, Path()):
+        for suffix in ("", ".gz", ".csv", ".csv.gz", ".trace", ".trace.gz"):
+            path = folder / f"{name}{suffix}"
+            if path.is_file():
+                return path
+    raise NotFound(
+        f"there is no trace {name!r} of format {fmt}",
+        hint=f"traces are looked for in {root() / fmt}; set JOBSCHED_TRACES to their folder",
+    )
+
+
+def lines(path: Path) -> Iterator[str]:
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
+        yield from file
+
+
+def rows(path: Path) -> Iterator[dict[str, str]]:
+    yield from csv.DictReader(lines(path))
+
+
+def philly(name: str = "philly_2017-10", nodes: str = "philly_vc_nodes_load85", estimates: str = "") -> Workload:
+    """Philly (ATC'19) with one pool of 8-GPU nodes per virtual cluster, as in Helios (SC'21). `estimates` names a file
+    of run times told to the policies; default: the true ones."""
+    sizes = {row["vc"]: int(row["node num"]) for row in rows(find("philly", nodes))}
+    told = [int(row["est_duration_s"]) for row in rows(find("philly", estimates))] if estimates else None
+    arrivals: list[Arrival] = []
+    begin: datetime | None = None
+    for place, row in enumerate(rows(find("philly", name))):
+        vc = row["cluster"]
+        if vc not in sizes:
+            continue
+        at = datetime.fromisoformat(row["timestamp"])
+        begin = begin or at.replace(hour=0, minute=0, second=0)
+        run_ms, gpus = round(float(row["duration"]) * 1_000), int(row["num_gpus"])
+        arrivals.append(
+            Arrival(
+                at_ms=round((at - begin).total_seconds() * 1_000),
+                job_id=JobId(f"{place:06}"),
+                spec=gang_spec(gpus, 8, f"vc-{vc}", ("vc", vc)),
+                work=Steady(run_ms),
+                told_ms=told[place] * 1_000 if told else run_ms,
+                family=f"{vc}/{gpus}",
+            )
+        )
+    return Workload(
+        name=name,
+        arrivals=tuple(arrivals),
+        nodes=tuple(make_node(f"{vc}-{i:03}", 8, labels=(("vc", vc),)) for vc, n in sizes.items() for i in range(n)),
+        queues=tuple(QueueSpec(name=f"vc-{vc}") for vc in sizes),
+        rules=Rules(kill_ms=0, strict=True),
+    )
+
+
+MURI_START_S = {
+    "vgg16": (7, 7, 8, 9, 9, 10), "vgg19": (7, 7, 8, 9, 10, 10), "resnet18": (4, 5, 5, 7, 7, 7),
+    "shufflenet_v2_x1_0": (4, 4, 5, 5, 7, 8), "bert": (10,) * 6, "gpt2": (10,) * 6,
+    "a2c": (38, 39, 39, 46, 46, 46), "dqn": (5, 5, 6, 6, 8, 8),
+}  # fmt: skip
+"""Muri's measured start-up cost by model, for 1, 2, 4, 8, 16 and 32 GPUs."""
+MURI_SLOWDOWN = 1.015
+"""Muri's own measured cost of running under its executor."""
+
+
+def muri(name: str = "trace3", *, counted: bool = False, once: bool = False) -> Workload:
+    """Muri (SIGCOMM'22): 8 nodes of 8 GPUs. `counted`: one node of 64, where only the number of free GPUs counts (its
+    Tiresias). `once`: the start-up cost is paid at each start, not by everyone at every event as in its simulator."""
+    arrivals: list[Arrival] = []
+    for row in rows(find("muri", name)):
+        gpus, at_ms = int(row["num_gpu"]), int(row["submit_time"])
+        work_ms = int(row["iterations"]) * int(row["iteration_time"]) * MURI_SLOWDOWN
+        costs = MURI_START_S[row["model_name"]]
+        arrivals.append(
+            Arrival(
+                at_ms=at_ms,
+                job_id=JobId(f"{len(arrivals):06}"),
+                spec=gang_spec(gpus, 64 if counted else 8),
+                work=Steady(work_ms, 1_000 * costs[gpus.bit_length() - 1]),
+                told_ms=round(work_ms),
+                family=f"{row['model_name']}/{row['batch_size']}/{gpus}",
+            )
+        )
+    return Workload(
+        name=name,
+        arrivals=tuple(arrivals),
+        nodes=(make_node("n00", 64),) if counted else tuple(make_node(f"n{i:02}", 8) for i in range(8)),
+        rules=Rules(pause_everyone=not once, kill_ms=0, settle=True, running_first=True, whole_seconds=True),
+    )
+
+
+POLLUX_EPOCHS = {"bert": 2, "cifar10": 100, "ncf": 10, "imagenet": 90, "deepspeech2": 80, "yolov3": 50}
+POLLUX_MAX_LOCAL_BATCH = {"yolov3": 8}
+Curve = tuple[tuple[float, float, float], ...]
+
+
+@cache
+def pollux_profile(app: str) -> Profile:
+    """One application's profile, from the files under `pollux/profiles/APP`."""
+    folder = f"profiles/{app}"
+    by_placement: defaultdict[str, list[tuple[float, float, float]]] = defaultdict(list)
+    for row in rows(find("pollux", f"{folder}/placements")):
+        by_placement[row["placement"]].append(_step_point(row))
+    by_size: defaultdict[tuple[int, int], list[tuple[float, float, float]]] = defaultdict(list)
+    for row in rows(find("pollux", f"{folder}/scalability")):
+        by_size[int(float(row["num_nodes"])), int(float(row["num_replicas"]))].append(_step_point(row))
+    epochs = {
+        int(path.name.split("-")[1].split(".")[0]): tuple(
+            (float(row["progress"]), float(row["grad_sqr"]), float(row["grad_var"])) for row in rows(path)
+        )
+        for path in sorted((root() / "pollux" / folder).glob("validation-*.csv*"))
+    }
+    largest = max(point[0] for points in by_placement.values() for point in points)
+    return Profile(
+        app,
+        {key: tuple(sorted(points)) for key, points in by_placement.items()},
+        {key: tuple(sorted(points)) for key, points in by_size.items()},
+        epochs,
+        POLLUX_EPOCHS[app],
+        POLLUX_MAX_LOCAL_BATCH.get(app, int(largest)),
+    )
+
+
+def _step_point(row: dict[str, str]) -> tuple[float, float, float]:
+    return float(row["local_bsz"]), float(row["step_time"]), float(row["sync_time"])
+
+
+def pollux(name: str = "workload-1.0_6") -> Workload:
+    """Pollux (OSDI'21): 16 nodes of 4 GPUs, passes every minute, half a minute without progress at each start, speeds
+    from its measured profiles. Jobs ask for their tuned number of GPUs."""
+    arrivals = [
+        Arrival(
+            at_ms=1_000 * int(row["time"]),
+            job_id=JobId(f"{place:06}"),
+            spec=gang_spec(int(row["num_replicas"]), 4, single=True),
+            work=Profiled(pollux_profile(row["application"]), int(row["batch_size"])),
+            family=f"{row['application']}/{row['num_replicas']}",
+        )
+        for place, row in enumerate(rows(find("pollux", name)))
+    ]
+    return Workload(
+        name=name,
+        arrivals=tuple(arrivals),
+        nodes=tuple(make_node(f"n{i:02}", 4) for i in range(16)),
+        rules=Rules(kill_ms=0, pass_every_ms=60_000, settle=True, score=Score.SPREAD, thresholds_gpu_s=(57_600,)),
+    )
+
+
+def tiresias(name: str = "60_job") -> Workload:
+    """The smoke-test trace of Tiresias (NSDI'19), on 15 nodes of 4 GPUs as its testbed."""
+    arrivals = [
+        _steady(place, float(row["submit_time"]), float(row["duration"]), int(row["num_gpu"]), 4, row["model_name"])
+        for place, row in enumerate(rows(find("tiresias", name)))
+    ]
+    return Workload(name, tuple(arrivals), make_nodes("15x4"), rules=Rules(whole_seconds=True))
+
+
+def chronus(name: str = "trace_job_Philly_MIX1", unit_s: float = 60.0) -> Workload:
+    """Chronus (SoCC'21): jobs with deadlines among best-effort ones. Its time unit is taken to be a minute; rows that
+    ask for no GPU are dropped."""
+    arrivals = []
+    for place, row in enumerate(rows(find("chronus", name))):
+        gpus, at_s = int(row["num_gpu"]), unit_s * float(row["submit_time"])
+        if not gpus:
+            continue
+        arrival = _steady(place, at_s, unit_s * float(row["duration"]), gpus, 8, row["model_name"], row["user"])
+        if row["best_effort"] == "0":
+            deadline_s = at_s + unit_s * float(row["expect_time_list"].split("-")[0])
+            arrival = replace(arrival, deadline_ms=round(1_000 * deadline_s))
+        arrivals.append(arrival)
+    return Workload(name, tuple(arrivals), make_nodes("100x8"))
+
+
+def elasticflow(name: str = "elasticVpollux_e", kind: str = "A100") -> Workload:
+    """ElasticFlow (ASPLOS'23): 16 nodes of 8 GPUs, jobs with absolute deadlines; the first arrival is the start."""
+    table = list(rows(find("elasticflow", name)))
+    begin = min(float(row["submit_time"]) for row in table)
+    arrivals = [
+        replace(
+            _steady(
+                place, float(row["submit_time"]) - begin, float(row["duration"]), int(row["num_gpu"]), 8,
+                row["model_name"],
+            ),
+            deadline_ms=round(1_000 * (float(row["ddl"]) - begin)),
+        )
+        for place, row in enumerate(table)
+    ]
+    return Workload(name, tuple(arrivals), make_nodes("16x8", kind.lower()))
+
+
+def shockwave(name: str = "120jobs_dynamic") -> Workload:
+    """Shockwave (NSDI'23): 32 V100 (128 for the long list) in nodes of 4; the recorded run time alone stands for the
+    changing batch sizes."""
+    table = [line.rstrip("\n").split("\t") for line in lines(find("shockwave", name))]
+    arrivals = [
+        _steady(place, float(row[11]), float(row[10]), int(row[6]), 4, row[0]) for place, row in enumerate(table)
+    ]
+    return Workload(name, tuple(arrivals), make_nodes("8x4" if len(table) <= 120 else "32x4", "v100"))
+
+
+def gavel(name: str = "msr_seed0_0e4a51", nodes: str = "3x4:v100+3x4:p100+3x4:k80") -> Workload:
+    """Gavel (OSDI'20): jobs of known steps on GPUs of three kinds, speeds from its measured throughputs. The command
+    column is data and is not used."""
+    with gzip.open(find("gavel", "simulation_throughputs.json"), "rt") as file:
+        table: dict[str, dict[str, dict[str, float]]] = json.load(file)
+    arrivals = []
+    for place, line in enumerate(lines(find("gavel", name))):
+        row = line.rstrip("\n").split("\t")
+        short = len(row) == 7
+        steps, gpus, at_s = float(row[4 if short else 5]), int(row[6]), float(row[5 if short else 9])
+        # Job types that were not measured on several GPUs go as fast as on one.
+        speeds = {
+            kind: jobs[str((row[0], gpus))]["null"] if str((row[0], gpus)) in jobs else jobs[str((row[0], 1))]["null"]
+            for kind, jobs in table.items()
+            if str((row[0], 1)) in jobs
+        }
+        run_s = steps / speeds["v100"]
+        arrival = _steady(place, at_s, run_s, gpus, 4, row[0], single=True)
+        arrivals.append(replace(arrival, work=Steady(1_000 * run_s, 0, GavelSpeed(tuple(sorted(speeds.items()))))))
+    return Workload(name, tuple(arrivals), make_nodes(nodes))
+
+
+@dataclass(frozen=True, slots=True)
+class GavelSpeed:
+    """Speed of one job type relative to V100; the slowest kind of a gang sets its pace."""
+
+    steps_s: tuple[tuple[str, float], ...]
+
+    def __call__(self, seats: Seats) -> float:
+        table = dict(self.steps_s)
+        best = table["v100"]
+        suffix = "_unconsolidated" if len(seats) > 1 else ""
+        return min(max(table.get(f"{kind or 'v100'}{suffix}", best), 1e-6) for kind, _ in seats) / best
+
+
+def openb(name: str = "openb_pod_list_default", nodes: str = "openb_node_list_gpu_node") -> Workload:
+    """Alibaba's GPU-sharing cluster (FGD, ATC'23): pods live from their creation to their deletion. Lists without times
+    arrive a second apart and stay for a year."""
+    arrivals = []
+    for place, row in enumerate(rows(find("openb", name))):
+        begin_s = float(row.get("creation_time") or place)
+        end_s = float(row.get("deletion_time") or begin_s + 365 * 86_400)
+        work = Steady(max(1_000.0, 1_000 * (end_s - begin_s)))
+        arrivals.append(Arrival(round(1_000 * begin_s), JobId(f"{place:06}"), openb_spec(row), work))
+    return Workload(name, tuple(arrivals), openb_nodes(nodes))
+
+
+def openb_nodes(name: str = "openb_node_list_gpu_node") -> tuple[Node, ...]:
+    return tuple(
+        make_node(row["sn"], int(row["gpu"]), row["model"].lower(), int(row["cpu_milli"]), int(row["memory_mib"]) << 20)
+        for row in rows(find("openb", name))
+    )
+
+
+def openb_spec(row: dict[str, str]) -> JobSpec:
+    """A pod as a job of one replica; a share when it asks for part of one GPU."""
+    gpus, gpu_milli = int(row["num_gpu"]), int(row["gpu_milli"])
+    return _pod(int(row["cpu_milli"]), int(row["memory_mib"]), gpus, gpu_milli, row.get("gpu_spec") or "")
+
+
+@cache
+def _pod(cpu_milli: int, memory_mib: int, gpus: int, gpu_milli: int, kinds: str) -> JobSpec:
+    role: dict[str, object] = {"command": "pod", "cpu": f"{cpu_milli}m", "memory": f"{memory_mib}Mi"}
+    if gpus:
+        role["gpu"] = {"type": kinds.lower() or "any", "count": gpus if gpus > 1 else gpu_milli / 1_000}
+    return JobSpec.model_validate({"roles": {"worker": role}, "start_timeout": 0})
+
+
+def _steady(
+    place: int, at_s: float, run_s: float, gpus: int, per_node: int, model: str, owner: str = "sim",
+    single: bool = False,
+) -> Arrival:  # fmt: skip
+    run_ms = max(1_000, round(1_000 * run_s))
+    return Arrival(
+        at_ms=round(1_000 * at_s),
+        job_id=JobId(f"{place:06}"),
+        spec=gang_spec(gpus, per_node, single=single),
+        work=Steady(run_ms),
+        owner=owner,
+        told_ms=run_ms,
+        family=f"{owner}/{model}/{gpus}",
+    )
+
+
+def _muri_for(name: str, policy: str) -> Workload:
+    return muri(name, counted=policy == "las")
+
+
+FORMATS: dict[str, tuple[Callable[[str, str], Workload], str]] = {
+    "philly": (lambda name, policy: philly(name), "philly_2017-10"),
+    "muri": (_muri_for, "trace3"),
+    "pollux": (lambda name, policy: pollux(name), "workload-1.0_6"),
+    "gavel": (lambda name, policy: gavel(name), "msr_seed0_0e4a51"),
+    "shockwave": (lambda name, policy: shockwave(name), "120jobs_dynamic"),
+    "chronus": (lambda name, policy: chronus(name), "trace_job_Philly_MIX1"),
+    "elasticflow": (lambda name, policy: elasticflow(name), "elasticVpollux_e"),
+    "tiresias": (lambda name, policy: tiresias(name), "60_job"),
+    "openb": (lambda name, policy: openb(name), "openb_pod_list_default"),
+}
+"""Format -> (reader of (trace, policy), its first trace)."""
+
+
+def missing() -> tuple[str, ...]:
+    """Formats whose folder is not there."""
+    return tuple(fmt for fmt in FORMATS if not (root() / fmt).is_dir())

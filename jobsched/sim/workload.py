@@ -1,0 +1,152 @@
+"""Workloads: what arrives when, on which cluster, under which rules. Made by trace readers and by the generator here.
+
+The generator is the built-in default of `jobsched simulate`: heavy-tailed run times, mostly one-GPU jobs, a daily
+rhythm, as in Philly (ATC'19) and Helios (SC'21). Everything random comes from the seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from math import cos, pi
+from random import Random
+
+from jobsched.core.node import Gpu, Node
+from jobsched.core.policies.placement import Score
+from jobsched.core.resources import GpuId, JobId, NodeName
+from jobsched.sim.throughput import Steady, Work
+from jobsched.spec.job import JobSpec
+from jobsched.spec.queue import QueueSpec
+
+GIB = 2**30
+HOUR_MS = 3_600_000
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How a paper's simulator counts time, where it differs from what jobsched's own engine does."""
+
+    pause_everyone: bool = False
+    """At every arrival, end and change of queue, each running job makes no progress for its start cost (Muri)."""
+    kill_ms: int = 5
+    """How long a replica takes to die once told to."""
+    pass_every_ms: int = 0
+    """Scheduling passes only at multiples of this; 0: whenever something happens."""
+    save_every_ms: int = 0
+    """How often jobs save; a failure loses what came after. 0: nothing is ever lost."""
+    running_first: bool = False
+    """Least attained service: within a level, jobs that run stand before those that wait."""
+    strict: bool = False
+    """The first job of a queue that does not fit stops the queue."""
+    settle: bool = False
+    """Preemptive passes start nobody before everything that was stopped is gone."""
+    score: Score = Score.PACK
+    thresholds_gpu_s: tuple[int, ...] = (3_250, 7_200)
+    """Of least attained service: GPU-seconds at which a job sinks a level."""
+    whole_seconds: bool = False
+    """Those times per job are rounded up to seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One job: when it comes, what it asks for, what it does. `told_ms` is what the scheduler may know of its run time
+    (0: nothing); `deadline_ms` counts from the start of the trace (0: none)."""
+
+    at_ms: int
+    job_id: JobId
+    spec: JobSpec
+    work: Work
+    owner: str = "sim"
+    told_ms: int = 0
+    deadline_ms: int = 0
+    family: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    name: str
+    arrivals: tuple[Arrival, ...]
+    nodes: tuple[Node, ...]
+    queues: tuple[QueueSpec, ...] = (QueueSpec(),)
+    rules: Rules = Rules()
+
+
+def make_node(
+    name: str, gpus: int, kind: str = "gpu", cpu_milli: int = 1_000_000, memory_bytes: int = 4_096 * GIB,
+    labels: tuple[tuple[str, str], ...] = (),
+) -> Node:  # fmt: skip
+    devices = tuple(Gpu(GpuId(f"{name}-g{i}"), kind, 16 * GIB) for i in range(gpus))
+    return Node(NodeName(name), cpu_milli, memory_bytes, devices, labels=labels)
+
+
+def make_nodes(text: str, kind: str = "gpu") -> tuple[Node, ...]:
+    """`16x4` is 16 nodes of 4 GPUs; `8x8:v100+4x8:k80` mixes kinds. ValueError when it is neither."""
+    nodes: list[Node] = []
+    for part in text.split("+"):
+        size, _, named = part.partition(":")
+        count, cross, gpus = size.partition("x")
+        if not (cross and count.isdigit() and gpus.isdigit()):
+            raise ValueError(f"{part!r} is not a set of nodes; write for example 16x4 or 8x8:v100+4x8:k80")
+        nodes += [make_node(f"n{len(nodes) + i:04}", int(gpus), named or kind) for i in range(int(count))]
+    return tuple(nodes)
+
+
+@cache
+def gang_spec(
+    gpus: int, per_node: int, queue: str = "default", node_label: tuple[str, str] | None = None, kinds: str = "",
+    single: bool = False,
+) -> JobSpec:  # fmt: skip
+    """A job of so many GPUs: replicas of one whole node each and one for the rest; `single`: one replica per GPU. Specs
+    are shared between like jobs."""
+    role: dict[str, object] = {"command": "train", "cpu": "1m"}
+    kind = kinds or "any"
+    if single or gpus <= per_node:
+        count, size = (gpus, 1) if single else (1, gpus)
+        roles: dict[str, object] = {"worker": {**role, "replicas": count, "gpu": f"{kind}:{size}"}}
+    else:
+        whole, rest = divmod(gpus, per_node)
+        roles = {"worker": {**role, "replicas": whole, "gpu": f"{kind}:{per_node}"}}
+        if rest:
+            roles["rest"] = {**role, "gpu": f"{kind}:{rest}"}
+    placement = {"nodes": dict([node_label])} if node_label else {}
+    return JobSpec.model_validate(
+        {"roles": roles, "queue": queue, "placement": placement, "start_timeout": 0, "checkpoint": {"grace": 0}}
+    )
+
+
+SIZES: Sequence[tuple[int, float]] = ((1, 0.70), (2, 0.10), (4, 0.10), (8, 0.08), (16, 0.015), (32, 0.005))
+
+
+def synthetic(
+    jobs: int = 2_000, seed: int = 0, nodes: str = "16x8", load: float = 0.9, longest_s: float = 7 * 86_400.0
+) -> Workload:
+    """`jobs` arrivals that ask for `load` of the cluster on average."""
+    random = Random(seed)
+    cluster = make_nodes(nodes)
+    most = sum(len(node.gpus) for node in cluster)
+    per_node = max(len(node.gpus) for node in cluster)
+    sizes = [size for size, _ in SIZES if size <= most]
+    weights = [weight for size, weight in SIZES if size <= most]
+    drawn = [
+        (random.choices(sizes, weights)[0], min(max(10.0, random.lognormvariate(7.0, 1.9)), longest_s))
+        for _ in range(jobs)
+    ]
+    span_s = sum(size * run_s for size, run_s in drawn) / (most * load)
+    at_s, arrivals = 0.0, []
+    for place, (size, run_s) in enumerate(drawn):
+        rhythm = 1.0 - 0.6 * cos(2 * pi * at_s / 86_400)
+        at_s += random.expovariate(jobs / span_s * rhythm)
+        user = f"user{min(int(random.paretovariate(1.2)), 20)}"
+        arrivals.append(
+            Arrival(
+                at_ms=round(at_s * 1_000),
+                job_id=JobId(f"{place:06}"),
+                spec=gang_spec(size, per_node),
+                work=Steady(round(run_s) * 1_000),
+                owner=user,
+                told_ms=round(run_s) * 1_000,
+                family=f"{user}/{size}",
+            )
+        )
+    return Workload(f"synthetic-{jobs}-{seed}", tuple(arrivals), cluster)

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+from jobsched.core import events as ev
+from jobsched.core import explain
+from jobsched.core.job import Phase, Reason
+from jobsched.sim.backend import Script
+from jobsched.spec.queue import QueueSpec
+from tests.world import World, a_ps_spec, a_spec
+
+
+def reasons(world: World, job_id: str) -> dict[Reason, str]:
+    found = explain.verdict(world.cluster, world.job(job_id), world.clock.now_ms())  # type: ignore[arg-type]
+    return {why.reason: why.message for why in found.reasons}
+
+
+def test_a_gang_that_is_short_of_gpus_is_told_how_short() -> None:
+    world = World(nodes=2, gpus=4)
+    for _ in range(5):
+        world.submit()
+    gang = world.submit(a_spec(roles={"worker": {"command": "x", "gpu": "any:2", "replicas": 3}}))
+    world.tick(3)
+    found = explain.verdict(world.cluster, world.job(gang), world.clock.now_ms())
+    assert found.position == 1
+    assert (
+        "needs 3 × (2 any GPU, 1 CPU); 3 of 8 matching GPUs are free, at most 3 on one node" in found.reasons[0].message
+    )
+    assert found.nearest_fit == "1 of 3 worker replicas fit now"
+
+
+def test_every_reason_has_its_numbers() -> None:
+    world = World(
+        nodes=1, gpus=2, queues=(QueueSpec(), QueueSpec(name="small", max_gpus=1), QueueSpec(name="off", paused=True))
+    )
+    world.submit(a_spec(queue="small"))
+    quota = world.submit(a_spec(queue="small"))
+    paused = world.submit(a_spec(queue="off"))
+    held = world.submit(held=True)
+    never = world.submit(a_spec(roles={"worker": {"command": "x", "gpu": "any:4"}}))
+    kind = world.submit(a_spec(roles={"worker": {"command": "x", "gpu": "h100:1"}}))
+    world.tick(3)
+    assert reasons(world, quota) == {Reason.QUOTA_QUEUE: "needs 1 GPU; queue small holds 1 of its 1"}
+    assert reasons(world, paused) == {Reason.QUEUE_PAUSED: "queue off is paused"}
+    assert Reason.HELD in reasons(world, held)
+    assert reasons(world, never)[Reason.UNPLACEABLE] == (
+        "no node can ever hold role 'worker': it needs 4 GPUs, the biggest node has 2"
+    )
+    assert "no node has a GPU of kind h100 for role" in reasons(world, kind)[Reason.UNPLACEABLE]
+
+
+def test_jobs_ahead_are_counted_by_priority_and_age() -> None:
+    world = World(nodes=1, gpus=1)
+    world.submit()
+    world.tick(2)
+    ids = [world.submit(a_spec(priority=p)) for p in (0, 5, 0)]
+    world.tick(2)
+    places = [explain.verdict(world.cluster, world.job(i), world.clock.now_ms()).position for i in ids]
+    assert places == [2, 1, 3]
+    assert "2 waiting jobs of queue default go first" in reasons(world, ids[2])[Reason.PRIORITY]
+
+
+def test_asking_changes_nothing() -> None:
+    world = World(nodes=2)
+    world.submit()
+    world.tick(3)
+    before = [(s.whole_total, s.cpu_milli) for s in world.cluster.ledger.spaces.values()]
+    answer = explain.plan(world.cluster, a_ps_spec(), world.clock.now_ms())
+    assert answer.code == 0
+    assert {(r.role, r.replicas, r.where) for r in answer.roles} == {("worker", 3, ("n1",)), ("ps", 2, ("n1",))}
+    assert explain.plan(world.cluster, a_spec(roles={"worker": {"command": "x", "gpu": "any:9"}}), 0).code == 8
+    full = a_spec(roles={"worker": {"command": "x", "gpu": "any:8", "replicas": 2}})
+    assert explain.plan(world.cluster, full, world.clock.now_ms()).code == 10
+    assert [(s.whole_total, s.cpu_milli) for s in world.cluster.ledger.spaces.values()] == before
+
+
+def test_the_story_tells_a_failure_and_its_cause() -> None:
+    world = World(scripts=lambda launch: Script(run_ms=100, exit_code=3))
+    job_id = world.submit()
+    job = world.run_to_phase(job_id, Phase.FAILED)
+    text = "\n".join(explain.story(world.store.history(job_id)))
+    for part in ("submitted by me", "placed on n1", "worker/0 ended with code 3", "FAILED"):
+        assert part in text
+    assert job.cause is not None
+    assert explain.blame(job.cause)[:2] == (
+        "worker/0 exited with code 3 [class user]",
+        "first failing replica: worker/0 (rank 0) on n1",
+    )
+    assert explain.headline(job) == "worker/0 exited with code 3"
+
+
+def test_every_event_kind_has_a_sentence_or_is_known_to_need_none() -> None:
+    silent = {"ReplicasStarted", "ReplicasGone", "FailuresForgiven", "DependencyMet"}
+    world = World(scripts=lambda launch: Script(run_ms=100))
+    job_id = world.submit()
+    world.wish(ev.JobPriorityChanged(1, job_id, "me", 4))
+    world.run_to_phase(job_id, Phase.SUCCEEDED)
+    for stored in world.store.history(job_id):
+        assert explain.sentence(stored.event) or stored.event.kind in silent

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import pytest
+
+from jobsched.core.job import Binding, RoleShape
+from jobsched.core.ledger import Ledger
+from jobsched.core.node import Node, kind_matches
+from jobsched.core.resources import GpuId, GpuShare, NodeName, Resources
+from tests.world import a_gpu_node
+
+
+def role(gpu_milli: int = 1_000, cpu_milli: int = 1_000, **fields: object) -> RoleShape:
+    return RoleShape("worker", 1, 1, cpu_milli, 0, gpu_milli, **fields)  # type: ignore[arg-type]
+
+
+def anywhere(node: Node) -> bool:
+    return True
+
+
+def ledger(*nodes: Node) -> Ledger:
+    made = Ledger()
+    for node in nodes:
+        made.put_node(node)
+    return made
+
+
+def bind(book: Ledger, shape: RoleShape) -> Binding | None:
+    found = book.best_fit(shape, book.matching(shape), anywhere)
+    if found is None:
+        return None
+    binding = Binding("worker", 0, found[0], found[1], book.ports(found[0], 1) or ())
+    book.take(binding, shape)
+    return binding
+
+
+def test_best_fit_leaves_whole_nodes_free() -> None:
+    book = ledger(a_gpu_node("a", 8), a_gpu_node("b", 4), a_gpu_node("c", 2))
+    assert [b.node for b in (bind(book, role()), bind(book, role()), bind(book, role(4_000))) if b] == ["c", "c", "b"]
+    assert bind(book, role(8_000)) is not None
+    assert bind(book, role()) is None
+
+
+def test_shares_fill_a_started_gpu_before_opening_another() -> None:
+    book = ledger(a_gpu_node("a", 2))
+    shares = [bind(book, role(milli)) for milli in (500, 250, 250, 600)]
+    gpus = [b.gpus[0].gpu for b in shares if b]
+    assert gpus[0] == gpus[1] == gpus[2] != gpus[3]
+    assert bind(book, role(500)) is None
+    assert bind(book, role(400)) is not None
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted", "matches"),
+    [
+        ("h100-80gb", ("h100",), True),
+        ("h100-80gb", (), True),
+        ("h100-80gb:1g.10gb", ("h100",), False),
+        ("h100-80gb:1g.10gb", (), False),
+        ("h100-80gb:1g.10gb", ("h100-80gb:1g.10gb",), True),
+        ("h1000", ("h100",), False),
+        ("a100-40gb", ("h100", "A100"), True),
+    ],
+)
+def test_kinds(kind: str, wanted: tuple[str, ...], matches: bool) -> None:
+    assert kind_matches(kind, wanted) is matches
+
+
+def test_kinds_in_order_of_preference_and_memory_bounds() -> None:
+    book = ledger(a_gpu_node("a", 1, "a100-40gb"), a_gpu_node("h", 1, "h100-80gb"))
+    first = bind(book, role(gpu_kinds=("h100", "a100")))
+    assert first is not None
+    assert first.node == "h"
+    assert book.matching(role(gpu_memory_min_bytes=17 * 2**30)) == ()
+    assert len(book.matching(role(gpu_memory_min_bytes=8 * 2**30))) == 2
+
+
+def test_a_trial_puts_everything_back() -> None:
+    book = ledger(a_gpu_node("a", 8), a_gpu_node("b", 8))
+    before = [(s.whole_total, s.cpu_milli, sorted(s.ports_used), s.next_port) for s in book.spaces.values()]
+    freed = book.freed
+    with book.trial():
+        assert bind(book, role(8_000))
+        mark = book.mark()
+        assert bind(book, role(3_500 // 1_000 * 1_000))
+        assert bind(book, role(500))
+        book.rollback(mark)
+        assert bind(book, role(8_000))
+    assert [(s.whole_total, s.cpu_milli, sorted(s.ports_used), s.next_port) for s in book.spaces.values()] == before
+    assert book.freed == freed
+
+
+def test_foreign_use_and_unhealthy_gpus_are_not_offered() -> None:
+    node = a_gpu_node("a", 3, foreign=Resources(cpu_milli=63_500), foreign_gpus=(GpuShare(GpuId("a-g0")),))
+    book = ledger(node)
+    assert bind(book, role()) is None
+    assert bind(book, role(cpu_milli=100)) is not None
+    assert bind(book, role(cpu_milli=100)) is not None
+    assert bind(book, role(cpu_milli=100)) is None
+
+
+def test_ports_roll_forward_and_are_never_handed_out_twice() -> None:
+    book = ledger(a_gpu_node("a", 8, port_lo=100, port_hi=103))
+    shape = role(cpu_milli=10)
+    bindings = [bind(book, shape) for _ in range(4)]
+    assert [b.ports for b in bindings if b] == [(100,), (101,), (102,), (103,)]
+    assert book.ports(NodeName("a"), 1) is None
+    assert bindings[0]
+    book.give(bindings[0], shape)
+    assert book.ports(NodeName("a"), 1) == (100,)
+    assert bindings[2]
+    book.give(bindings[2], shape)
+    again = bind(book, shape)
+    assert again
+    assert again.ports == (100,)
+    assert book.ports(NodeName("a"), 1) == (102,)

@@ -1,0 +1,218 @@
+"""Properties of the core over random lives: whatever users wish and engines suffer, the invariants hold."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from jobsched.core import events as ev
+from jobsched.core import invariants
+from jobsched.core.cluster import Cluster
+from jobsched.core.job import Job, Phase
+from jobsched.core.lifecycle import LEGAL, Illegal, evolve_job
+from jobsched.core.resources import JobId
+from jobsched.core.schedule import Policy, schedule
+from jobsched.sim.backend import Script
+from jobsched.spec.job import JobSpec
+from jobsched.spec.queue import QueueSpec
+from tests.world import World, a_gpu_node, a_spec
+
+EXAMPLES = int(os.environ.get("EXAMPLES", 10_000 if os.environ.get("BENCH") == "full" else 25))
+QUIET = settings(
+    max_examples=EXAMPLES, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+
+def specs() -> st.SearchStrategy[JobSpec]:
+    gpu = st.sampled_from([None, "any:1", "any:2", "any:4", "any:0.5", "any:0.25", "h100:1", "[sim-gpu:1, h100:1]"])
+    count = st.one_of(
+        st.integers(1, 4),
+        st.tuples(st.integers(1, 2), st.integers(2, 4)).map(lambda t: {"min": t[0], "max": t[1], "prefer": t[1]}),
+    )
+
+    def build(
+        n: object, g: str | None, ps: int, scope: str, prio: int, queue: str, within: str, spread: str
+    ) -> JobSpec:
+        restart = {"scope": scope, "max": 2}
+        worker: dict[str, object] = {"command": "w", "replicas": n, "cpu": "500m", "restart": restart}
+        if g:
+            worker["gpu"] = ["sim-gpu:1", "h100:1"] if g.startswith("[") else g
+        roles: dict[str, object] = {"worker": worker}
+        if ps:
+            roles["ps"] = {"command": "p", "replicas": ps, "cpu": "500m"}
+        placement = {"within": within, "spread": spread if not within else ""}
+        return a_spec(roles=roles, priority=prio, queue=queue, placement=placement)
+
+    return st.builds(
+        build, count, gpu, st.integers(0, 2), st.sampled_from(["replica", "role", "job"]), st.integers(0, 2),
+        st.sampled_from(["default", "small"]), st.sampled_from(["", "", "node", "rack"]),
+        st.sampled_from(["", "", "node"]),
+    )  # fmt: skip
+
+
+class Life(RuleBasedStateMachine):
+    """Users and faults at random; the world checks invariants and GPU exclusivity after every tick."""
+
+    @initialize()
+    def begin(self) -> None:
+        self.serial = 0
+        queues = (QueueSpec(), QueueSpec(name="small", max_gpus=3))
+        self.world = World(nodes=0, queues=queues, scripts=self.script)
+        for index in range(3):
+            kind = "h100-80gb" if index == 2 else "sim-gpu"
+            node = a_gpu_node(f"n{index}", 4, kind, cpus=6, labels=(("rack", f"r{index % 2}"),))
+            self.world.engine.put_node(node)
+        self.nodes = {f"n{i}": a_gpu_node(f"n{i}", 4, "h100-80gb" if i == 2 else "sim-gpu", cpus=6,
+                                          labels=(("rack", f"r{i % 2}"),)) for i in range(3)}  # fmt: skip
+        for index in range(6):
+            worker = {"command": "w", "gpu": "any:1", "replicas": 3 + index % 3, "cpu": "250m"}
+            self.world.submit(a_spec(roles={"worker": worker}))
+        self.world.tick()
+
+    def script(self, launch: object) -> Script:
+        self.serial += 1
+        code = (0, 0, 0, 1, 137, 143)[self.serial % 6]
+        return Script(run_ms=200 + 370 * (self.serial % 7), exit_code=code, step_ms=100, save_ms=20 * (self.serial % 2))
+
+    def some(self, pick: int) -> JobId | None:
+        live = sorted(self.world.cluster.jobs)
+        return live[pick % len(live)] if live else None
+
+    @rule(spec=specs(), held=st.booleans())
+    def submit(self, spec: JobSpec, held: bool) -> None:
+        self.world.submit(spec, held=held and spec.priority == 2)
+
+    @rule(times=st.integers(1, 5), step=st.sampled_from([1, 50, 400, 3_000]))
+    def pass_time(self, times: int, step: int) -> None:
+        self.world.tick(times, step)
+
+    @rule(pick=st.integers(0, 50), what=st.sampled_from(["cancel", "hold", "release", "restart", "suspend", "scale"]))
+    def wish(self, pick: int, what: str) -> None:
+        job_id = self.some(pick)
+        if job_id is None:
+            return
+        now = self.world.clock.now_ms()
+        job = self.world.job(job_id)
+        high = job.spec.roles["worker"].replicas.max
+        low = job.spec.roles["worker"].replicas.min
+        event: ev.JobEvent = {
+            "cancel": ev.JobCancelRequested(now, job_id, "u"),
+            "hold": ev.JobHeld(now, job_id, "u"),
+            "suspend": ev.JobHeld(now, job_id, "u", stop=True),
+            "release": ev.JobReleased(now, job_id, "u"),
+            "restart": ev.JobRestartRequested(now, job_id, "u"),
+            "scale": ev.JobScaled(now, job_id, "u", {"worker": low + pick % (high - low + 1)}),
+        }[what]
+        self.world.wish(event)
+
+    @rule(pick=st.integers(0, 50), how=st.sampled_from(["kill", "remove", "hang"]))
+    def fault(self, pick: int, how: str) -> None:
+        alive = sorted(self.world.engine.alive())
+        if alive:
+            getattr(self.world.engine, how)(alive[pick % len(alive)])
+
+    @rule(name=st.sampled_from(["n0", "n1", "n2"]), lose=st.booleans())
+    def node(self, name: str, lose: bool) -> None:
+        present = name in self.world.engine._nodes
+        if lose and present:
+            self.world.engine.lose_node(self.nodes[name].name)
+        elif not lose and not present:
+            self.world.engine.put_node(self.nodes[name])
+
+    @rule(name=st.sampled_from(["n0", "n1", "n2"]), how=st.sampled_from(["cordon", "drain", "uncordon"]))
+    def cordon(self, name: str, how: str) -> None:
+        now, node = self.world.clock.now_ms(), self.nodes[name].name
+        if how == "uncordon":
+            self.world.wish(ev.NodeUncordoned(now, node, "ops"))
+        else:
+            self.world.wish(ev.NodeCordoned(now, node, "ops", drain=how == "drain"))
+
+    @rule()
+    def server_dies(self) -> None:
+        self.world.boot()
+        self.world.tick()
+
+    @invariant()
+    def same_snapshot_same_plan_and_nothing_taken(self) -> None:
+        if not hasattr(self, "world"):
+            return
+        cluster, now = self.world.cluster, self.world.clock.now_ms()
+        first = schedule(cluster, now, Policy())
+        for line in cluster.lines.values():
+            line.blocked_at = -1
+        for job_id in cluster.growing:
+            cluster.growing[job_id] = -1
+        assert schedule(cluster, now, Policy()).decisions == first.decisions
+        assert not invariants.check(cluster)
+
+    @invariant()
+    def replayed_log_equals_memory_and_projections(self) -> None:
+        if not hasattr(self, "world"):
+            return
+        self.world.controller.tick()
+        replayed = Cluster()
+        jobs: dict[JobId, Job] = {}
+        for stored in self.world.store.read(0, 1_000_000):
+            replayed.evolve(stored.event, stored.seq)
+            job_id = ev.job_id_of(stored.event)
+            if job_id is not None:
+                jobs[job_id] = evolve_job(jobs.get(job_id), stored.event)  # type: ignore[arg-type]
+        live = self.world.cluster
+        assert replayed.jobs == live.jobs
+        assert replayed.nodes == live.nodes
+        assert (replayed.lost, replayed.cordoned) == (live.lost, live.cordoned)
+        assert replayed.queue_gpu_milli.items() <= live.queue_gpu_milli.items() | replayed.queue_gpu_milli.items()
+        for job_id, job in jobs.items():
+            assert self.world.store.job(job_id) == job
+
+    @invariant()
+    def quota_holds(self) -> None:
+        if hasattr(self, "world"):
+            assert self.world.cluster.queue_gpu_milli.get("small", 0) <= 3_000
+
+    def teardown(self) -> None:
+        """Left alone, with every node back, all that is not held ends."""
+        world = self.world
+        for name, node in self.nodes.items():
+            world.engine.put_node(node)
+            world.wish(ev.NodeUncordoned(world.clock.now_ms(), node.name, name))
+        for job_id in list(world.cluster.jobs):
+            world.wish(ev.JobReleased(world.clock.now_ms(), job_id, "u"))
+        world.tick(2)
+        impossible = {
+            job_id for job_id, job in world.cluster.jobs.items() if "h100" in str(job.spec.roles["worker"].gpu)
+        }
+        for job_id in sorted(impossible):
+            world.wish(ev.JobCancelRequested(world.clock.now_ms(), job_id, "u"))
+        for job_id, job in list(world.cluster.jobs.items()):
+            needs = sum(r.min * r.gpu_milli for r in world.cluster.shape(job).roles)
+            too_big = job.spec.queue == "small" and needs > 3_000
+            picky = job.spec.placement.within or job.spec.placement.spread
+            if (too_big or picky) and job_id not in impossible:
+                world.wish(ev.JobCancelRequested(world.clock.now_ms(), job_id, "u"))
+        world.run_until(lambda: not world.cluster.jobs, limit_ms=24 * 3_600_000)
+        world.tick(3)
+        assert not world.engine.alive()
+        assert all(space.bound == 0 for space in world.cluster.ledger.spaces.values())
+
+
+TestLife = Life.TestCase
+TestLife.settings = QUIET
+
+
+def test_terminal_jobs_never_change() -> None:
+    for phases in LEGAL.values():
+        assert not {Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED} & set(phases)
+
+
+def test_an_event_of_another_attempt_is_refused() -> None:
+    job = evolve_job(None, ev.JobSubmitted(1, JobId("a"), "a", "me", a_spec()))
+    for event in (ev.AttemptStarted(2, job.id, 0), ev.AttemptPlaced(2, job.id, 2, ())):
+        try:
+            evolve_job(job, event)
+        except Illegal:
+            continue
+        raise AssertionError(f"{event} was accepted")

@@ -1,0 +1,128 @@
+"""The simulator runs the real controller: papers' own figures come out, policies do what their names say."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from jobsched.core.events import EVENT
+from jobsched.core.job import Phase
+from jobsched.core.resources import JobId
+from jobsched.sim import traces
+from jobsched.sim.report import render
+from jobsched.sim.run import POLICIES, Result, Simulation
+from jobsched.sim.throughput import Steady
+from jobsched.sim.workload import Arrival, Workload, gang_spec, make_nodes, synthetic
+
+KEYS = [
+    "jobs", "avg_jct_s", "p50_jct_s", "p99_jct_s", "avg_queue_s", "p99_queue_s", "makespan_s", "gpu_allocation_pct",
+    "unallocated_gpu_pct", "fragmentation_pct", "preemptions", "rescales", "restarts", "ticks", "cpu_s", "policy", "seed",
+]  # fmt: skip
+
+
+def a_workload(*jobs: tuple[float, float, int], nodes: str = "1x4") -> Workload:
+    """(arrives, runs, GPUs) per job, in seconds."""
+    arrivals = tuple(
+        Arrival(
+            round(at * 1_000), JobId(f"{place:03}"), gang_spec(gpus, 4), Steady(run * 1_000), told_ms=round(run * 1_000)
+        )
+        for place, (at, run, gpus) in enumerate(jobs)
+    )
+    return Workload("test", arrivals, make_nodes(nodes))
+
+
+def run(workload: Workload, policy: str) -> Result:
+    return Simulation(workload, POLICIES[policy], policy).run()
+
+
+def ends(result: Result) -> list[float]:
+    """When each job ended, seconds after the start."""
+    accounts = result.accounts
+    return [(accounts.jobs[j].ended_ms - accounts.start_ms) / 1_000 for j in sorted(accounts.jobs)]
+
+
+def test_every_policy_finishes_every_job_and_gives_the_promised_keys() -> None:
+    workload = synthetic(60, seed=3, nodes="2x8", load=1.5, longest_s=20_000)
+    for policy in POLICIES:
+        result = run(workload, policy)
+        assert result.summary.ended == 60, policy
+        assert list(result.row()) == KEYS
+        assert {job.phase for job in result.accounts.jobs.values()} == {Phase.SUCCEEDED}
+
+
+def test_a_free_gpu_is_used_at_once_and_time_is_exact() -> None:
+    result = run(a_workload((0, 100, 4), (10, 50, 4), (10, 5, 4)), "fifo")
+    assert ends(result) == pytest.approx([100, 150, 155])
+    assert result.summary.avg_queue_s == pytest.approx((0 + 90 + 140) / 3, abs=0.01)
+    assert result.summary.gpu_allocation_pct == pytest.approx(100, abs=0.01)
+
+
+def test_shortest_job_first_and_its_preemptive_sibling() -> None:
+    jobs = ((0, 100, 4), (10, 50, 4), (20, 5, 4))
+    assert ends(run(a_workload(*jobs), "sjf")) == pytest.approx([100, 155, 105])
+    assert ends(run(a_workload(*jobs), "srtf")) == pytest.approx([155, 65, 25], abs=0.1)
+
+
+def test_preemption_keeps_the_work_done_and_the_place_of_those_who_stay() -> None:
+    result = run(a_workload((0, 100, 1), (10, 100, 3), (20, 5, 4)), "srsf")
+    assert ends(result) == pytest.approx([105, 115, 25], abs=0.1)
+    assert result.summary.preemptions == 2
+    kept = run(a_workload((0, 100, 1), (10, 300, 3), (20, 5, 3)), "srsf")
+    assert kept.accounts.jobs[JobId("000")].attempts == 1
+
+
+def test_least_attained_service_lets_a_newcomer_pass_a_job_that_had_its_share() -> None:
+    result = run(a_workload((0, 5_000, 4), (3_000, 100, 4)), "las")
+    assert ends(result) == pytest.approx([5_100, 3_100], abs=0.1)
+
+
+def test_deadlines_first() -> None:
+    late, urgent = a_workload((0, 50, 4), (1, 10, 4), (2, 10, 4)).arrivals[1:]
+    first = a_workload((0, 50, 4)).arrivals[0]
+    from dataclasses import replace
+
+    workload = replace(
+        a_workload(), arrivals=(first, replace(late, deadline_ms=500_000), replace(urgent, deadline_ms=80_000))
+    )
+    assert ends(run(workload, "edf")) == pytest.approx([50, 70, 60])
+
+
+def test_the_report_draws_every_run() -> None:
+    results = [run(synthetic(40, nodes="1x8", longest_s=3_600), policy) for policy in ("fifo", "sjf")]
+    page = render(results)
+    assert page.count("<svg") == 5
+    assert "fifo" in page
+    assert "avg_jct_s" in page
+
+
+def test_the_same_seed_gives_the_same_log() -> None:
+    def log() -> list[bytes]:
+        result = run(synthetic(50, seed=5, nodes="1x8", longest_s=7_200), "las")
+        return [EVENT.dump_json(stored.event) for stored in result.store.read(0, 1 << 30)]
+
+    assert log() == log()
+
+
+def needs(fmt: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(fmt in traces.missing(), reason=f"no traces of {fmt} under {traces.root()}")
+
+
+@needs("pollux")
+def test_pollux_tiresias_equals_the_published_figure() -> None:
+    result = run(traces.pollux("workload-1.0_6"), "las")
+    assert result.summary.avg_jct_s == pytest.approx(3_469.69, rel=1e-3)
+
+
+@pytest.mark.parametrize("fmt", list(traces.FORMATS))
+def test_every_format_reads_and_runs(fmt: str) -> None:
+    if fmt in traces.missing():
+        pytest.skip(f"no traces of {fmt} under {traces.root()}")
+    reader, first = traces.FORMATS[fmt]
+    workload = reader(first, "fifo")
+    from dataclasses import replace
+
+    few = replace(workload, arrivals=workload.arrivals[:30])
+    result = run(few, "fifo")
+    assert result.summary.ended == 30, result.store.count("phase")
+    json.dumps(result.row())

@@ -1,0 +1,75 @@
+"""Seeded faults: nodes, racks, GPUs and replicas fail, engine and store go away, servers die or pause at any call of a
+port while another one leads. After every tick the invariants hold; in the end every job has ended and nothing is left.
+
+`python -m tests.simulation.test_faults SEED` runs one seed again. BENCH=full runs a thousand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import structlog
+
+from jobsched.core.events import EVENT
+from jobsched.sim.faults import Chaos, parse_faults
+from jobsched.sim.run import POLICIES, Simulation
+from jobsched.sim.workload import Rules, make_nodes, synthetic
+
+SEEDS = 1_000 if os.environ.get("BENCH") == "full" else 8
+OFTEN = "replica=5m,gpu=10m,node=10m,rack=1h,outage=20m,slow=20m,clock=1h,store=15m,crash=2m,leaders=4m"
+
+
+def play(seed: int, faults: str = OFTEN, jobs: int = 30) -> Simulation:
+    """One seed to its end, verified."""
+    nodes = tuple(replace(n, labels=(("rack", f"r{i // 4}"),)) for i, n in enumerate(make_nodes("8x8")))
+    workload = synthetic(jobs, seed, "8x8", 0.9, 3_600.0)
+    workload = replace(workload, nodes=nodes, rules=Rules(save_every_ms=600_000))
+    policy = ("priority", "sjf", "las")[seed % 3]
+    simulation = Simulation(workload, POLICIES[policy], policy, seed)
+    chaos = Chaos(simulation, parse_faults(faults), 86_400_000, f"python -m tests.simulation.test_faults {seed}")
+    chaos.run(limit_ticks=30_000)
+    chaos.verify()
+    assert sum(chaos.counts.values()) > 0
+    return simulation
+
+
+def digest(simulation: Simulation) -> str:
+    log = b"\n".join(EVENT.dump_json(stored.event) for stored in simulation.store.read(0, 1 << 30))
+    return hashlib.sha256(log).hexdigest()
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> None:
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_nothing_is_lost_whatever_breaks(seed: int) -> None:
+    play(seed)
+
+
+def test_the_event_log_does_not_depend_on_the_hash_seed() -> None:
+    found = set()
+    for hash_seed in ("1", "2"):
+        command = [sys.executable, "-m", "tests.simulation.test_faults", "4"]
+        ended = subprocess.run(
+            command, env={**os.environ, "PYTHONHASHSEED": hash_seed}, capture_output=True, text=True, check=True
+        )
+        found.add(ended.stdout.split()[-1])
+    assert len(found) == 1
+
+
+def test_a_spec_of_faults() -> None:
+    assert parse_faults("node=6h,crash") == {"node": 21_600_000, "crash": 7_200_000}
+    with pytest.raises(ValueError, match="'fire' is not a kind of fault"):
+        parse_faults("fire=1h")
+
+
+if __name__ == "__main__":
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
+    print(digest(play(int(sys.argv[1]))))
