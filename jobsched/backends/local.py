@@ -1,0 +1,313 @@
+"""The local backend: replicas are processes of this machine, kept by a supervisor that outlives the server.
+
+Used by `wiring` through `registry`. It decides nothing and keeps nothing that the supervisor does not know better: a
+new one sees everything the old one saw. Two connections, so that a long `observe` never delays an order.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from jobsched.backends import local_render
+from jobsched.backends.local_nodes import NodeSource, overlaid
+from jobsched.backends.supervisor import replica_log
+from jobsched.backends.supervisor.protocol import VERSION, Layout, Lines, Message, Settings, encode
+from jobsched.backends.supervisor.stacks import find_py_spy
+from jobsched.core.launch import Launch, LaunchKey
+from jobsched.core.node import Node
+from jobsched.core.observation import Observation
+from jobsched.core.resources import NodeName
+from jobsched.errors import BackendUnreachable
+from jobsched.ports import Addressing, Capabilities, LogChunk
+
+ANSWER_S = 10.0
+"""Longest wait for an answer of the supervisor."""
+START_S = 15.0
+"""Longest wait for a new supervisor to be there."""
+RETRY_S = 0.01
+NODE_LOOK_S = 0.25
+FOLLOW_S = 0.05
+
+
+class LocalBackend:
+    """A `Backend`. `home` holds all state; `nodes` says what there is; `environ` is what replicas inherit.
+
+    `warm` names modules for which a warm interpreter is kept ready from the beginning. BackendUnreachable when the
+    supervisor can neither be reached nor started.
+    """
+
+    def __init__(
+        self,
+        home: Path,
+        nodes: NodeSource,
+        *,
+        settings: Settings | None = None,
+        warm: Sequence[str] = (),
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        self.layout = Layout(home.absolute())
+        self._nodes = nodes
+        self._settings = settings or Settings()
+        self._warm = tuple(warm)
+        self._base = local_render.inherited(os.environ if environ is None else environ, sys.executable)
+        self._orders = threading.Lock()
+        self._watching = threading.Lock()
+        self._control: _Line | None = None
+        self._watch: _Line | None = None
+        self._known_nodes: dict[NodeName, Node] = {}
+        self._pids: dict[LaunchKey, int] = {}
+        with self._orders:
+            hello = self._connect_control()
+        self.capabilities = Capabilities(
+            name="local",
+            addressing=Addressing.NODE,
+            absence_is_final=True,
+            warm_start=True,
+            stacks=find_py_spy() is not None,
+            limits=hello["limits"],
+            checkpoint_root=str(self.layout.home / "checkpoints"),
+            report=f"unix:{self.layout.report_socket}",
+        )
+
+    # the port -----------------------------------------------------------------------------------------------------
+
+    def observe(self, timeout_ms: int = 0) -> Observation:
+        deadline = time.monotonic() + timeout_ms / 1000
+        with self._watching:
+            while True:
+                wait = min(max(deadline - time.monotonic(), 0.0), NODE_LOOK_S)
+                messages = self._news(wait)
+                nodes = overlaid(self._nodes(frozenset(self._pids.values())), self.layout.nodes)
+                seen = local_render.observation(messages, self._known_nodes, nodes)
+                if messages or seen.nodes or seen.gone_nodes or time.monotonic() >= deadline:
+                    self._remember(seen, nodes)
+                    return seen
+
+    def start(self, launches: Sequence[Launch]) -> None:
+        orders = [local_render.order(launch, self.layout, self._base).to_wire() for launch in launches]
+        if orders:
+            self._ask({"do": "start", "orders": orders})
+
+    def stop(self, keys: Sequence[LaunchKey], grace_ms: int) -> None:
+        if keys:
+            self._ask({"do": "stop", "keys": list(keys), "grace_ms": grace_ms})
+
+    def ask_stacks(self, keys: Sequence[LaunchKey]) -> None:
+        if keys:
+            self._ask({"do": "stacks", "keys": list(keys)})
+
+    def forget(self, keys: Sequence[LaunchKey]) -> None:
+        if keys:
+            self._ask({"do": "forget", "keys": list(keys)})
+
+    def logs(self, key: LaunchKey, offset: int = 0, follow: bool = False, timeout_ms: int = 0) -> Iterator[LogChunk]:
+        path = self.layout.log(key)
+        if offset < 0:
+            offset = max(replica_log.size(path) + offset, 0)
+        told = time.monotonic()
+        while True:
+            running = follow and self._runs(key)  # asked before reading, so that nothing is missed at the end
+            try:
+                begin, data = replica_log.read(path, offset)
+            except FileNotFoundError:
+                begin, data = offset, b""
+            if data:
+                whole = data.rfind(b"\n") + 1
+                if whole and (running or len(data) == replica_log.CHUNK):
+                    data = data[:whole]
+                yield LogChunk(begin, data)
+                offset, told = begin + len(data), time.monotonic()
+            elif not running:
+                return
+            elif timeout_ms and (time.monotonic() - told) * 1000 >= timeout_ms:
+                yield LogChunk(offset, b"")
+                told = time.monotonic()
+            else:
+                time.sleep(FOLLOW_S)
+
+    def close(self) -> None:
+        for line in (self._control, self._watch):
+            if line is not None:
+                line.close()
+        self._control = self._watch = None
+
+    # beyond the port ----------------------------------------------------------------------------------------------
+
+    @property
+    def supervisor_pid(self) -> int:
+        """For `doctor`, and for tests that kill it."""
+        return int(self._ask(self._hello())["pid"])
+
+    def quit_supervisor(self, kill: bool = False) -> bool:
+        """End the supervisor of this home and wait for that; False if it refuses because replicas run and `kill` is
+        not given. BackendUnreachable when it does not end in time."""
+        if not self._ask({"do": "quit", "kill": kill})["ok"]:
+            return False
+        with self._orders:
+            line, self._control = self._control, None
+        try:
+            if line is not None:
+                line.wait_for_end()
+        except OSError as error:
+            raise BackendUnreachable("the supervisor does not end") from error
+        return True
+
+    # talking ------------------------------------------------------------------------------------------------------
+
+    def _runs(self, key: LaunchKey) -> bool:
+        found = self._ask({"do": "state", "keys": [key]})["replicas"]
+        return bool(found) and found[0]["state"] != "exited"
+
+    def _ask(self, message: Message) -> Message:
+        """One request and its answer. Requests are idempotent, so one is repeated after a lost connection."""
+        with self._orders:
+            if self._control is not None:
+                try:
+                    return self._control.ask(message)
+                except OSError:
+                    self._control.close()
+                    self._control = None
+            self._connect_control()
+            assert self._control is not None
+            try:
+                return self._control.ask(message)
+            except OSError as error:
+                raise BackendUnreachable(f"the supervisor does not answer: {error}") from error
+
+    def _connect_control(self) -> Message:
+        line, hello = self._dial(self._hello())
+        if hello["version"] != VERSION:
+            line, hello = self._upgraded(line, hello)
+        if self._warm:
+            line.ask({"do": "warm", "interpreter": "python", "preload": self._warm,
+                      "env": self._base | {"PYTHONUNBUFFERED": "1"}})
+        self._control = line
+        return hello
+
+    def _hello(self) -> Message:
+        return {"do": "hello", "version": VERSION, "settings": self._settings.to_wire()}
+
+    def _upgraded(self, line: _Line, hello: Message) -> tuple[_Line, Message]:
+        """The supervisor is of another version: let it become ours, with its replicas."""
+        answer = line.ask({"do": "upgrade", "argv": self._command()})
+        if not answer["ok"]:
+            raise BackendUnreachable(
+                f"a supervisor of another version ({hello['version']}) is at work: {answer['why']}", hint="try again")
+        line.wait_for_end()
+        return self._dial(self._hello())
+
+    def _news(self, wait_s: float) -> list[Message]:
+        """What a watcher is told, waiting for the first message at most `wait_s`. After any trouble: a full listing."""
+        if self._watch is not None:
+            try:
+                return self._watch.receive(wait_s)
+            except OSError:
+                self._watch.close()
+                self._watch = None
+        self._watch, listing = self._dial({"do": "watch"})
+        return [listing]
+
+    def _remember(self, seen: Observation, nodes: tuple[Node, ...]) -> None:
+        self._known_nodes = {node.name: node for node in nodes}
+        if seen.full:
+            self._pids.clear()
+        for replica in seen.replicas:
+            if replica.ident and replica.state != "exited":
+                self._pids[replica.key] = int(replica.ident)
+            else:
+                self._pids.pop(replica.key, None)
+        for key in seen.gone:
+            self._pids.pop(key, None)
+
+    def _dial(self, first: Message) -> tuple[_Line, Message]:
+        """A new connection and the answer to its first request. The supervisor is started if need be; one that is just
+        coming or going (it may take a call and then hang up) is tried again for a while."""
+        deadline = time.monotonic() + START_S
+        while True:
+            line = None
+            try:
+                line = _Line(self.layout.control_socket)
+                return line, line.ask(first)
+            except OSError as error:
+                if line is not None:
+                    line.close()
+                if time.monotonic() >= deadline:
+                    raise BackendUnreachable(f"the supervisor does not answer: {error}") from error
+                if line is None:
+                    self._start_supervisor()
+                time.sleep(RETRY_S)
+
+    def _start_supervisor(self) -> None:
+        log = self.layout.own_log
+        try:
+            self.layout.make()
+            with open(log, "ab") as out:
+                done = subprocess.run(
+                    self._command(), stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd="/",
+                    env=self._base, timeout=START_S, check=False,
+                )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise BackendUnreachable(f"the supervisor cannot be started: {error}") from error
+        if done.returncode:
+            last = " | ".join(replica_log.tail(log, 3))
+            raise BackendUnreachable(f"the supervisor ended at once: {last}", hint=f"see {log}")
+
+    def _command(self) -> list[str]:
+        return [sys.executable, "-P", "-m", "jobsched.backends.supervisor", str(self.layout.home)]
+
+
+class _Line:
+    """One connection. OSError (timeouts included) when the other side is gone."""
+
+    def __init__(self, path: Path) -> None:
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._sock.settimeout(ANSWER_S)
+        self._lines = Lines()
+        self._poll = select.poll()
+        self._poll.register(self._sock, select.POLLIN)
+        try:
+            self._sock.connect(str(path))
+        except OSError:
+            self._sock.close()
+            raise
+
+    def ask(self, message: Message) -> Message:
+        self._sock.sendall(encode(message))
+        while not (found := self._read()):
+            pass
+        return found[0]
+
+    def receive(self, wait_s: float) -> list[Message]:
+        """Messages that have come, waiting up to `wait_s` for the first, and longer for the rest of one."""
+        found: list[Message] = []
+        while self._poll.poll(0 if found else wait_s * 1000):
+            found += self._read()
+            if not found:
+                wait_s = ANSWER_S
+        return found
+
+    def wait_for_end(self) -> None:
+        """Until the other side has closed its end."""
+        try:
+            while self._sock.recv(1 << 16):
+                pass
+        except ConnectionResetError:
+            pass
+        self.close()
+
+    def _read(self) -> list[Message]:
+        data = self._sock.recv(1 << 20)
+        if not data:
+            raise ConnectionResetError("it hung up")
+        return list(self._lines.feed(data))
+
+    def close(self) -> None:
+        self._sock.close()
