@@ -1,0 +1,627 @@
+"""Use cases: everything a user can ask of jobsched, with typed errors; the one door behind REST, CLI and SDK.
+
+Called by `api` and by the embedded client. A wish becomes one event, appended without a fence, and the controller is
+woken; questions are answered from the store's projections and the controller's live view. Never decides where or when a
+job runs and never touches a replica.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import secrets
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
+from typing import Literal, Protocol
+
+from pydantic import TypeAdapter
+from ulid import ULIDGenerator
+
+from jobsched.core import events as ev
+from jobsched.core import explain, invariants
+from jobsched.core.answers import (
+    Check,
+    JobAnswer,
+    JobPage,
+    JobProgress,
+    LogLine,
+    NodeAnswer,
+    PlanAnswer,
+    QueueAnswer,
+    Verdict,
+    Verification,
+    WhyAnswer,
+)
+from jobsched.core.cluster import Cluster
+from jobsched.core.events import Stored
+from jobsched.core.job import Job, Phase
+from jobsched.core.lifecycle import Illegal, evolve_job
+from jobsched.core.observation import Sight
+from jobsched.core.resources import JobId, NodeName, Resources
+from jobsched.errors import Conflict, JobschedError, NotFound, Problem, SpecError, Unplaceable, Unreachable, UsageError
+from jobsched.logs import Listener, LogReader, Selection
+from jobsched.ports import Backend, Clock, JobQuery, Sample, Store
+from jobsched.spec.job import ArraySpec, JobSpec
+
+LIVE = tuple(p for p in Phase if not p.terminal)
+MAX_ARRAY = 10_000
+"""Members of one array submission; more would keep the store's one writer busy for seconds."""
+MAX_PAGE = 1_000
+MAX_VERDICTS = 16
+CHUNK = 500
+"""Submissions per append, so that the leader gets its turn during a large array."""
+WISH_TRIES = 20
+"""How often a wish is tried anew when the job changes between look and append."""
+ID = re.compile(r"[0-9a-hjkmnp-tv-z]{26}")
+ID_PREFIX = re.compile(r"[0-9a-hjkmnp-tv-z]{4,25}")
+
+IfExists = Literal["", "fail", "skip", "replace"]
+
+
+class Health(Protocol):
+    """How the controller's loop does."""
+
+    ticks: int
+    last_tick_ms: float
+    store_error: str
+    backend_error: str
+    rejected: int
+
+
+class LiveView(Protocol):
+    """What the service needs of the controller."""
+
+    @property
+    def health(self) -> Health: ...
+
+    @property
+    def leading(self) -> bool: ...
+
+    def view(self) -> AbstractContextManager[tuple[Cluster, Sight]]:
+        """The live cluster and what was last seen, held still while the context is open: be quick."""
+        ...
+
+    def wake(self) -> None:
+        """There is news in the store."""
+        ...
+
+    def progress(self, job_id: JobId) -> JobProgress | None: ...
+
+    def subscribe(self, listener: Listener) -> Callable[[], None]:
+        """Call with every batch of events once it is folded, and the jobs whose progress changed; the result
+        unsubscribes. Listeners run on the controller's thread and must not block."""
+        ...
+
+
+class Service:
+    """One per server. Thread-safe."""
+
+    def __init__(
+        self, store: Store, live: LiveView, backend: Backend, clock: Clock,
+        checks: Callable[[], Iterable[Check]] = tuple,
+    ) -> None:  # fmt: skip
+        """`checks` adds what only the composition root knows (home directory, versions) to `doctor`."""
+        self.live = live
+        self._store = store
+        self._backend = backend
+        self._clock = clock
+        self._checks = checks
+        self._logs = LogReader(store, backend, live.subscribe)
+        self._new_id = ULIDGenerator(clock=clock.now_ms)
+        self._naming = threading.Lock()
+        self._verifying = threading.Lock()
+
+    # ---- submitting ----
+
+    def submit(
+        self, spec: JobSpec, *, owner: str = "", request_id: str = "", hold: bool = False, if_exists: IfExists = ""
+    ) -> JobPage:
+        """Queue a job, or every member of its array. Doing it again with the same owner and request id changes nothing
+        and gives the same jobs.
+
+        Raises `SpecError` (incomplete spec), `NotFound` (queue, dependency), `Unplaceable` (no node can ever hold it;
+        not with `hold`), `Conflict` (a dependency did not succeed; the name is taken and `if_exists` is "fail")."""
+        _refuse_incomplete(spec)
+        with self.live.view() as (cluster, _):
+            queues = tuple(cluster.queues)
+            never = explain.could_ever_fit(cluster, spec) if cluster.nodes and not hold else ""
+        _refuse_early(queues)
+        if spec.queue not in queues:
+            raise NotFound(f"there is no queue {spec.queue!r}", hint=_suggest(spec.queue, queues, "queues"))
+        if never:
+            raise Unplaceable(never, hint="change the request, or submit it with --hold until such nodes exist")
+        waiting_for = self._dependencies(spec, owner)
+        wishes = self._submissions(spec, owner, request_id, hold, waiting_for)
+        if not if_exists:
+            return self._append(wishes)
+        with self._naming:  # between the look and the append nobody else may take the name
+            taken = self._holders(wishes[0].name, owner)
+            again = (request_id, wishes[0].request_id)
+            if not taken or any(self._request_of(job) in again for job in taken[:20]):
+                return self._append(wishes)
+            if if_exists == "skip":
+                return JobPage(tuple(self._answer(job) for job in taken))
+            if if_exists == "fail":
+                raise Conflict(
+                    f"job {taken[0].name!r} ({taken[0].id}) is {taken[0].phase} under that name",
+                    hint="choose another name, or --if-exists=skip or replace",
+                )
+            for job in taken:
+                with suppress(Conflict):  # it has just ended by itself
+                    self.cancel(job.id, by=owner)
+            return self._append(wishes)
+
+    def plan(self, spec: JobSpec) -> PlanAnswer:
+        """Where and when the job would run if it were submitted now; changes nothing."""
+        _refuse_incomplete(spec)
+        with self.live.view() as (cluster, _):
+            _refuse_early(cluster.queues)
+            if spec.queue not in cluster.queues:
+                raise NotFound(f"there is no queue {spec.queue!r}", hint=_suggest(spec.queue, cluster.queues, "queues"))
+            return explain.plan(cluster, spec, self._clock.now_ms())
+
+    def _submissions(
+        self, spec: JobSpec, owner: str, request_id: str, hold: bool, waiting_for: tuple[JobId, ...]
+    ) -> list[ev.JobSubmitted]:
+        at_ms = self._clock.now_ms()
+        name = spec.name or made_up_name()
+        if spec.array is None:
+            spec, job_id = spec.model_copy(update={"name": name}), self._next_id()
+            return [ev.JobSubmitted(at_ms, job_id, name, owner, spec, request_id or job_id, waiting_for, held=hold)]
+        indices = spec.array.indices
+        if not indices or len(indices) > MAX_ARRAY or len(f"{name}-{indices[-1]}") > 52:
+            raise SpecError([Problem(
+                "an array needs a member" if not indices
+                else f"an array of {len(indices)} members is too large; at most {MAX_ARRAY}" if len(indices) > MAX_ARRAY
+                else f"{name!r} leaves no room for the member's number in a name of at most 52 characters",
+                field="array",
+            )])  # fmt: skip
+        array_id = self._next_id()
+        wishes = []
+        for index in indices:
+            only = ArraySpec(indices=(index,), max_parallel=spec.array.max_parallel)
+            member = spec.model_copy(update={"name": f"{name}-{index}", "array": only})
+            wishes.append(ev.JobSubmitted(
+                at_ms, self._next_id(), f"{name}-{index}", owner, member, f"{request_id or array_id}/{index}",
+                waiting_for, array_id, index, hold,
+            ))  # fmt: skip
+        return wishes
+
+    def _append(self, wishes: Sequence[ev.JobSubmitted]) -> JobPage:
+        jobs = []
+        for at in range(0, len(wishes), CHUNK):
+            stored = self._store.append(wishes[at : at + CHUNK]).stored
+            self.live.wake()
+            for wish, item in zip(wishes[at : at + CHUNK], stored, strict=True):
+                assert isinstance(item.event, ev.JobSubmitted)
+                known = self._store.job(item.event.job_id) if item.event.job_id != wish.job_id else None
+                jobs.append(known or evolve_job(None, item.event))
+        return JobPage(tuple(map(_receipt, jobs[:MAX_PAGE])), more=len(jobs) > MAX_PAGE)
+
+    def _next_id(self) -> JobId:
+        return JobId(str(self._new_id.generate()).lower())
+
+    def _dependencies(self, spec: JobSpec, owner: str) -> tuple[JobId, ...]:
+        """Ids of the jobs in `after` that have yet to succeed. The id of an array stands for all its members."""
+        waiting: dict[JobId, None] = {}
+        for ref in spec.after:
+            array = JobQuery(array_id=ref.lower(), limit=MAX_ARRAY)
+            members = self._store.jobs(array) if ID.fullmatch(array.array_id) else ()
+            for job in members or (self.resolve(ref, owner=owner),):
+                if job.phase in (Phase.FAILED, Phase.CANCELLED):
+                    raise Conflict(
+                        f"the job must come after {job.name!r} ({job.id}), which {job.phase.lower()}",
+                        hint="submit that one again first, or leave it out of 'after'",
+                    )
+                if job.phase is not Phase.SUCCEEDED:
+                    waiting[job.id] = None
+        return tuple(waiting)
+
+    def _holders(self, name: str, owner: str) -> Sequence[Job]:
+        """Live jobs of the owner that hold a name; the whole array where it is a member's. Newest first."""
+        taken = self._store.jobs(JobQuery(name=name, owner=owner, phases=LIVE))
+        arrays = dict.fromkeys(job.array_id for job in taken if job.array_id)
+        return [job for job in taken if not job.array_id] + [
+            job for array in arrays for job in self._store.jobs(JobQuery(array_id=array, phases=LIVE, limit=MAX_ARRAY))
+        ]
+
+    def _request_of(self, job: Job) -> str:
+        """The request id that a job was submitted with."""
+        first = self._store.history(job.id, limit=1)[0].event
+        assert isinstance(first, ev.JobSubmitted)
+        return first.request_id.removesuffix(f"/{job.array_index}")
+
+    # ---- finding ----
+
+    def resolve(self, ref: str, *, owner: str = "") -> Job:
+        """The job that a reference means: full id, name (the newest so called), unique id prefix, or "@last" (the
+        newest, of `owner` if given). Raises `NotFound` with a suggestion, `Conflict` when a prefix means several."""
+        if ref == "@last":
+            newest = self._store.jobs(JobQuery(owner=owner, limit=1))
+            if not newest:
+                raise NotFound("there is no job yet", hint="submit one with 'jobsched submit FILE'")
+            return newest[0]
+        lower = ref.lower()
+        if ID.fullmatch(lower) and (job := self._store.job(JobId(lower))):
+            return job
+        if named := self._store.jobs(JobQuery(name=ref, limit=1)) if ref else ():
+            return named[0]
+        found = self._store.jobs(JobQuery(id_prefix=lower, limit=6)) if ID_PREFIX.fullmatch(lower) else ()
+        if len(found) == 1:
+            return found[0]
+        if found:
+            listed = ", ".join(f"{job.id} ({job.name})" for job in found[:5]) + (", …" if len(found) > 5 else "")
+            raise Conflict(f"{ref!r} is the beginning of several job ids", hint=f"one of {listed}")
+        names = [job.name for job in self._store.jobs(JobQuery(limit=500))]
+        raise NotFound(f"there is no job {ref!r}", hint=_suggest(ref, names, ""))
+
+    def get(self, ref: str, *, owner: str = "") -> JobAnswer:
+        return self._answer(self.resolve(ref, owner=owner))
+
+    def jobs(self, query: JobQuery) -> JobPage:
+        """Newest first. At most `MAX_PAGE` of them; `more` tells whether the next page has any."""
+        limit = max(1, min(query.limit, MAX_PAGE))
+        jobs = self._store.jobs(replace(query, limit=limit + 1))
+        return JobPage(self._answers(jobs[:limit]), more=len(jobs) > limit)
+
+    def lively(self, also: Iterable[JobId] = ()) -> tuple[JobAnswer, ...]:
+        """Every job that holds resources, and those named, for live views; at most `MAX_PAGE`."""
+        with self.live.view() as (cluster, _):
+            holders = (job_id for node in cluster.on_node.values() for job_id, _ in node)
+            ids = list(dict.fromkeys((*also, *holders)))[:MAX_PAGE]
+            known = {job_id: cluster.jobs.get(job_id) for job_id in ids}
+        return self._answers([job for job_id in ids if (job := known[job_id] or self._store.job(job_id))])
+
+    def why(self, ref: str, *, owner: str = "") -> WhyAnswer:
+        """The present in a sentence, the verdict, and the story so far."""
+        answer = self.get(ref, owner=owner)
+        return WhyAnswer(answer.job, answer.headline, answer.verdict, explain.story(self.events(answer.job.id)))
+
+    def events(self, ref: str, *, after: int = 0, limit: int = 10_000, owner: str = "") -> Sequence[Stored]:
+        return self._store.history(self.resolve(ref, owner=owner).id, after, max(1, min(limit, 10_000)))
+
+    def samples(self, ref: str, *, limit: int = 1_000, owner: str = "") -> Sequence[Sample]:
+        return self._store.samples(self.resolve(ref, owner=owner).id, max(1, min(limit, 10_000)))
+
+    def logs(
+        self, ref: str, selection: Selection, *, follow: bool = False, tail: int | None = None, owner: str = ""
+    ) -> Iterator[tuple[LogLine, ...]]:
+        """Batches of log lines; see `LogReader.read`. The reference is resolved at once, not at the first batch."""
+        job = self.resolve(ref, owner=owner)
+        if selection.role and selection.role not in job.spec.roles:
+            hint = _suggest(selection.role, job.spec.roles, "roles")
+            raise NotFound(f"job {job.name!r} has no role {selection.role!r}", hint=hint)
+        return self._logs.read(job.id, selection, follow=follow, tail=tail)
+
+    def read(self, after: int, limit: int) -> Sequence[Stored]:
+        """A piece of the whole log, for event streams."""
+        return self._store.read(after, limit)
+
+    def last_seq(self) -> int:
+        return self._store.last_seq()
+
+    # ---- wishing ----
+
+    def cancel(self, ref: str, *, by: str = "", owner: str = "") -> JobAnswer:
+        """End the job; asking twice is fine. `Conflict` once it has succeeded or failed."""
+
+        def wish(job: Job, at_ms: int) -> ev.JobEvent | None:
+            if job.cancel_by or job.phase is Phase.CANCELLED:
+                return None
+            _refuse_ended(job, "cancelled")
+            return ev.JobCancelRequested(at_ms, job.id, by)
+
+        return self._wish(ref, owner, wish)
+
+    def hold(self, ref: str, *, stop: bool = False, by: str = "", owner: str = "") -> JobAnswer:
+        """Keep the job from starting; with `stop`, a running attempt saves and stops, too."""
+
+        def wish(job: Job, at_ms: int) -> ev.JobEvent | None:
+            _refuse_ended(job, "held")
+            return None if job.held and not (stop and job.phase.active) else ev.JobHeld(at_ms, job.id, by, stop)
+
+        return self._wish(ref, owner, wish)
+
+    def release(self, ref: str, *, by: str = "", owner: str = "") -> JobAnswer:
+        """Undo `hold`; also ends a backoff at once."""
+
+        def wish(job: Job, at_ms: int) -> ev.JobEvent | None:
+            _refuse_ended(job, "released")
+            return ev.JobReleased(at_ms, job.id, by) if job.held or job.not_before_ms else None
+
+        return self._wish(ref, owner, wish)
+
+    def restart(self, ref: str, *, by: str = "", owner: str = "") -> JobAnswer:
+        """Stop the attempt and queue it again with its budget of restarts whole; a job in backoff goes on at once."""
+
+        def wish(job: Job, at_ms: int) -> ev.JobEvent:
+            _refuse_ended(job, "restarted")
+            return ev.JobRestartRequested(at_ms, job.id, by)
+
+        return self._wish(ref, owner, wish)
+
+    def scale(self, ref: str, wanted: Mapping[str, int], *, by: str = "", owner: str = "") -> JobAnswer:
+        """Set how many replicas elastic roles should have. `UsageError` outside their bounds."""
+        if not wanted:
+            raise UsageError("scale needs a role and a number", hint="for example: jobsched scale JOB worker=4")
+
+        def wish(job: Job, at_ms: int) -> ev.JobEvent | None:
+            _refuse_ended(job, "scaled")
+            for name, count in wanted.items():
+                role = job.spec.roles.get(name)
+                if role is None:
+                    hint = _suggest(name, job.spec.roles, "roles")
+                    raise UsageError(f"job {job.name!r} has no role {name!r}", hint=hint)
+                low, high = role.replicas.min, role.replicas.max
+                if low == high:
+                    raise UsageError(
+                        f"role {name!r} has a fixed number of {low} replicas",
+                        hint="only a role with replicas: {min: …, max: …} can be scaled",
+                    )
+                if not low <= count <= high:
+                    raise UsageError(f"role {name!r} can have {low} to {high} replicas, not {count}")
+            change = {name: count for name, count in wanted.items() if job.wanted_count(name) != count}
+            return ev.JobScaled(at_ms, job.id, by, change) if change else None
+
+        return self._wish(ref, owner, wish)
+
+    def set_priority(self, ref: str, priority: int, *, by: str = "", owner: str = "") -> JobAnswer:
+        def wish(job: Job, at_ms: int) -> ev.JobEvent | None:
+            _refuse_ended(job, "given another priority")
+            return ev.JobPriorityChanged(at_ms, job.id, by, priority) if job.priority != priority else None
+
+        return self._wish(ref, owner, wish)
+
+    def _wish(self, ref: str, owner: str, wish: Callable[[Job, int], ev.JobEvent | None]) -> JobAnswer:
+        """Append what `wish` makes of the job as it is now (None: nothing to do), by compare-and-set, so that a wish is
+        never recorded for a job that has moved on."""
+        job = self.resolve(ref, owner=owner)
+        for _ in range(WISH_TRIES):
+            event = wish(job, self._clock.now_ms())
+            if event is None:
+                return _receipt(job)
+            if not self._store.append([event], expected={job.id: job.version}).rejected:
+                self.live.wake()
+                return _receipt(evolve_job(job, event))
+            job = self._known(job.id)
+        raise Conflict(f"job {job.name!r} ({job.id}) changes faster than the wish can be recorded", hint="try again")
+
+    def _known(self, job_id: JobId) -> Job:
+        job = self._store.job(job_id)
+        assert job is not None, "jobs are never removed from the store"
+        return job
+
+    # ---- answering ----
+
+    def _answer(self, job: Job) -> JobAnswer:
+        now_ms, verdict = self._clock.now_ms(), None
+        if not job.phase.terminal:
+            with self.live.view() as (cluster, _):
+                known = cluster.jobs.get(job.id)
+                if known and (known.phase is Phase.QUEUED or job.id in cluster.growing):
+                    verdict = explain.verdict(cluster, known, now_ms)
+        return JobAnswer(job, self._progress(job), verdict, explain.headline(job, verdict))
+
+    def _answers(self, jobs: Sequence[Job]) -> tuple[JobAnswer, ...]:
+        """For listings. Jobs of one line wait for the same thing, so one verdict a line does (without the place in
+        line, which is each job's own), and at most `MAX_VERDICTS` of them; the rest show their reason."""
+        now_ms = self._clock.now_ms()
+        found: dict[object, Verdict] = {}
+        verdicts: dict[JobId, Verdict] = {}
+        with self.live.view() as (cluster, _):
+            for job in jobs:
+                if job.phase is Phase.QUEUED and (known := cluster.jobs.get(job.id)):
+                    line = cluster.line_of(job.id)
+                    key = line.key if line else job.id
+                    if key not in found and len(found) < MAX_VERDICTS:
+                        found[key] = replace(explain.verdict(cluster, known, now_ms), position=0)
+                    if key in found:
+                        verdicts[job.id] = replace(found[key], job_id=job.id)
+        return tuple(
+            JobAnswer(job, self._progress(job), verdict := verdicts.get(job.id), explain.headline(job, verdict))
+            for job in jobs
+        )
+
+    def _progress(self, job: Job) -> JobProgress | None:
+        return None if job.phase is Phase.QUEUED else self.live.progress(job.id)
+
+    # ---- nodes and queues ----
+
+    def nodes(self) -> tuple[NodeAnswer, ...]:
+        """Every node that was ever seen, by name."""
+        with self.live.view() as (cluster, _):
+            return tuple(_node_answer(cluster, name) for name in sorted(cluster.nodes))
+
+    def cordon(self, name: str, *, drain: bool = False, by: str = "") -> NodeAnswer:
+        """Bind nothing new on the node; with `drain`, its attempts save and move away."""
+        answer = self._node(name)
+        if not (answer.cordoned and answer.draining == drain):
+            self._store.append([ev.NodeCordoned(self._clock.now_ms(), answer.node.name, by, drain)])
+            self.live.wake()
+        return replace(answer, cordoned=True, draining=drain)
+
+    def uncordon(self, name: str, *, by: str = "") -> NodeAnswer:
+        answer = self._node(name)
+        if answer.cordoned:
+            self._store.append([ev.NodeUncordoned(self._clock.now_ms(), answer.node.name, by)])
+            self.live.wake()
+        return replace(answer, cordoned=False, draining=False)
+
+    def _node(self, name: str) -> NodeAnswer:
+        with self.live.view() as (cluster, _):
+            if name not in cluster.nodes:
+                raise NotFound(f"there is no node {name!r}", hint=_suggest(name, tuple(cluster.nodes), "nodes"))
+            return _node_answer(cluster, NodeName(name))
+
+    def queues(self) -> tuple[QueueAnswer, ...]:
+        with self.live.view() as (cluster, _):
+            jobs, queues = tuple(cluster.jobs.values()), tuple(cluster.queues.values())
+            gpu_milli = dict(cluster.queue_gpu_milli)
+        waiting, active = dict.fromkeys((q.name for q in queues), 0), dict.fromkeys((q.name for q in queues), 0)
+        for job in jobs:
+            counted = active if job.phase.active else waiting
+            counted[job.spec.queue] = counted.get(job.spec.queue, 0) + 1
+        return tuple(
+            QueueAnswer(q, waiting[q.name], active[q.name], gpu_milli.get(q.name, 0) / 1_000)
+            for q in sorted(queues, key=lambda q: q.name)
+        )
+
+    def count_by_phase(self) -> Mapping[str, int]:
+        return self._store.count("phase")
+
+    # ---- looking inside ----
+
+    def doctor(self) -> tuple[Check, ...]:
+        """What works and what does not, with what would help."""
+        can = self._backend.capabilities
+        with self.live.view() as (cluster, _):
+            nodes = [n for name, n in cluster.nodes.items() if name not in cluster.lost]
+            lost, queues = sorted(cluster.lost), len(cluster.queues)
+        gpus = sum(len(n.gpus) for n in nodes)
+        sick = [f"{n.name}/{g.id}" for n in nodes for g in n.gpus if not g.healthy]
+        health = self.live.health
+        try:
+            store = Check("store", not health.store_error, health.store_error or f"{self._store.last_seq()} events")
+        except JobschedError as exc:
+            store = Check("store", False, exc.message, exc.hint)
+        return (
+            store,
+            Check("controller", health.ticks > 0, f"{health.ticks} ticks, the last took {health.last_tick_ms:.0f} ms"),
+            Check("leader", self.live.leading, "this server leads" if self.live.leading else "another server leads"),
+            Check("backend", not health.backend_error, health.backend_error
+                  or f"{can.name}; peers by {can.addressing}; warm start: {_yes(can.warm_start)}"),
+            Check("limits", can.limits != "none", f"CPU and memory limits by {can.limits}",
+                  "" if can.limits != "none" else "replicas can take more CPU and memory than they asked for"),
+            Check("stacks", can.stacks, f"stacks of hung replicas: {_yes(can.stacks)}",
+                  "" if can.stacks else "pip install 'jobsched[stacks]'"),
+            Check("nodes", bool(nodes) and not lost,
+                  f"{len(nodes)} ready" + (f", lost: {', '.join(lost)}" if lost else ""),
+                  "" if nodes else "no node has been seen; is the backend configured?"),
+            Check("gpus", not sick, f"{gpus} GPUs" + (f", unhealthy: {', '.join(sick)}" if sick else "")),
+            Check("queues", queues > 0, f"{queues} defined"),
+            *self._checks(),
+        )  # fmt: skip
+
+    def snapshot(self) -> dict[str, object]:
+        """The live cluster and what was last seen, as plain JSON values, for bug reports and replay. O(jobs)."""
+        with self.live.view() as (cluster, sight):
+            jobs, nodes = list(cluster.jobs.values()), list(cluster.nodes.values())
+            lines = [
+                {"key": line.key, "jobs": [place.job_id for place in line.places]} for line in cluster.lines.values()
+            ]
+            whole: dict[str, object] = {
+                "seq": cluster.seq, "now_ms": self._clock.now_ms(), "leading": self.live.leading, "jobs": jobs,
+                "nodes": nodes, "lost": sorted(cluster.lost), "cordoned": dict(cluster.cordoned),
+                "queues": list(cluster.queues.values()), "queue_gpu_milli": dict(cluster.queue_gpu_milli),
+                "lines": lines, "replicas": list(sight.replicas.values()),
+            }  # fmt: skip
+        plain: dict[str, object] = TypeAdapter(dict[str, object]).dump_python(whole, mode="json")
+        return plain
+
+    def verify(self) -> Verification:
+        """Replay the whole log and compare: sequence without gaps, every event legal, projections equal to the fold,
+        and the live cluster sound. O(events); ended jobs are compared as they end and then forgotten. One at a time."""
+        with self._verifying:
+            return self._verify()
+
+    def _verify(self) -> Verification:
+        problems: list[str] = []
+        live: dict[JobId, Job] = {}
+        seq, ended = 0, 0
+        while page := self._store.read(seq, 5_000):
+            for item in page:
+                if item.seq != seq + 1:
+                    problems.append(f"event {seq} is followed by event {item.seq}")
+                seq = item.seq
+                job_id = ev.job_id_of(item.event)
+                if job_id is None:
+                    continue
+                try:
+                    job = evolve_job(live.get(job_id), item.event)  # type: ignore[arg-type]
+                except Illegal as exc:
+                    problems.append(f"event {seq}: {exc}")
+                    continue
+                live[job_id] = job
+                if job.phase.terminal:
+                    ended += 1
+                    problems += self._compare(live.pop(job_id), seq)
+        for job in live.values():
+            problems += self._compare(job, seq)
+        with self.live.view() as (cluster, _):
+            problems += invariants.check(cluster)
+        return Verification(not problems, seq, ended + len(live), tuple(problems[:100]))
+
+    def _compare(self, job: Job, seq: int) -> Iterable[str]:
+        """Differences between a folded job and its projection, which may have moved on since the log was read."""
+        projected = self._store.job(job.id)
+        if projected is not None and projected.version > job.version:
+            for item in self._store.history(job.id, after=seq):
+                if job.version < projected.version:
+                    job = evolve_job(job, item.event)  # type: ignore[arg-type]
+        if projected is None:
+            return (f"job {job.id} is in the log but has no projection",)
+        different = [name for name in Job.__dataclass_fields__ if getattr(job, name) != getattr(projected, name)]
+        return (f"job {job.id}: projection differs from the log in {', '.join(different)}",) if different else ()
+
+
+def made_up_name() -> str:
+    """`adjective-noun-4hex`."""
+    import coolname  # reads word lists of half a megabyte: only when a name is needed
+
+    return f"{coolname.generate_slug(2)}-{secrets.token_hex(2)}"
+
+
+def _receipt(job: Job) -> JobAnswer:
+    """The answer to a wish: the job as the log has it now. What is only known live is not waited for."""
+    return JobAnswer(job, headline=explain.headline(job))
+
+
+def _node_answer(cluster: Cluster, name: NodeName) -> NodeAnswer:
+    space = cluster.ledger.spaces.get(name)
+    return NodeAnswer(
+        node=cluster.nodes[name],
+        free=cluster.ledger.free(name) if space else Resources(),
+        free_gpus=space.whole_total if space else 0,
+        cordoned=name in cluster.cordoned,
+        draining=cluster.cordoned.get(name, False),
+        lost=name in cluster.lost,
+        jobs=tuple(cluster.jobs_on(name)),
+    )
+
+
+def _refuse_early(queues: Collection[str]) -> None:
+    """A cluster without a single queue has not been read yet, or not since the store was away."""
+    if not queues:
+        raise Unreachable("the server has not read its state yet", hint="try again in a moment")
+
+
+def _refuse_ended(job: Job, what: str) -> None:
+    if job.phase.terminal:
+        raise Conflict(
+            f"job {job.name!r} ({job.id}) is {job.phase} and cannot be {what}", hint="submit it again to run it anew"
+        )
+
+
+def _refuse_incomplete(spec: JobSpec) -> None:
+    """Variables without a value are filled by the caller's side, which knows the caller's environment."""
+    tables = [("env", spec.env), *((f"roles.{name}.env", role.env) for name, role in spec.roles.items())]
+    problems = [
+        Problem(f"variable {name} has no value", field=f"{where}.{name}", hint="set it where you submit")
+        for where, table in tables for name, value in table.items() if value is None
+    ]  # fmt: skip
+    if problems:
+        raise SpecError(problems)
+
+
+def _suggest(wrong: str, known: Iterable[str], kind: str) -> str:
+    names = sorted(set(known))
+    close = difflib.get_close_matches(wrong, names, n=3, cutoff=0.6)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    return f"{kind}: {', '.join(names[:20]) or 'none'}" if kind else "'jobsched jobs -a' lists every job"
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"

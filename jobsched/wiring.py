@@ -1,0 +1,279 @@
+"""The composition root: from a server's configuration to running objects; the only place that names concrete classes.
+
+Called by `jobsched serve`, by tests and by whoever embeds a server. Starting and stopping a server never touches a
+replica: those belong to the backend, and the next server finds them again. Decides nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from importlib import import_module
+from pathlib import Path
+
+import structlog
+from filelock import FileLock, Timeout
+
+from jobsched import __version__
+from jobsched.controller.loop import Controller
+from jobsched.core.answers import Check
+from jobsched.core.policies.ordering import priority
+from jobsched.core.schedule import Policy
+from jobsched.errors import ConfigError, Conflict
+from jobsched.ports import Backend, Store, Wake
+from jobsched.service import Service
+from jobsched.spec.server import BackendConfig, GpuStock, LocalBackend, ServerConfig, VirtualNodes
+
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
+FIRST_TICK_S = 5.0
+"""Longest wait for the first look at the cluster before the server answers all the same."""
+START_S = 15.0
+DRAIN_S = 3.0
+"""How long open requests may go on once the server stops."""
+LITTLE_DISK_BYTES = 2**30
+POLICIES = {"priority": priority}
+
+log = structlog.get_logger("jobsched.server")
+
+
+class SystemClock:
+    """The time of day at the start, carried on by the monotonic clock: it neither jumps nor goes backwards."""
+
+    def __init__(self) -> None:
+        self._offset_ns = time.time_ns() - time.monotonic_ns()
+
+    def now_ms(self) -> int:
+        return (self._offset_ns + time.monotonic_ns()) // 1_000_000
+
+    def wait_until(self, instant_ms: int, wake: Wake) -> None:
+        wake.wait(max(0, instant_ms - self.now_ms()) / 1_000)
+        wake.clear()
+
+
+class Server:
+    """One server in one home directory. `start` returns once it answers; `stop` leaves every replica running."""
+
+    def __init__(self, config: ServerConfig, *, embedded: bool = False) -> None:
+        """`embedded`: a client started it by itself, which is noted in `server.json`."""
+        self.home = home_of(config)
+        self.url = ""
+        self.token = ""
+        self._config = config
+        self._embedded = embedded
+        self._stop_wish = threading.Event()
+        self._open = ExitStack()
+
+    def __enter__(self) -> Server:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Take the home directory, open store and backend, begin to tick and to answer. Raises `Conflict` when another
+        server has the home, and what store, backend and address raise."""
+        with ExitStack() as opened:  # closed in reverse, also when starting fails half-way
+            self.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+            opened.callback(_only_one(self.home).release)
+            listener = opened.enter_context(self._bind())
+            store = make_store(self._config, self.home)
+            opened.callback(store.close)
+            backend = self._make_backend()
+            opened.callback(backend.close)
+            self._serve(opened, listener, store, backend)
+            self._open = opened.pop_all()
+        log.info("serving", url=self.url, home=str(self.home), pid=os.getpid(), version=__version__)
+
+    def stop(self) -> None:
+        """Finish open requests, end the loop, hand over the lease, give back the home. Idempotent."""
+        self._open.close()
+
+    def wish_to_stop(self) -> None:
+        """Let `wait` return."""
+        self._stop_wish.set()
+
+    def wait(self) -> None:
+        """Until somebody wishes the server to stop."""
+        self._stop_wish.wait()
+
+    def _serve(self, opened: ExitStack, listener: socket.socket, store: Store, backend: Backend) -> None:
+        from jobsched.api.app import create_app
+        from jobsched.api.auth import LOOPBACK, load_token
+        from jobsched.api.http import HttpServer
+
+        clock = SystemClock()
+        self.token = load_token(self.home / "token")
+        controller = Controller(
+            store, backend, clock, Policy(ordering=POLICIES[self._config.policy.ordering]),
+            queues=self._config.queues,
+            holder=f"{socket.gethostname()}:{self.home}",  # the next server of this home is the same leader
+            lease_ttl_ms=self._config.timers.lease_ttl,
+            idle_ms=self._config.timers.longest_wait,
+            node_grace_ms=self._config.timers.node_grace,
+            secret=load_token(self.home / "secret").encode(),
+        )  # fmt: skip
+        controller.start()
+        opened.callback(controller.stop)
+        service = Service(store, controller, backend, clock, self._checks)
+        host, port = listener.getsockname()[:2]
+        app = create_app(
+            service, self.token, version=__version__, shutdown=self.wish_to_stop,
+            hosts=LOOPBACK if host in LOOPBACK_HOSTS else None,
+        )  # fmt: skip
+        _await_first_tick(controller)
+        http = HttpServer(app, listener, drain_s=DRAIN_S)
+        http.start(timeout_s=START_S)
+        opened.callback(http.stop)
+        near = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        self.url = f"http://[{near}]:{port}" if ":" in near else f"http://{near}:{port}"
+        self._announce()
+        opened.callback(self._retract)
+
+    def _bind(self) -> socket.socket:
+        listen = self._config.listen
+        try:
+            family = socket.getaddrinfo(listen.host, listen.port, type=socket.SOCK_STREAM)[0][0]
+            return socket.create_server((listen.host, listen.port), family=family, backlog=512)
+        except OSError as exc:
+            raise ConfigError(
+                f"cannot listen on {listen.host}:{listen.port}: {exc.strerror or exc}",
+                hint="choose another address with --host and --port; port 0 takes any free one",
+            ) from exc
+
+    def _make_backend(self) -> Backend:
+        from jobsched.backends.registry import make_backend
+
+        with ThreadPoolExecutor(1) as pool:  # a backend starts processes; the web framework is imported meanwhile
+            backend = pool.submit(make_backend, self._config.backend, self.home)
+            import_module("jobsched.api.http")
+            return backend.result()
+
+    # ---- server.json: how clients of this home find the server ----
+
+    def _announce(self) -> None:
+        said = {
+            "url": self.url, "pid": os.getpid(), "token_file": str(self.home / "token"), "version": __version__,
+            "embedded": self._embedded,
+        }  # fmt: skip
+        draft = self.home / f"server.json.{os.getpid()}"
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
+            json.dump(said, out)
+        draft.replace(self.home / "server.json")
+
+    def _retract(self) -> None:
+        (self.home / "server.json").unlink(missing_ok=True)
+
+    def _checks(self) -> Iterator[Check]:
+        free = shutil.disk_usage(self.home).free
+        yield Check("home", free > LITTLE_DISK_BYTES, f"{self.home}, {free / 2**30:.1f} GiB free",
+                    "" if free > LITTLE_DISK_BYTES else "make room: logs and checkpoints are kept there")  # fmt: skip
+        python = ".".join(map(str, sys.version_info[:3]))
+        yield Check("server", True, f"jobsched {__version__}, Python {python}, pid {os.getpid()}, {self.url}")
+
+
+def embedded_config() -> ServerConfig:
+    """What a server offers that a client started by itself: this machine; without any GPU, four virtual nodes of eight
+    simulated GPUs, so that gangs, queues and recovery can be seen on a laptop."""
+    from jobsched.backends.gpus import read_inventory
+
+    if read_inventory().gpus:
+        return ServerConfig()
+    nodes = VirtualNodes(count=4, cpu=16, memory=64 * 2**30, gpus=(GpuStock(kind="sim-gpu", count=8),))
+    return ServerConfig(backend=BackendConfig(local=LocalBackend(virtual_nodes=(nodes,))))
+
+
+def serve(config: ServerConfig, *, embedded: bool = False) -> None:
+    """Run a server until SIGTERM, SIGINT, SIGHUP or POST /v1/shutdown. Main thread only."""
+    configure_logging(os.environ.get("JOBSCHED_LOG_LEVEL", "info"))
+    server = Server(config, embedded=embedded)
+
+    def on_signal(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_DFL)  # the second one ends the process at once
+        server.wish_to_stop()
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    try:
+        with server:
+            server.wait()
+            log.info("stopping; running jobs go on")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def home_of(config: ServerConfig) -> Path:
+    """The directory that holds everything a server keeps."""
+    if config.home:
+        return Path(config.home).expanduser().absolute()
+    import platformdirs
+
+    return Path(os.environ.get("JOBSCHED_HOME") or platformdirs.user_data_dir("jobsched")).absolute()
+
+
+def make_store(config: ServerConfig, home: Path) -> Store:
+    if config.store == "memory:":
+        from jobsched.store.memory import MemoryStore
+
+        return MemoryStore()
+    from jobsched.store.sql import SqlStore
+
+    return SqlStore(config.store or f"sqlite:///{home / 'jobsched.db'}")
+
+
+def configure_logging(level: str) -> None:
+    """Everything to stderr: for people on a terminal, as JSON lines elsewhere. Never local variables: they hold
+    secrets."""
+    number = logging.getLevelNamesMapping().get(level.upper())
+    if number is None:
+        raise ConfigError(f"JOBSCHED_LOG_LEVEL is {level!r}", hint="one of debug, info, warning, error")
+    tty = sys.stderr.isatty()
+    shown: Sequence[structlog.typing.Processor] = (
+        [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)] if tty
+        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)]
+    )
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper("%H:%M:%S" if tty else "iso", utc=not tty),
+            *shown,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+    )  # fmt: skip
+
+
+def _only_one(home: Path) -> FileLock:
+    """The lock on a home directory, taken; the system lets go of it when the process dies, however it dies."""
+    lock = FileLock(home / "server.lock", timeout=0, mode=0o600)
+    try:
+        lock.acquire()
+    except Timeout:
+        said = {}
+        with suppress(OSError, ValueError):
+            said = json.loads((home / "server.json").read_text())
+        who = f" (pid {said['pid']}) at {said['url']}" if {"pid", "url"} <= said.keys() else ""
+        hint = "stop it with 'jobsched server stop', or choose another --home"
+        raise Conflict(f"another server{who} runs from {home}", hint=hint) from None
+    return lock
+
+
+def _await_first_tick(controller: Controller) -> None:
+    """Before it there is no cluster to ask, and before it has seen the backend's nodes it is empty. A server that can
+    reach neither answers all the same, and `doctor` says so."""
+    until, health = time.monotonic() + FIRST_TICK_S, controller.health
+    while time.monotonic() < until and not (health.store_error or health.backend_error):
+        with controller.view() as (_, sight):
+            if health.ticks and sight.observed_at_ms:
+                return
+        time.sleep(0.005)
