@@ -1,0 +1,246 @@
+"""Commands about the cluster: nodes, node, queues, doctor."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from jobsched.cli import render
+from jobsched.cli.connection import connected, segment
+from jobsched.cli.render import Column, View, output_options
+from jobsched.client import locate, settings
+from jobsched.client.documents import Document
+from jobsched.errors import JobschedError, NotFound
+
+
+def _state(answer: Document) -> str:
+    if answer["lost"]:
+        return "lost"
+    if not answer["node"]["ready"]:
+        return "not ready"
+    return "draining" if answer["draining"] else "cordoned" if answer["cordoned"] else "ready"
+
+
+def _gpu_kinds(answer: Document) -> str:
+    kinds: dict[str, int] = {}
+    for gpu in answer["node"]["gpus"]:
+        kinds[gpu["kind"]] = kinds.get(gpu["kind"], 0) + 1
+    return " ".join(f"{kind}:{count}" for kind, count in kinds.items())
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f}Gi"
+
+
+NODE_COLUMNS = (
+    Column("NODE", lambda a: a["node"]["name"]),
+    Column("STATE", _state),
+    Column("GPU", _gpu_kinds),
+    Column("FREE-GPUS", lambda a: f"{a['free_gpus']}/{len(a['node']['gpus'])}"),
+    Column("FREE-CPU", lambda a: f"{a['free']['cpu_milli'] / 1_000:g}/{a['node']['cpu_milli'] / 1_000:g}"),
+    Column("FREE-MEMORY", lambda a: f"{_gib(a['free']['memory_bytes'])}/{_gib(a['node']['memory_bytes'])}"),
+    Column("JOBS", lambda a: len(a["jobs"])),
+    Column("ADDRESS", lambda a: a["node"]["address"], wide=True),
+    Column("LABELS", lambda a: ",".join(f"{k}={v}" for k, v in a["node"]["labels"]), wide=True, flexible=True),
+    Column("MESSAGE", lambda a: a["node"]["message"], wide=True, flexible=True),
+)
+
+
+@click.command()
+@click.option("--gpu", metavar="KIND", help="Only nodes with GPUs of this kind.")
+@output_options
+@click.pass_context
+def nodes(ctx: click.Context, gpu: str | None, view: View) -> None:
+    """List nodes, their GPUs, and what is free on them.
+
+    \b
+    Example:
+      jobsched nodes --gpu h100
+    """
+    with connected(ctx) as remote:
+        answers = remote.documents("nodes")
+    if gpu:
+        answers = [a for a in answers if any(g["kind"].startswith(gpu.lower()) for g in a["node"]["gpus"])]
+    rows = [{**a, "name": a["node"]["name"]} for a in answers]
+    render.show_list(view, NODE_COLUMNS, rows, name="nodes", key="name")
+
+
+@click.group()
+def node() -> None:
+    """Describe, cordon, uncordon or drain a node.
+
+    \b
+    Example:
+      jobsched node drain n01
+    """
+
+
+@node.command("describe")
+@click.argument("name")
+@output_options
+@click.pass_context
+def describe_node(ctx: click.Context, name: str, view: View) -> None:
+    """Show everything about a node: GPUs, what is free, the jobs on it.
+
+    \b
+    Example:
+      jobsched node describe n01
+    """
+    with connected(ctx) as remote:
+        answers = remote.documents("nodes")
+    found = next((a for a in answers if a["node"]["name"] == name), None)
+    if found is None:
+        raise NotFound(f"there is no node {name!r}", hint=f"nodes: {', '.join(a['node']['name'] for a in answers)}")
+    gpus = (Column("GPU", lambda g: g["id"]), Column("KIND", lambda g: g["kind"]),
+            Column("MEMORY", lambda g: _gib(g["memory_bytes"])),
+            Column("HEALTH", lambda g: "ok" if g["healthy"] else "unhealthy"))
+
+    def text() -> str:
+        head = "".join(f"{c.title + ':':13} {render.cell(c, found)}\n" for c in NODE_COLUMNS)
+        return head + "\n" + render.plain_table(gpus, found["node"]["gpus"]) + "\nJobs: " + " ".join(found["jobs"])
+
+    render.show_one(view, {**found, "name": name}, text, key="name")
+
+
+def _node_wish(name: str, verb: str, body: Document, text: str) -> None:
+    @node.command(name, help=f"{text}\n\n\b\nExample:\n  jobsched node {name} n01")
+    @click.argument("names", nargs=-1, required=True, metavar="NODE...")
+    @output_options
+    @click.pass_context
+    def command(ctx: click.Context, names: tuple[str, ...], view: View) -> None:
+        with connected(ctx) as remote:
+            answers = [json.loads(remote.post(f"nodes/{segment(n)}/{verb}", body)) for n in names]
+        rows = [{**a, "name": a["node"]["name"]} for a in answers]
+        render.show_list(view, NODE_COLUMNS, rows, name="nodes", key="name")
+
+
+_node_wish("cordon", "cordon", {"drain": False}, "Start nothing new on a node; what runs there goes on.")
+_node_wish("uncordon", "uncordon", {}, "Use a node again.")
+_node_wish("drain", "cordon", {"drain": True}, "Start nothing new on a node, and have its jobs save and move away.")
+
+QUEUE_COLUMNS = (
+    Column("QUEUE", lambda a: a["queue"]["name"]),
+    Column("WEIGHT", lambda a: a["queue"]["weight"]),
+    Column("STATE", lambda a: "paused" if a["queue"]["paused"] else "open"),
+    Column("WAITING", lambda a: a["waiting"]),
+    Column("ACTIVE", lambda a: a["active"]),
+    Column("GPUS", lambda a: f"{a['gpus_in_use']:g}"),
+    Column("MAX-GPUS", lambda a: a["queue"].get("max_gpus")),
+)
+
+
+@click.command()
+@output_options
+@click.pass_context
+def queues(ctx: click.Context, view: View) -> None:
+    """List queues: jobs waiting and active, GPUs in use.
+
+    \b
+    Example:
+      jobsched queues -o json
+    """
+    with connected(ctx) as remote:
+        answers = remote.documents("queues")
+    rows = [{**a, "name": a["queue"]["name"]} for a in answers]
+    render.show_list(view, QUEUE_COLUMNS, rows, name="queues", key="name")
+
+
+# ---- doctor ----
+
+CHECK_COLUMNS = (
+    Column("", lambda c: "ok" if c["ok"] else "!!"),
+    Column("CHECK", lambda c: c["name"]),
+    Column("FOUND", lambda c: c["message"], flexible=True),
+    Column("HINT", lambda c: c["hint"], flexible=True),
+)
+
+
+@click.command()
+@output_options
+@click.pass_context
+def doctor(ctx: click.Context, view: View) -> int:
+    """Check this machine (Python, torch, GPUs, cgroups, disk) and, if one answers, the server. Exit 1 if something is
+    wrong.
+
+    \b
+    Example:
+      jobsched doctor -o json
+    """
+    checks = [*_machine(), *_server(ctx)]
+    render.show_list(view, CHECK_COLUMNS, checks, name="checks", key="name")
+    return 0 if all(c["ok"] for c in checks) else 1
+
+
+def _check(name: str, ok: bool, message: str, hint: str = "") -> Document:
+    return {"name": name, "ok": ok, "message": message, "hint": hint}
+
+
+def _machine() -> Iterator[Document]:
+    """What can be told without a server. torch is looked for, never imported."""
+    from importlib import metadata
+
+    yield _check("python", sys.version_info >= (3, 11), f"{platform.python_version()} ({sys.executable})")
+    try:
+        yield _check("torch", True, metadata.version("torch"))
+    except metadata.PackageNotFoundError:
+        yield _check("torch", True, "not installed; only jobs that use it need it", "pip install 'jobsched[torch]'")
+    yield _gpus()
+    yield _cgroup()
+    home = settings.home()
+    existing = next(p for p in (home, *home.parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    yield _check("disk", free > 2**30, f"{free / 2**30:.1f} GiB free for {home}", "" if free > 2**30 else "make room")
+
+
+def _gpus() -> Document:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        try:
+            handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+            names = [_text(pynvml.nvmlDeviceGetName(h)) for h in handles]
+            driver = _text(pynvml.nvmlSystemGetDriverVersion())
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError as exc:
+        return _check("gpus", True, f"no NVIDIA GPU is visible ({exc})", "virtual GPUs work without")
+    return _check("gpus", True, f"{len(names)}: {', '.join(names)}; driver {driver}")
+
+
+def _text(value: Any) -> str:
+    """NVML bindings of some ages answer in bytes."""
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _cgroup() -> Document:
+    root = Path("/sys/fs/cgroup")
+    version = "v2" if (root / "cgroup.controllers").exists() else "v1" if (root / "memory").is_dir() else "none"
+    return _check("cgroup", True, version, "" if version != "none" else "CPU and memory limits fall back to rlimits")
+
+
+def _server(ctx: click.Context) -> Iterator[Document]:
+    """The server's own checks, and how far its clock is from ours."""
+    try:
+        endpoint = locate.find(ctx.meta.get("server"), token_file=ctx.meta.get("token_file"))
+    except JobschedError as exc:
+        yield _check("server", True, exc.message, exc.hint)
+        return
+    with locate.connect(endpoint) as remote:
+        try:
+            asked = time.monotonic()
+            version = remote.documents("version")
+            took_ms = (time.monotonic() - asked) * 1_000
+            yield _check("server", True, f"{endpoint.url}, version {version['version']}, answers in {took_ms:.0f} ms")
+            for check in remote.documents("doctor"):
+                yield {**check, "name": f"server {check['name']}"}
+        except JobschedError as exc:
+            yield _check("server", False, exc.message, exc.hint)

@@ -1,0 +1,122 @@
+"""`jobsched simulate`: a recorded or synthetic workload through the real scheduler, in virtual time."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from jobsched.cli import render
+from jobsched.errors import UsageError
+
+if TYPE_CHECKING:
+    from jobsched.sim.run import Result, Simulation
+    from jobsched.sim.workload import Workload
+
+SYNTHETIC = "synthetic"
+FAULT_SPAN_MS = 30 * 86_400_000
+
+
+@click.command()
+@click.argument("fmt", metavar="[FORMAT]", default=SYNTHETIC)
+@click.argument("trace", required=False, default="")
+@click.option("--nodes", metavar="NODES", default="", help="Cluster, for example 16x4 or 8x8:v100+4x8:k80.")
+@click.option("--policy", metavar="NAME", default="priority", show_default=True, help="Who goes first.")
+@click.option("--compare", metavar="NAME", multiple=True, help="Run this policy too; may be repeated.")
+@click.option("--faults", metavar="SPEC", default="", help="What breaks: all, or node=6h,replica=30m,crash=1h …")
+@click.option("--jobs", type=click.IntRange(0, 1_000_000), default=0, help="Only so many jobs; 0: all.")
+@click.option("--seed", type=int, default=0, show_default=True, help="All randomness.")
+@click.option("--report", "folder", metavar="DIR", type=click.Path(file_okay=False, path_type=Path),
+              help="Write report.html there.")  # fmt: skip
+@click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+def simulate(
+    fmt: str, trace: str, nodes: str, policy: str, compare: tuple[str, ...], faults: str, jobs: int, seed: int,
+    folder: Path | None, output: str,
+) -> None:  # fmt: skip
+    """Run a workload through the real scheduler in virtual time. FORMAT is synthetic (the default), or that of a
+    recorded trace: philly, muri, pollux, gavel, shockwave, chronus, elasticflow, tiresias, openb.
+
+    \b
+    Examples:
+      jobsched simulate
+      jobsched simulate muri trace3 --policy srsf --compare las
+      jobsched simulate synthetic --faults all --seed 7
+    """
+    from jobsched.sim.report import write_report
+
+    results = []
+    for name in dict.fromkeys((policy, *compare)):
+        workload = _workload(fmt, trace, nodes, name, jobs, seed)
+        results.append(_run(workload, name, faults, seed))
+        if output == "json":
+            render.write(json.dumps(results[-1].row()) + "\n")
+    if output == "table":
+        render.write(_table(results) + "\n")
+    if folder is not None:
+        render.talk(f"wrote {write_report(results, folder)}")
+
+
+def _workload(fmt: str, trace: str, nodes: str, policy: str, jobs: int, seed: int) -> Workload:
+    from jobsched.sim import traces
+    from jobsched.sim.workload import make_nodes, synthetic
+
+    if fmt == SYNTHETIC:
+        size = int(trace) if trace.isdigit() else jobs or 2_000
+        workload = synthetic(size, seed, nodes or "16x8")
+    elif fmt in traces.FORMATS:
+        reader, first = traces.FORMATS[fmt]
+        workload = reader(trace or first, policy)
+    else:
+        known = ", ".join([SYNTHETIC, *traces.FORMATS])
+        raise UsageError(f"there is no trace format {fmt!r}", hint=f"known formats: {known}")
+    if jobs:
+        workload = replace(workload, arrivals=workload.arrivals[:jobs])
+    if nodes:
+        try:
+            workload = replace(workload, nodes=make_nodes(nodes))
+        except ValueError as exc:
+            raise UsageError(str(exc)) from exc
+    return workload
+
+
+def _run(workload: Workload, policy: str, faults: str, seed: int) -> Result:
+    from jobsched.sim.faults import Chaos, parse_faults
+    from jobsched.sim.run import POLICIES, Simulation
+
+    if policy not in POLICIES:
+        raise UsageError(f"there is no policy {policy!r}", hint=f"known policies: {', '.join(POLICIES)}")
+    simulation = Simulation(workload, POLICIES[policy], policy, seed)
+    if not faults:
+        return _with_progress(simulation)
+    try:
+        spec = parse_faults(faults)
+    except ValueError as exc:
+        raise UsageError(str(exc)) from exc
+    chaos = Chaos(simulation, spec, FAULT_SPAN_MS, replay=" ".join(["jobsched", *sys.argv[1:]]))
+    chaos.run()
+    chaos.verify()
+    return simulation.result()
+
+
+def _with_progress(simulation: Simulation) -> Result:
+    if not sys.stderr.isatty():
+        return simulation.run()
+    with click.progressbar(length=len(simulation.arrivals), label=simulation.name, file=sys.stderr) as bar:
+        return simulation.run(lambda ended: bar.update(ended - bar.pos))
+
+
+def _table(results: list[Result]) -> str:
+    rows = [result.row() for result in results]
+    keys = [key for key in rows[0] if key != "policy"]
+    width = max(map(len, keys))
+    head = " " * width + "".join(f"{row['policy']!s:>16}" for row in rows)
+    body = [f"{key:<{width}}" + "".join(f"{_cell(row[key]):>16}" for row in rows) for key in keys]
+    return "\n".join([head, *body])
+
+
+def _cell(value: object) -> str:
+    return f"{value:,.1f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

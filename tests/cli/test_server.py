@@ -1,0 +1,85 @@
+"""Settings, versions, help, completion, stopping."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobsched import __version__, errors
+from jobsched.cli.server import stop_server
+from jobsched.client import locate
+from tests.cli.conftest import Cli
+
+
+def test_config_says_who_said_so(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cli("config", "set", "server", "http://box:80").code == 0
+    shown = {s["name"]: s for s in cli("config", "view", "-o", "json").json["settings"]}
+    assert shown["server"]["value"] == "http://box:80"
+    assert shown["server"]["source"] == str(tmp_path / "config.toml")
+    monkeypatch.setenv("JOBSCHED_SERVER", "http://env")
+    assert "environment JOBSCHED_SERVER" in cli("config", "explain", "server").out
+    assert cli("config", "explain", "colour").code == 2
+
+
+def test_a_token_is_never_shown(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JOBSCHED_TOKEN", "very-secret")
+    for words in (
+        ["config", "view"],
+        ["config", "view", "--json"],
+        ["config", "explain"],
+        ["config", "explain", "token"],
+    ):
+        assert "very-secret" not in cli(*words).out
+
+
+def test_version_with_and_without_a_server(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cli("version", "-o", "json").json == {"schema_version": 1, "client": __version__, "server": "9.9"}
+
+    def nothing(*_: object, **__: object) -> object:
+        raise errors.Unreachable("none")
+
+    monkeypatch.setattr(locate, "find", nothing)
+    assert cli("version").out == f"client {__version__}\nserver none\n"
+    assert cli("--version").out == f"jobsched, version {__version__}\n"
+
+
+def test_server_status(cli: Cli) -> None:
+    assert cli("server", "status", "--json").json["version"] == "9.9"
+
+
+@pytest.mark.parametrize("code", list(errors.all_errors()))
+def test_every_error_code_is_explained(code: str, cli: Cli) -> None:
+    out = cli("help", code).out
+    assert out.startswith(code)
+    assert len(out.splitlines()[0]) > len(code) + 15
+    assert "exit code" in out
+
+
+@pytest.mark.parametrize("topic", ["exit-codes", "output", "environment", "phases", "jobs", "run", "node"])
+def test_topics_and_commands_are_explained(topic: str, cli: Cli) -> None:
+    assert len(cli("help", topic).out.splitlines()) >= 4
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts(shell: str, cli: Cli) -> None:
+    assert "_JOBSCHED_COMPLETE" in cli("completion", shell).out
+
+
+@pytest.mark.e2e
+def test_stopping_a_server_that_answers_no_more(alone: None, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    (home / "token").write_text("secret")
+    (home / "server.json").write_text(json.dumps({"url": "http://127.0.0.1:9", "pid": process.pid}))
+    try:
+        stop_server(home, timeout_s=10)
+        assert process.wait(10) != 0
+    finally:
+        process.kill()
+    with pytest.raises(errors.NotFound):
+        stop_server(home)
+    assert os.path.exists(home / "server.json")

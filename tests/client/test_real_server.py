@@ -1,0 +1,144 @@
+"""SDK and CLI against a real embedded server with real processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jobsched import errors, task
+from jobsched.cli.demo import clear_away
+from jobsched.client import locate
+from jobsched.client.client import Client
+from jobsched.core.job import Phase
+
+pytestmark = pytest.mark.e2e
+
+CONFIG = """\
+backend:
+  local:
+    virtual_nodes:
+      - {{count: 2, gpus: "sim-gpu:4"}}
+    ports: {first}-{last}
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    place = tmp_path_factory.mktemp("home")
+    first = 20_000 + os.getpid() % 60 * 200
+    (place / "server.yaml").write_text(CONFIG.format(first=first, last=first + 199))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("JOBSCHED_SERVER", "JOBSCHED_OUTPUT"):
+            patch.delenv(name, raising=False)
+        patch.setenv("JOBSCHED_HOME", str(place))
+        patch.setenv("JOBSCHED_CONFIG", str(place / "none.toml"))
+        locate.start(place)
+        yield place
+        assert clear_away(place) == []
+
+
+@pytest.fixture
+def client(home: Path) -> Iterator[Client]:
+    with Client() as found:
+        yield found
+
+
+def cli(*words: str, code: int = 0) -> str:
+    """stdout of a command that must end with `code`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "jobsched.cli.main", *words], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == code, done.stderr
+    return done.stdout
+
+
+def test_a_function_of_a_notebook_runs_as_a_gang(client: Client) -> None:
+    @task(replicas=2, gpus=1)
+    def add(a: int, b: int) -> dict[str, int]:
+        return {"sum": a + b, "rank": int(os.environ["RANK"]), "world": int(os.environ["WORLD_SIZE"])}
+
+    assert client.submit(add, 2, 3).result(timeout=60) == {"sum": 5, "rank": 0, "world": 2}
+    squares = task()(lambda x: x * x).map([1, 2, 3], max_parallel=2, client=client)
+    assert squares.results(timeout=60) == [1, 4, 9]
+
+
+def test_a_function_that_raises_shows_rank_code_and_traceback(client: Client) -> None:
+    @task()
+    def broken() -> None:
+        raise ValueError("no such thing")
+
+    with pytest.raises(errors.JobFailed) as caught:
+        client.submit(broken).result(timeout=60)
+    for text in ("rank 0", "code 1", "ValueError: no such thing"):
+        assert text in str(caught.value)
+
+
+def test_run_ends_with_json_and_the_jobs_code(home: Path) -> None:
+    script = "echo rank $RANK; exit $((RANK * 7))"
+    out = cli("run", "-o", "json", "--role", "worker=2", "--", "sh", "-c", script, code=7)
+    last = json.loads(out.splitlines()[-1])
+    assert (last["phase"], last["exit_code"], last["attempts"]) == ("FAILED", 7, 1)
+    assert last["cause"]["rank"] == 1
+    why = cli("why", last["id"])
+    assert "root cause: worker/1 exited with code 7" in why
+    assert "rank 1" in cli("logs", last["id"], "--rank", "1")
+    assert json.loads(cli("debug", "verify", "-o", "json"))["ok"]
+    assert "FAILED" in cli("describe", last["name"])
+    events = json.loads(cli("events", last["id"], "--json"))["events"]
+    placed = next(e["seq"] for e in events if e["event"]["kind"] == "AttemptPlaced")
+    assert json.loads(cli("debug", "replay", last["id"], "--at", str(placed), "--json"))["phase"] == "STARTING"
+
+
+def test_ctrl_c_leaves_the_job_alone(client: Client) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobsched.cli.main", "run", "--name", "sleeper", "--", "sh", "-c", "echo up; sleep 60"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    job = client.job("sleeper")
+    assert f"jobsched cancel {job.id}" in said
+    assert job.state is Phase.RUNNING
+    assert job.cancel().wait(timeout=30).state is Phase.CANCELLED
+    cli("wait", job.id, code=143)
+
+
+def test_hold_release_and_what_can_never_run(client: Client) -> None:
+    job_id = cli("submit", "-q", "--hold", "--", "true").strip()
+    job = client.job(job_id)
+    assert job.state is Phase.QUEUED
+    assert job.why().verdict is not None
+    assert "Held" in cli("why", job_id)
+    job.release()
+    assert job.wait("succeeded", timeout=30).state is Phase.SUCCEEDED
+    cli("submit", "--gpus", "64", "--", "true", code=8)
+    assert json.loads(cli("plan", "-o", "json", "--gpus", "1", "--", "true"))["code"] == 0
+    with pytest.raises(errors.NotFound):
+        client.job("there-is-no-such-job")
+
+
+def test_logs_and_waits_survive_a_killed_server(home: Path, client: Client) -> None:
+    script = "i=0; while [ $i -lt 40 ]; do echo line $i; i=$((i+1)); sleep 0.1; done"
+    job = client.submit({"command": script, "name": "talker"})
+    lines: list[str] = []
+    reader = threading.Thread(target=lambda: lines.extend(line.text for line in job.logs(follow=True)), daemon=True)
+    reader.start()
+    job.wait("running", timeout=30)
+    deadline = time.monotonic() + 20
+    while len(lines) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(locate.server_pid(home), signal.SIGKILL)
+    locate.start(home)
+    assert job.wait("succeeded", timeout=60).attempts == 1
+    reader.join(30)
+    assert lines == [f"line {n}" for n in range(40)]
