@@ -211,7 +211,7 @@ class Cluster:
         if before is not None and not before.phase.active:
             self._leave_line(before)
         old = before.replicas if before is not None else {}
-        if old is not after.replicas:
+        if old or after.replicas:
             self._rebind(before, after, at_ms)
         if before is None or before.phase is not after.phase:
             self._count_array(before, after)

@@ -269,6 +269,7 @@ class SqlStore:
         self._recent: OrderedDict[JobId, Job] = OrderedDict()
         """Guarded by `_writer`; a job counts only if the row still has its version."""
         self._remember = remember
+        self._written: dict[int, Stored] = {}
         self._put_node = _put(schema.nodes, self._dialect)
         self._put_queue = _put(schema.queues, self._dialect)
         connect: dict[str, object] = {}
@@ -389,11 +390,11 @@ class SqlStore:
     def _commit(self, appends: Sequence[_Append]) -> None:
         """One transaction for all. An append that is refused leaves the others alone; every one gets its answer."""
         answers: list[Appended | Exception] = []
+        fresh: dict[int, tuple[Event, str]] = {}
         try:
             with self._transaction("write") as connection:
                 head = connection.execute(_HEAD).one()
                 now = self._touched(connection, head.seq or 0, [e for a in appends for e in a.events])
-                fresh: dict[int, tuple[Event, str]] = {}
                 for one in appends:
                     end = now.seq
                     try:
@@ -410,6 +411,7 @@ class SqlStore:
                 raise
         else:
             self._keep(now.jobs.values())
+            self._keep_events({seq: Stored(seq, event) for seq, (event, _) in fresh.items()})
         finally:
             for one, answer in zip(appends, answers, strict=True):
                 if isinstance(answer, Appended):
@@ -417,6 +419,12 @@ class SqlStore:
                 else:
                     one.answer.set_exception(answer)
                 one.turn.set()
+
+    def _keep_events(self, fresh: Mapping[int, Stored]) -> None:
+        """What this process wrote, its own leader reads next: no need to decode it."""
+        self._written |= fresh
+        while len(self._written) > self._remember:
+            del self._written[next(iter(self._written))]
 
     def _touched(self, connection: Connection, seq: int, events: Sequence[Event]) -> Projections:
         """The projections as far as these events need them."""
@@ -486,7 +494,8 @@ class SqlStore:
 
     def _log(self, statement: Select[int, str], limit: int) -> Sequence[Stored]:
         with self._transaction("read") as connection:
-            return tuple(_stored(row) for row in connection.execute(statement.limit(limit)))
+            rows = connection.execute(statement.limit(limit)).all()
+        return tuple(self._written.get(row.seq) or _stored(row) for row in rows)
 
     def last_seq(self) -> int:
         with self._transaction("read") as connection:
