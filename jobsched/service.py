@@ -43,7 +43,7 @@ from jobsched.core.resources import JobId, NodeName, Resources
 from jobsched.errors import Conflict, JobschedError, NotFound, Problem, SpecError, Unplaceable, Unreachable, UsageError
 from jobsched.logs import Listener, LogReader, Selection
 from jobsched.ports import Backend, Clock, JobQuery, Sample, Store
-from jobsched.spec.job import ArraySpec, JobSpec
+from jobsched.spec.job import ArraySpec, JobSpec, training_roles
 
 LIVE = tuple(p for p in Phase if not p.terminal)
 MAX_ARRAY = 10_000
@@ -293,6 +293,7 @@ class Service:
         if selection.role and selection.role not in job.spec.roles:
             hint = _suggest(selection.role, job.spec.roles, "roles")
             raise NotFound(f"job {job.name!r} has no role {selection.role!r}", hint=hint)
+        _refuse_absent(job, selection)
         return self._logs.read(job.id, selection, follow=follow, tail=tail)
 
     def read(self, after: int, limit: int) -> Sequence[Stored]:
@@ -602,6 +603,20 @@ def _refuse_ended(job: Job, what: str) -> None:
         raise Conflict(
             f"job {job.name!r} ({job.id}) is {job.phase} and cannot be {what}", hint="submit it again to run it anew"
         )
+
+
+def _refuse_absent(job: Job, selection: Selection) -> None:
+    """Replicas that a job can never have, so that a wrong number does not look like an empty log."""
+    sizes = {name: role.replicas.max for name, role in job.spec.roles.items()}
+    ranks = sum(sizes[name] for name in training_roles(job.spec))
+    most = sizes[selection.role] if selection.role else max(sizes.values())
+    attempts = max(1, job.attempt)  # the first one may be waited for
+    for what, number, highest in (
+        ("index", selection.index, most - 1), ("rank", selection.rank, ranks - 1),
+        ("attempt", selection.attempt, attempts),
+    ):  # fmt: skip
+        if number is not None and number > highest:
+            raise NotFound(f"job {job.name!r} has no {what} {number}", hint=f"the highest is {highest}")
 
 
 def _refuse_incomplete(spec: JobSpec) -> None:

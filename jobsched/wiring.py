@@ -29,7 +29,7 @@ from jobsched.controller.loop import Controller
 from jobsched.core.answers import Check
 from jobsched.core.policies.ordering import priority
 from jobsched.core.schedule import Policy
-from jobsched.errors import ConfigError, Conflict
+from jobsched.errors import ConfigError, Conflict, MissingExtra
 from jobsched.ports import Backend, Store, Wake
 from jobsched.service import Service
 from jobsched.spec.server import BackendConfig, GpuStock, LocalBackend, ServerConfig, VirtualNodes
@@ -84,8 +84,12 @@ class Server:
         """Take the home directory, open store and backend, begin to tick and to answer. Raises `Conflict` when another
         server has the home, and what store, backend and address raise."""
         with ExitStack() as opened:  # closed in reverse, also when starting fails half-way
-            self.home.mkdir(parents=True, exist_ok=True, mode=0o700)
-            opened.callback(_only_one(self.home).release)
+            try:
+                self.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+                opened.callback(_only_one(self.home).release)
+            except OSError as exc:
+                raise ConfigError(f"the home directory {self.home} cannot be used: {exc.strerror or exc}",
+                                  hint="choose another one with --home or JOBSCHED_HOME") from exc  # fmt: skip
             listener = opened.enter_context(self._bind())
             store = make_store(self._config, self.home)
             opened.callback(store.close)
@@ -228,7 +232,11 @@ def make_store(config: ServerConfig, home: Path) -> Store:
         return MemoryStore()
     from jobsched.store.sql import SqlStore
 
-    return SqlStore(config.store or f"sqlite:///{home / 'jobsched.db'}")
+    try:
+        return SqlStore(config.store or f"sqlite:///{home / 'jobsched.db'}")
+    except ModuleNotFoundError as exc:  # the driver of a database, of which only SQLite's comes with Python
+        kind = config.store.partition(":")[0]  # the rest may hold a password
+        raise MissingExtra(f"a {kind} store needs {exc.name}", hint="pip install 'jobsched[postgres]'") from exc
 
 
 def configure_logging(level: str) -> None:
@@ -272,8 +280,5 @@ def _await_first_tick(controller: Controller) -> None:
     """Before it there is no cluster to ask, and before it has seen the backend's nodes it is empty. A server that can
     reach neither answers all the same, and `doctor` says so."""
     until, health = time.monotonic() + FIRST_TICK_S, controller.health
-    while time.monotonic() < until and not (health.store_error or health.backend_error):
-        with controller.view() as (_, sight):
-            if health.ticks and sight.observed_at_ms:
-                return
+    while time.monotonic() < until and not (controller.ready or health.store_error or health.backend_error):
         time.sleep(0.005)

@@ -69,7 +69,8 @@ def test_the_last_attempt_is_shown_unless_another_is_asked_for(stage: Stage) -> 
     assert read(stage, job.id) == ["second", "second again"]
     assert read(stage, job.id, attempt=1) == ["first"]
     assert read(stage, job.id, attempt=0) == ["first", "second", "second again"]
-    assert read(stage, job.id, attempt=7) == []
+    with pytest.raises(NotFound, match="no attempt 7"):
+        read(stage, job.id, attempt=7)
 
 
 def test_a_job_that_never_ran_has_no_lines(stage: Stage) -> None:

@@ -98,7 +98,8 @@ class Guard:
         if not hmac.compare_digest(headers.get(b"authorization", b""), self._expected):
             raise AuthError(
                 "a valid token is required" if b"authorization" in headers else "a token is required",
-                hint="send 'Authorization: Bearer TOKEN'; the token is in the file named in the server's server.json",
+                hint="it is in the file 'token' of the server's home directory; give it by --token-file, "
+                "JOBSCHED_TOKEN_FILE or JOBSCHED_TOKEN, or in HTTP as 'Authorization: Bearer TOKEN'",
             )
 
 

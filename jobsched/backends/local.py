@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from jobsched.backends import local_render
+from jobsched.backends.followed_log import chunks
 from jobsched.backends.local_nodes import NodeSource, overlaid
 from jobsched.backends.supervisor import replica_log
 from jobsched.backends.supervisor.protocol import VERSION, Layout, Lines, Message, Settings, encode
@@ -34,7 +35,6 @@ START_S = 15.0
 """Longest wait for a new supervisor to be there."""
 RETRY_S = 0.01
 NODE_LOOK_S = 0.25
-FOLLOW_S = 0.05
 
 
 class LocalBackend:
@@ -109,29 +109,7 @@ class LocalBackend:
             self._ask({"do": "forget", "keys": list(keys)})
 
     def logs(self, key: LaunchKey, offset: int = 0, follow: bool = False, timeout_ms: int = 0) -> Iterator[LogChunk]:
-        path = self.layout.log(key)
-        if offset < 0:
-            offset = max(replica_log.size(path) + offset, 0)
-        told = time.monotonic()
-        while True:
-            running = follow and self._runs(key)  # asked before reading, so that nothing is missed at the end
-            try:
-                begin, data = replica_log.read(path, offset)
-            except FileNotFoundError:
-                begin, data = offset, b""
-            if data:
-                whole = data.rfind(b"\n") + 1
-                if whole and (running or len(data) == replica_log.CHUNK):
-                    data = data[:whole]
-                yield LogChunk(begin, data)
-                offset, told = begin + len(data), time.monotonic()
-            elif not running:
-                return
-            elif timeout_ms and (time.monotonic() - told) * 1000 >= timeout_ms:
-                yield LogChunk(offset, b"")
-                told = time.monotonic()
-            else:
-                time.sleep(FOLLOW_S)
+        return chunks(self.layout.log(key), offset, lambda: follow and self._runs(key), timeout_ms)
 
     def close(self) -> None:
         for line in (self._control, self._watch):

@@ -12,11 +12,13 @@ from types import ModuleType
 
 from jobsched.errors import MissingExtra
 from jobsched.ports import Backend
-from jobsched.spec.server import BackendConfig, LocalBackend
+from jobsched.spec.server import BackendConfig, DockerBackend, LocalBackend
 
 
 def make_backend(config: BackendConfig, home: Path) -> Backend:
     """The backend that the configuration asks for. BackendUnreachable when its engine is."""
+    if config.docker is not None:
+        return make_docker(config.docker, home)
     return make_local(config.local, home)
 
 
@@ -40,6 +42,13 @@ def make_local(config: LocalBackend, home: Path) -> Backend:
     )
     settings = Settings(log_bytes=config.logs.size * (config.logs.rotations + 1), limits=config.limits)
     return local.LocalBackend(home, source, settings=settings, warm=config.preload)
+
+
+def make_docker(config: DockerBackend, home: Path) -> Backend:
+    load_engine("docker", "docker")
+    from jobsched.backends import docker
+
+    return docker.DockerBackend(home, config)
 
 
 def load_engine(module: str, extra: str) -> ModuleType:

@@ -20,7 +20,7 @@ from jobsched.cli.render import View, duration, talk
 from jobsched.client.documents import TERMINAL, Document, cause_sentence, exit_code, log_lines
 from jobsched.client.interleave import interleave
 from jobsched.client.remote import Remote
-from jobsched.errors import Unreachable, UsageError, WaitTimeout
+from jobsched.errors import JobschedError, UsageError, WaitTimeout
 
 LOST_TOUCH = 125
 """Exit code of an attached command that lost its server (`docker run` and `env` do the same)."""
@@ -128,7 +128,9 @@ def follow(remote: Remote, answer: Document, view: View, *, timeout_s: float | N
         line.clear()
         talk(f"detached; the job goes on\n  jobsched logs -f {ref}\n  jobsched cancel {ref}")
         return 130
-    except Unreachable as exc:
+    except WaitTimeout:
+        raise
+    except JobschedError as exc:  # the server is gone, or tells in a stream what is wrong with it
         line.clear()
         talk(f"{exc.render()}\nlost touch with the job; it goes on\n  jobsched logs -f {ref}")
         return LOST_TOUCH

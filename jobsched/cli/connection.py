@@ -8,7 +8,7 @@ import click
 
 from jobsched.cli.render import talk
 from jobsched.client import locate
-from jobsched.client.documents import user
+from jobsched.client.documents import reference, user
 from jobsched.client.remote import Remote
 
 
@@ -31,4 +31,4 @@ def path_of(remote: Remote, ref: str) -> str:
     """`jobs/…` for what a user called a job; `@last` is the newest of the user's own."""
     if ref == "@last":
         return f"jobs/{remote.documents('jobs/@last', owner=user())['job']['id']}"
-    return f"jobs/{segment(ref)}"
+    return f"jobs/{reference(ref)}"

@@ -87,7 +87,8 @@ JOB_COLUMNS = (
 @click.option("--name", metavar="NAME", help="Only jobs with this name.")
 @click.option("--array", metavar="ID", help="Only members of this array.")
 @click.option("--since", metavar="2h", help="Only jobs submitted this recently.")
-@click.option("--limit", default=100, show_default=True, help="At most this many, newest first.")
+@click.option("--limit", type=click.IntRange(1, 1_000), default=100, show_default=True,
+              help="At most this many, newest first.")
 @output_options
 @click.pass_context
 def jobs(ctx: click.Context, /, view: View, watch: bool, **selection: Any) -> None:
@@ -113,7 +114,7 @@ def jobs(ctx: click.Context, /, view: View, watch: bool, **selection: Any) -> No
             if not listed and view.format in ("table", "wide") and not view.quiet:
                 talk("no such job" if selection["everything"] else "no job waits or runs; -a shows ended ones, too")
             if more and not view.quiet:
-                talk(f"the first {len(listed)}; more with --limit {selection['limit'] * 10}")
+                talk(f"the first {len(listed)}; more with --limit {min(1_000, selection['limit'] * 10)}")
 
 
 def page(remote: Remote, selection: dict[str, Any]) -> tuple[list[Document], bool]:
@@ -137,12 +138,30 @@ def shortest(ids: Sequence[str]) -> int:
 
 
 def stream_changes(remote: Remote, selection: dict[str, Any]) -> None:
-    """Events as JSON lines until Ctrl-C, those of the selected queue, user or name only."""
+    """Events of the selected jobs as JSON lines until Ctrl-C; with --state, of jobs then in one of those phases."""
+    ago, me = render.seconds(selection["since"]), user()
+    wanted: dict[str, Callable[[Document], Any]] = {
+        "owner": lambda d: d["owner"] == (me if selection["owner"] == "me" else selection["owner"]),
+        "queue": lambda d: d["spec"]["queue"] == selection["queue"],
+        "name": lambda d: d["name"] == selection["name"],
+        "array": lambda d: d["array_id"] == selection["array"],
+        "label": lambda d: selection["label"] in {f"{k}={v}" for k, v in d["labels"].items()},
+        "since": lambda d: d["submitted_at_ms"] > 1_000 * (time.time() - (ago or 0)),
+    }
+    tests = [test for name, test in wanted.items() if selection[name]]
+    phases = {name.strip() for name in (selection["state"] or "").upper().split(",")} - {""}
+    known: dict[str, bool] = {}
     for sent in remote.stream("events"):
         if sent.event == "reconnected":
             continue
         stored = json.loads(sent.data)
-        if "job_id" in stored["event"]:
+        job_id = stored["event"].get("job_id")
+        if not job_id:
+            continue
+        if phases or (tests and job_id not in known):
+            document = attach.fetch(remote, job_id)
+            known[job_id] = all(test(document) for test in tests) and (not phases or document["phase"] in phases)
+        if known.get(job_id, True):
             render.write_json(stored)
 
 
@@ -357,7 +376,7 @@ EVENT_COLUMNS = (
 @click.command()
 @click.argument("job", required=False)
 @click.option("-f", "--follow", is_flag=True, help="Go on with events as they happen.")
-@click.option("--after", default=0, metavar="SEQ", help="Only events after this number.")
+@click.option("--after", type=click.IntRange(0), default=0, metavar="SEQ", help="Only events after this number.")
 @output_options
 @click.pass_context
 def events(ctx: click.Context, job: str | None, follow: bool, after: int, view: View) -> None:
@@ -389,10 +408,10 @@ def events(ctx: click.Context, job: str | None, follow: bool, after: int, view: 
 @click.argument("job")
 @click.option("-f", "--follow", is_flag=True, help="Go on until the job has ended.")
 @click.option("--role", help="Only this role.")
-@click.option("--index", type=int, help="Only this index of the role.")
-@click.option("--rank", type=int, help="Only this rank.")
-@click.option("--attempt", type=int, help="Of this attempt; 0: of every one; default: the last.")
-@click.option("--tail", type=int, metavar="N", help="Only the last N lines of each replica.")
+@click.option("--index", type=click.IntRange(0), help="Only this index of the role.")
+@click.option("--rank", type=click.IntRange(0), help="Only this rank.")
+@click.option("--attempt", type=click.IntRange(0), help="Of this attempt; 0: of every one; default: the last.")
+@click.option("--tail", type=click.IntRange(0, 100_000), metavar="N", help="Only the last N lines of each replica.")
 @click.option("--grep", metavar="TEXT", help="Only lines that hold this text.")
 @click.option("--prefix/--no-prefix", default=None, help="Begin lines with [role/index]; default: if several.")
 @click.option("--timestamps", is_flag=True, help="With -f: begin lines with the time they arrived.")
@@ -414,6 +433,7 @@ def logs(
         document = attach.fetch(remote, job)
         several = sum(role["replicas"]["prefer"] for role in document["spec"]["roles"].values()) > 1
         shown = several if prefix is None else prefix
+        line = None
         try:
             for line in log_lines(remote, document["id"], follow=follow, **selection):
                 if view.json:
@@ -423,6 +443,8 @@ def logs(
                     render.write(f"{arrived}{attach.log_text(line, prefix=shown)}\n")
         except KeyboardInterrupt:
             return 130
+        if line is None and not view.quiet:
+            talk("nothing was written" if document["phase"] in TERMINAL else "nothing is written yet; -f waits for it")
         return exit_code(attach.fetch(remote, document["id"])) if follow and exit_status else 0
 
 
@@ -437,7 +459,8 @@ METRIC_COLUMNS = (
 
 @click.command()
 @click.argument("job")
-@click.option("--limit", default=50, show_default=True, help="The newest so many samples.")
+@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True,
+              help="The newest so many samples.")
 @output_options
 @click.pass_context
 def metrics(ctx: click.Context, job: str, limit: int, view: View) -> None:

@@ -62,6 +62,9 @@ COMMANDS = {
 ALIASES = {"ls": "jobs", "ps": "jobs", "queue": "jobs"}
 
 
+DEFECT = "this is a defect of jobsched, please report it; JOBSCHED_LOG_LEVEL=debug shows the traceback"
+
+
 class Commands(click.Group):
     """The group whose commands are in the table above."""
 
@@ -138,9 +141,27 @@ def run(args: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         return 130
     except BrokenPipeError:  # the reader, for example `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         return 128 + signal.SIGPIPE
+    except OSError as exc:  # the disk is full, a file may not be written
+        try:
+            sys.stdout.flush()
+        except OSError:  # it was stdout itself
+            _drop_stdout()
+        where = f": {exc.filename}" if exc.filename else ""
+        _report(JobschedError(f"{exc.strerror or exc}{where}"), arguments)
+        return JobschedError.exit_code
+    except Exception as exc:
+        if os.environ.get("JOBSCHED_LOG_LEVEL") == "debug":
+            raise
+        _report(JobschedError(f"{type(exc).__name__}: {exc}", hint=DEFECT), arguments)
+        return JobschedError.exit_code
     return code if isinstance(code, int) else 0
+
+
+def _drop_stdout() -> None:
+    """Nobody reads it any more, or it cannot be written: not even what is still in its buffer."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _usage(message: str, hint: str) -> JobschedError:

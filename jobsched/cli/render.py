@@ -10,6 +10,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -189,7 +190,10 @@ def write_json(document: Mapping[str, Any]) -> None:
 def write_yaml(document: Mapping[str, Any]) -> None:
     from ruamel.yaml import YAML
 
-    YAML(typ="safe", pure=True).dump({"schema_version": SCHEMA_VERSION, **public(document)}, sys.stdout)
+    writer: Any = YAML(typ="safe", pure=True)
+    writer.default_flow_style = False
+    writer.sort_base_mapping_type_on_output = False  # in the order of the JSON form
+    writer.dump({"schema_version": SCHEMA_VERSION, **public(document)}, sys.stdout)
 
 
 def write_csv(view: View, columns: Sequence[Column], rows: Iterable[Document]) -> None:
@@ -233,13 +237,30 @@ def styled_table(view: View, columns: Sequence[Column], rows: Sequence[Document]
             glyph, colour = PHASES.get(text, ("", "")) if column.title == "PHASE" else ("", "")
             cells.append(Text(f"{glyph} {text}" if glyph else text, style=colour))
         lines.append(cells)
-    for at, column in enumerate(columns):
-        width = max([len(column.title) if view.headers else 0, *(line[at].cell_len for line in lines)])
-        table.add_column(column.title, no_wrap=True, overflow="ellipsis",
-                         min_width=min(width, FLEXED) if column.flexible else width)
+    natural = [max([len(c.title) if view.headers else 0, *(line[at].cell_len for line in lines)])
+               for at, c in enumerate(columns)]
+    widths = fitted(natural, [c.flexible for c in columns], shutil.get_terminal_size().columns)
+    for column, width in zip(columns, widths, strict=False):
+        table.add_column(column.title, no_wrap=True, overflow="ellipsis", width=width)
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*line[:len(widths)])
     return table
+
+
+def fitted(natural: Sequence[int], flexible: Sequence[bool], room: int) -> list[int]:
+    """Widths of the columns that fit into `room` characters, each followed by two blanks: flexible ones are cut, the
+    widest first; where that is not enough, columns at the right are left out."""
+    for count in range(len(natural), 0, -1):
+        widths = [*natural[:count]]
+        cuttable = [at for at in range(count) if flexible[at]]
+        while sum(widths) + 2 * count > room:
+            widest = max(cuttable, key=lambda at: widths[at], default=0)
+            if not cuttable or widths[widest] <= FLEXED:
+                break
+            widths[widest] -= 1
+        else:
+            return widths
+    return [*natural[:1]]
 
 
 def chosen(view: View, columns: Sequence[Column]) -> list[Column]:

@@ -40,19 +40,18 @@ def serve(
       jobsched serve --config configs/local.yaml --port 8080
     """
     from jobsched import load, wiring
-    from jobsched.spec.server import Listen, ServerConfig
+    from jobsched.spec.server import ServerConfig
 
     place = settings.home(home).absolute()
     own = place / "server.yaml"
     file = Path(config_file) if config_file else own if own.is_file() else None
     config = load.load_server_config_file(file) if file else wiring.embedded_config() if embedded else ServerConfig()
     given = {"host": host, "port": port}
-    listen = Listen.model_validate(config.listen.model_dump() | {k: v for k, v in given.items() if v is not None})
-    changes: dict[str, object] = {"listen": listen}
+    listen = config.listen.model_dump() | {k: v for k, v in given.items() if v is not None}
+    asked = load.load_server_config({"listen": listen, "store": db or config.store}, file="<command line>")
+    changes: dict[str, object] = {"listen": asked.listen, "store": asked.store}
     if home or embedded or not config.home:
         changes["home"] = str(place)
-    if db:
-        changes["store"] = db
     wiring.serve(config.model_copy(update=changes), embedded=embedded)
 
 

@@ -32,7 +32,8 @@ FAULT_SPAN_MS = 30 * 86_400_000
 @click.option("--seed", type=int, default=0, show_default=True, help="All randomness.")
 @click.option("--report", "folder", metavar="DIR", type=click.Path(file_okay=False, path_type=Path),
               help="Write report.html there.")  # fmt: skip
-@click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True,
+              help="Output format: table, or json with one line a figure.")
 def simulate(
     fmt: str, trace: str, nodes: str, policy: str, compare: tuple[str, ...], faults: str, jobs: int, seed: int,
     folder: Path | None, output: str,
@@ -64,6 +65,10 @@ def _workload(fmt: str, trace: str, nodes: str, policy: str, jobs: int, seed: in
     from jobsched.sim import traces
     from jobsched.sim.workload import make_nodes, synthetic
 
+    try:
+        cluster = make_nodes(nodes) if nodes else ()
+    except ValueError as exc:
+        raise UsageError(str(exc)) from exc
     if fmt == SYNTHETIC:
         size = int(trace) if trace.isdigit() else jobs or 2_000
         workload = synthetic(size, seed, nodes or "16x8")
@@ -75,12 +80,7 @@ def _workload(fmt: str, trace: str, nodes: str, policy: str, jobs: int, seed: in
         raise UsageError(f"there is no trace format {fmt!r}", hint=f"known formats: {known}")
     if jobs:
         workload = replace(workload, arrivals=workload.arrivals[:jobs])
-    if nodes:
-        try:
-            workload = replace(workload, nodes=make_nodes(nodes))
-        except ValueError as exc:
-            raise UsageError(str(exc)) from exc
-    return workload
+    return replace(workload, nodes=cluster) if cluster else workload
 
 
 def _run(workload: Workload, policy: str, faults: str, seed: int) -> Result:

@@ -97,7 +97,8 @@ def submit(
         for document in documents:
             render.write(f"{document['id']}\n")
             if not view.quiet:
-                talk(f"submitted {document['name']} to queue {document['spec']['queue']}{', held' if document['held'] else ''}")
+                held = ", held" if document["held"] else ""
+                talk(f"submitted {document['name']} to queue {document['spec']['queue']}{held}")
         if not view.quiet and sys.stderr.isatty():
             talk(f"  follow: jobsched logs -f {documents[0]['id']}\n  cancel: jobsched cancel {documents[0]['id']}")
     else:

@@ -14,12 +14,11 @@ from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TypeVar
-from urllib.parse import quote
 
 from pydantic import TypeAdapter
 
 from jobsched.client import locate, notebook
-from jobsched.client.documents import cause_sentence, log_lines, submission, user
+from jobsched.client.documents import cause_sentence, log_lines, reference, submission, user
 from jobsched.client.interleave import interleave
 from jobsched.client.remote import Endpoint, Remote
 from jobsched.core.answers import (
@@ -118,7 +117,7 @@ class Client:
 
     def job(self, ref: str) -> JobHandle:
         """The job with this id, unique prefix of one, name (newest wins), or `@last`. Raises `NotFound`."""
-        body = self.remote.get(f"jobs/{quote(ref, safe='@')}", owner=user() if ref == "@last" else None)
+        body = self.remote.get(f"jobs/{reference(ref)}", owner=user() if ref == "@last" else None)
         return JobHandle(self, _adapter(JobAnswer).validate_json(body))
 
     def nodes(self) -> notebook.Listing[NodeAnswer]:

@@ -12,8 +12,10 @@ import signal
 import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
+from urllib.parse import quote
 
 from jobsched.client.remote import Remote
+from jobsched.errors import NotFound
 
 Document = dict[str, Any]
 TERMINAL = ("SUCCEEDED", "FAILED", "CANCELLED")
@@ -22,6 +24,13 @@ TERMINAL = ("SUCCEEDED", "FAILED", "CANCELLED")
 def submission(spec: Mapping[str, Any], *, if_exists: str = "", hold: bool = False) -> Document:
     """Body of POST /v1/jobs, with a fresh idempotency key."""
     return {"spec": spec, "request_id": uuid.uuid4().hex, "owner": user(), "hold": hold, "if_exists": if_exists}
+
+
+def reference(ref: str) -> str:
+    """What a user called a job, as one segment of a URL. Raises `NotFound` for what no job can be called."""
+    if not ref.strip() or "/" in ref:
+        raise NotFound(f"there is no job {ref!r}", hint="name it by its id, the beginning of one, its name, or @last")
+    return quote(ref, safe="@")
 
 
 def user() -> str:

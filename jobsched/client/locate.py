@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -33,6 +34,9 @@ def find(server: str | None = None, token: str | None = None, token_file: str | 
         return local
     if local is not None and local.url.rstrip("/") == chosen.value.rstrip("/"):
         return local
+    if not re.match(r"https?://[^/]", chosen.value):
+        raise ConfigError(f"{chosen.value!r} (from {chosen.source}) is not the URL of a server",
+                          hint="write for example http://gpu-box:8080")
     return Endpoint(chosen.value, token or _token(token_file), chosen.source)
 
 
@@ -83,8 +87,8 @@ def start(
     doing the same, wait for that one. Raises `Unreachable` with the end of its log when it does not come up."""
     from filelock import FileLock, Timeout  # only needed here
 
-    home.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
         with FileLock(home / "start.lock", timeout=timeout_s):
             there = running(home)
             if there is not None and _healthy(there):
@@ -100,7 +104,11 @@ def start(
                 )
             endpoint = _await(home, process, log, timeout_s)
     except Timeout as exc:
-        raise Unreachable(f"another client is starting a server in {home}, and it takes too long") from exc
+        raise Unreachable(f"another client is starting a server in {home}, and it takes too long",
+                          hint=f"see {home / 'server.log'}") from exc
+    except OSError as exc:
+        raise ConfigError(f"the home directory {home} cannot be used: {exc.strerror or exc}",
+                          hint="choose another one with JOBSCHED_HOME") from exc
     if say is not None:
         say(f"started an embedded jobsched server (pid {process.pid}, home {home}); "
             "stop it with 'jobsched server stop'")

@@ -12,7 +12,7 @@ from dataclasses import asdict, is_dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from jobsched.core.answers import JobAnswer
+from jobsched.core.answers import JobAnswer, NodeAnswer
 from jobsched.core.job import Phase
 from jobsched.errors import MissingExtra
 
@@ -59,7 +59,7 @@ class Listing(tuple[T, ...]):
         rows = self.rows()
         if not rows:
             return "<em>nothing to show</em>"
-        cells = [[_pill(v) if isinstance(v, Phase) else escape(str(v)) for v in row.values()] for row in rows]
+        cells = [[_cell(value) for value in row.values()] for row in rows]
         return table(rows[0], cells)
 
 
@@ -122,6 +122,12 @@ def _show(shown: Any, handle: JobHandle) -> None:
         shown.update(HTML(job_html(handle.answer)))
 
 
+def _cell(value: Any) -> str:
+    if isinstance(value, Phase):
+        return _pill(value)
+    return "" if value is None else f"{value:.5g}" if isinstance(value, float) else escape(str(value))
+
+
 def _pill(phase: Phase) -> str:
     colour, glyph = COLOURS[phase]
     return (f'<span style="background:{colour};color:#fff;border-radius:9px;padding:1px 8px;font-size:85%">'
@@ -152,8 +158,17 @@ def _row(item: Any) -> dict[str, Any]:
     answer = getattr(item, "answer", item)
     if isinstance(answer, JobAnswer):
         job, progress = answer.job, answer.progress
-        return {"id": job.id, "name": job.name, "queue": job.spec.queue, "phase": job.phase, "reason": str(job.reason),
-                "attempts": job.attempt, "restarts": job.restarts, "step": progress.step if progress else -1}
+        return {"id": job.id, "name": job.name, "queue": job.spec.queue, "phase": job.phase,
+                "reason": str(getattr(item, "reason", job.reason)), "attempts": job.attempt, "restarts": job.restarts,
+                "step": progress.step if progress and progress.step >= 0 else None}
+    if isinstance(answer, NodeAnswer):
+        node = answer.node
+        state = ("lost" if answer.lost else "not ready" if not node.ready else "draining" if answer.draining
+                 else "cordoned" if answer.cordoned else "ready")
+        return {"name": node.name, "state": state, "gpu_kinds": ", ".join(sorted({g.kind for g in node.gpus})),
+                "gpus": len(node.gpus), "free_gpus": answer.free_gpus, "cpus": node.cpu_milli / 1_000,
+                "free_cpus": answer.free.cpu_milli / 1_000, "memory_gib": node.memory_bytes / 2**30,
+                "free_memory_gib": answer.free.memory_bytes / 2**30, "jobs": len(answer.jobs)}
     assert is_dataclass(item)
     assert not isinstance(item, type)
     return _flat(asdict(item))

@@ -23,6 +23,10 @@ class Leader:
             self._lease = self._store.lease(self._holder, self._ttl_ms, now_ms)
         return self._lease.fence if self._lease is not None else None
 
+    def holds(self, now_ms: int) -> bool:
+        """Whether the lease has not run out: a process may be paused between deciding and acting."""
+        return self._lease is not None and now_ms < self._lease.expires_ms
+
     def drop(self) -> None:
         """Somebody newer leads; forget the lease."""
         self._lease = None

@@ -148,6 +148,11 @@ class Controller:
     def leading(self) -> bool:
         return self._fence is not None
 
+    @property
+    def ready(self) -> bool:
+        """Whether the cluster knows the nodes that the backend showed."""
+        return self._state is not None and self._state.nodes_known
+
     @contextmanager
     def view(self) -> Iterator[tuple[Cluster, Sight]]:
         """The folded state, to be read and let go quickly: the loop waits meanwhile."""
@@ -231,6 +236,10 @@ class Controller:
         progressed: frozenset[JobId] = frozenset()
         if fence is not None:
             progressed = self._decide(state, fence, now, news)
+        elif self._observer_runs:
+            with self._lock:
+                for observation in self._observations():
+                    self._sight.fold(observation, now)
         self.health.ticks += 1
         self.health.last_tick_ms = self._clock.now_ms() - now
         if news or progressed:
@@ -282,6 +291,8 @@ class Controller:
             everyone |= cluster.touched
             cluster.touched.clear()
             actions = converge(cluster, sight, everyone, now, self._addresses)
+        if not self._leader.holds(self._clock.now_ms()):
+            raise StaleFence("the lease ran out between deciding and acting", hint="another server may lead by now")
         try:
             actuate(self._backend, actions, sight, now, self._secret)
         except Unreachable as error:
@@ -349,7 +360,8 @@ class Controller:
                     sight.absent_at_ms.setdefault(key, now)
 
     def _define_queues(self, state: _State, fence: int, now: int, news: list[ev.Stored]) -> None:
-        changed = [q for q in self._queues if state.cluster.queues.get(q.name) != q]
+        known = state.cluster.queues
+        changed = [q for q in self._queues if known.get(q.name) is not q and known.get(q.name) != q]
         if changed:
             self._append(state, [ev.QueueDefined(now, queue) for queue in changed], fence, news)
 
@@ -390,6 +402,7 @@ class Controller:
         for rejected in result.rejected:
             self.health.rejected += 1
             log.info("job changed meanwhile; decided again next tick", job=rejected.job_id)
+            state.cluster.ledger.unblock()
             self._wake.set()
         stored = result.stored
         if stored and stored[0].seq == state.cluster.seq + 1 and stored[-1].seq == state.cluster.seq + len(stored):

@@ -64,6 +64,8 @@ class Sampler:
             if job is None or not job.phase.active:
                 self._last.pop(job_id, None)
                 continue
+            if not any(r.progress for key in sight.by_job.get(job_id, ()) if (r := sight.replicas.get(key))):
+                continue  # says nothing: the common case must be cheap
             progress = progress_of(job, sight, now_ms)
             if progress.step < 0:
                 continue

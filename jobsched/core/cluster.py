@@ -191,7 +191,7 @@ class Cluster:
         self._pools.clear()
 
     def emptied(self) -> Cluster:
-        """The same nodes, all healthy and without any job; kept until a node changes. What could ever fit fits there."""
+        """The same nodes, all healthy and without any job; kept until a node changes. What could ever fit does here."""
         if self._emptied is None:
             self._emptied = Cluster()
             for node in self.nodes.values():

@@ -30,13 +30,15 @@ def verdict(cluster: Cluster, job: Job, now_ms: int) -> Verdict:
         short = _try(cluster, cluster.shape(job), job)
         if isinstance(short, Short):
             reasons.append(_shortage(cluster, cluster.shape(job), short))
-            nearest = f"{short.placed} of {short.role.min} {short.role.role} replicas fit now"
+            nearest = f"{short.placed} of {_many(short.role.min, f'{short.role.role} replica')} fit now"
         else:
-            text = f"{ahead} jobs go first" if ahead else "it is next; the scheduler has not looked yet"
-            reasons.append(Why(Reason.PRIORITY, text))
+            turn = f"{_many(ahead, 'job')} of its queue before it" if ahead else "it is next; a pass has not come yet"
+            reasons.append(Why(Reason.PRIORITY, turn))
         if ahead and isinstance(short, Short):
-            reasons.append(Why(Reason.PRIORITY, f"{ahead} waiting jobs of queue {job.spec.queue} go first"))
-    return Verdict(job.id, tuple(reasons), position, nearest)
+            text = f"{_many(ahead, 'waiting job')} of queue {job.spec.queue} before it"
+            reasons.append(Why(Reason.PRIORITY, text))
+    in_line = cluster.line_of(job.id) is not None
+    return Verdict(job.id, tuple(reasons), position if in_line else 0, nearest)
 
 
 def _reasons(cluster: Cluster, job: Job, now_ms: int) -> Iterator[Why]:
@@ -50,7 +52,7 @@ def _reasons(cluster: Cluster, job: Job, now_ms: int) -> Iterator[Why]:
         yield Why(Reason.BACKOFF, text + last, f"jobsched release {job.name}")
     for dependency in job.waiting_for:
         other = cluster.jobs.get(dependency)
-        state = f"{other.name} is {other.phase}" if other else f"{dependency} has ended"
+        state = f"{other.name}, which is {other.phase}" if other else f"{dependency}, which has just ended"
         yield Why(Reason.DEPENDENCY, f"waits for job {state}")
     queue = cluster.queues.get(job.spec.queue)
     if queue is None:
@@ -71,10 +73,10 @@ def _reasons(cluster: Cluster, job: Job, now_ms: int) -> Iterator[Why]:
         )
     elif not queue.paused and admit(cluster, job, usage) is None:
         limit = job.spec.array.max_parallel if job.spec.array else 0
-        yield Why(Reason.ARRAY_LIMIT, f"{limit} members of the array run, which is its limit")
+        yield Why(Reason.ARRAY_LIMIT, f"{_many(limit, 'member')} of the array may run at once, and that many do")
     never = could_ever_fit(cluster, job.spec)
     if never:
-        yield Why(Reason.UNPLACEABLE, never, "jobsched nodes shows what there is")
+        yield Why(Reason.UNPLACEABLE, never, "ask for less, or wait for other nodes (jobsched nodes)")
 
 
 def _position(cluster: Cluster, job: Job) -> tuple[int, int]:
@@ -137,7 +139,11 @@ def _each(role: RoleShape) -> str:
 
 
 def _gpus(milli: int) -> str:
-    return f"{milli / WHOLE_GPU:g} GPU{'s' if milli != WHOLE_GPU else ''}"
+    return _many(milli / WHOLE_GPU, "GPU")
+
+
+def _many(count: float, what: str) -> str:
+    return f"{count:g} {what}{'' if count == 1 else 's'}"
 
 
 def could_ever_fit(cluster: Cluster, spec: JobSpec) -> str:
@@ -223,7 +229,10 @@ def story(events: Sequence[ev.Stored]) -> tuple[str, ...]:
     """The life of a job in lines a newcomer understands, each with the time since its first event; a failure is
     followed by the last log lines of who failed and, for a hang, by its stack."""
     lines: list[str] = []
-    for stored in events:
+    for stored, following in zip(events, [*events[1:], None], strict=True):
+        saved = isinstance(stored.event, ev.CheckpointSaved)
+        if saved and following is not None and isinstance(following.event, ev.CheckpointSaved):
+            continue  # of checkpoints in a row, the last one tells the story
         text = sentence(stored.event)
         if text:
             since_s = (stored.event.at_ms - events[0].event.at_ms) / 1000

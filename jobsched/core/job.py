@@ -269,6 +269,12 @@ def changed(job: Job, **changes: object) -> Job:
     return copy
 
 
+def numbered(fresh: Job, version: int) -> Job:
+    """Give a job that nobody else has seen yet its version."""
+    _SETTERS["version"](fresh, version)
+    return fresh
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
     """What placement needs to know of a job; jobs with equal shapes fit or do not fit alike."""

@@ -21,6 +21,7 @@ from jobsched.core.job import (
     ReplicaId,
     ReplicaState,
     changed,
+    numbered,
 )
 from jobsched.core.resources import NodeName
 from jobsched.spec.job import RestartScope, restart_policy
@@ -62,7 +63,7 @@ COUNTED: Final = (FailureClass.USER, FailureClass.OOM, FailureClass.HANG)
 """Failures that use up the restart budget."""
 
 
-_FOLDED: Final[dict[tuple[int, int], tuple[Job, ev.JobEvent, Job]]] = {}
+_FOLDED: Final[dict[tuple[int, int], tuple[Job | None, ev.JobEvent, Job]]] = {}
 """What was folded last. Judge, an in-memory store and the cluster apply the same event to the same job one after the
 other; they get the same result without folding again. Entries keep their inputs alive, so identities cannot be reused.
 """
@@ -75,26 +76,31 @@ class Illegal(ValueError):
 
 def evolve_job(job: Job | None, event: ev.JobEvent) -> Job:
     """The job after `event`. O(replicas of the job) at most. Raises `Illegal`; never changes its input."""
+    folded = _FOLDED.get((id(job), id(event)))
+    if folded is not None:
+        return folded[2]
+    after = _fold(job, event)
+    if len(_FOLDED) >= FOLDED_KEPT:
+        _FOLDED.clear()
+    _FOLDED[id(job), id(event)] = (job, event, after)
+    return after
+
+
+def _fold(job: Job | None, event: ev.JobEvent) -> Job:
     if isinstance(event, ev.JobSubmitted):
         if job is not None:
             raise Illegal(f"job {event.job_id} is already there")
         return _submitted(event)
     if job is None:
         raise Illegal(f"{event.kind} for job {event.job_id}, which is not there")
-    folded = _FOLDED.get((id(job), id(event)))
-    if folded is not None:
-        return folded[2]
     if job.phase not in LEGAL[type(event)]:
         raise Illegal(f"{event.kind} is not possible while job {job.id} is {job.phase}")
     attempt = getattr(event, "attempt", None)
     if attempt is not None and attempt != job.attempt + isinstance(event, ev.AttemptPlaced):
         raise Illegal(f"{event.kind} names attempt {attempt}, job {job.id} is at {job.attempt}")
     step: Callable[[Job, ev.JobEvent], Job] = _STEPS[type(event)]
-    after = changed(step(job, event), version=job.version + 1)
-    if len(_FOLDED) >= FOLDED_KEPT:
-        _FOLDED.clear()
-    _FOLDED[id(job), id(event)] = (job, event, after)
-    return after
+    after = step(job, event)
+    return numbered(after if after is not job else changed(job), job.version + 1)
 
 
 def _submitted(e: ev.JobSubmitted) -> Job:
@@ -114,8 +120,8 @@ def _submitted(e: ev.JobSubmitted) -> Job:
     )
 
 
-def _enter(job: Job, phase: Phase, reason: Reason, at_ms: int) -> Job:
-    return changed(job, phase=phase, reason=reason, phase_since_ms=at_ms)
+def _enter(job: Job, phase: Phase, reason: Reason, at_ms: int, **more: object) -> Job:
+    return changed(job, phase=phase, reason=reason, phase_since_ms=at_ms, **more)
 
 
 def _change(job: Job, ids: Iterable[ReplicaId], change: Callable[[Replica], Replica]) -> Job:
@@ -164,8 +170,8 @@ def _dependency_met(job: Job, e: ev.DependencyMet) -> Job:
 
 def _placed(job: Job, e: ev.AttemptPlaced) -> Job:
     replicas = {b.id: Replica(b.role, b.index, b) for b in e.bindings}
-    return changed(
-        _enter(job, S, Reason.NONE, e.at_ms),
+    return _enter(
+        job, S, Reason.NONE, e.at_ms,
         attempt=e.attempt,
         restarts=job.restarts + (e.attempt > 1),
         replicas=replicas,
@@ -181,7 +187,7 @@ def _replicas_started(job: Job, e: ev.ReplicasStarted) -> Job:
 
 def _attempt_started(job: Job, e: ev.AttemptStarted) -> Job:
     first = job.first_started_at_ms or e.at_ms
-    return changed(_enter(job, R, Reason.NONE, e.at_ms), first_started_at_ms=first, running_since_ms=e.at_ms)
+    return _enter(job, R, Reason.NONE, e.at_ms, first_started_at_ms=first, running_since_ms=e.at_ms)
 
 
 def _replica_exited(job: Job, e: ev.ReplicaExited) -> Job:
@@ -259,8 +265,8 @@ def _stopping(job: Job, e: ev.AttemptStopping) -> Job:
             job = _count_failure(job, cause.failure_class, e.at_ms)
             infra = cause.failure_class is FailureClass.INFRA and cause.node
             job = changed(job, avoid=(NodeName(cause.node),) if infra else ())
-    return changed(
-        _enter(job, X, e.outcome.reason, e.at_ms),
+    return _enter(
+        job, X, e.outcome.reason, e.at_ms,
         outcome=e.outcome,
         cause=cause or (None if e.outcome.phase is Phase.SUCCEEDED else job.cause),
         stop_wish=Reason.NONE,
@@ -274,8 +280,8 @@ def _ended(job: Job, e: ev.AttemptEnded) -> Job:
     assert outcome is not None
     if e.phase is not outcome.phase:
         raise Illegal(f"job {job.id} was stopping towards {outcome.phase}, not {e.phase}")
-    return changed(
-        _enter(job, e.phase, outcome.reason, e.at_ms),
+    return _enter(
+        job, e.phase, outcome.reason, e.at_ms,
         replicas={},
         outcome=None,
         coordinator_port=0,
@@ -287,7 +293,7 @@ def _ended(job: Job, e: ev.AttemptEnded) -> Job:
 def _job_ended(job: Job, e: ev.JobEnded) -> Job:
     if e.phase not in (Phase.FAILED, Phase.CANCELLED):
         raise Illegal(f"a waiting job cannot become {e.phase}")
-    return changed(_enter(job, e.phase, e.cause.reason, e.at_ms), cause=e.cause, ended_at_ms=e.at_ms)
+    return _enter(job, e.phase, e.cause.reason, e.at_ms, cause=e.cause, ended_at_ms=e.at_ms)
 
 
 _STEPS: Final[Mapping[type, Callable[..., Job]]] = {

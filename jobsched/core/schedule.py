@@ -157,6 +157,11 @@ def _worth_a_try(cluster: Cluster, policy: Policy) -> Iterator[Line]:
             if not _may_fit(cluster, first):
                 continue
             del cluster.stuck[queue]
+        if policy.strict:
+            first = min(lines.values(), key=lambda line: policy.ordering(line.key, line.places[0]))
+            if not _may_fit(cluster, first):
+                cluster.stuck[queue] = first
+                continue
         for line in lines.values():
             if policy.strict or _may_fit(cluster, line):
                 yield line

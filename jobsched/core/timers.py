@@ -51,7 +51,7 @@ def deadline(job: Job, sight: Sight, now_ms: int, senses: Senses) -> int | None:
     spec = job.spec
     instants: list[int] = []
     if job.phase is Phase.QUEUED:
-        if job.not_before_ms:
+        if job.not_before_ms > now_ms:  # afterwards it waits for room, not for time
             instants.append(job.not_before_ms)
         if spec.queue_deadline and not job.attempt:
             instants.append(job.submitted_at_ms + spec.queue_deadline)

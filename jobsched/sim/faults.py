@@ -35,6 +35,7 @@ REPAIR_MS = 900_000
 OUTAGE_MS = 120_000
 LEASE_MS = 60_000
 WATCHED_STORE = ("append", "read", "load", "lease", "add_samples")
+ACTS = ("start", "stop", "forget", "ask_stacks")
 WATCHED_BACKEND = ("observe", "start", "stop", "forget", "ask_stacks")
 
 
@@ -147,6 +148,8 @@ class Chaos:
         )
         self._repairs: list[tuple[int, Callable[[], None]]] = []
         self._pending: list[_Pending] = []
+        self._sound = sim.engine.nodes()
+        """Nodes as they are after a repair."""
         self._store_down_until = 0
         self._paused = False
         self._checked = 0
@@ -231,8 +234,8 @@ class Chaos:
 
     def _lose(self, names: list[NodeName], now: int) -> None:
         for name in names:
-            node = self.sim.engine.nodes()[name]
             self.sim.engine.lose_node(name)
+            node = self._sound[name]
             back = now + self.random.randrange(1, 2 * REPAIR_MS)
             self._repairs.append((back, lambda node=node: self.sim.engine.put_node(node)))  # type: ignore[misc]
 
@@ -262,6 +265,8 @@ class Chaos:
         if not self._pending or self._paused or not server.controller.leading:
             return
         pending = self._pending[0]
+        if pending.kind == "leaders" and before and call in ACTS:
+            return  # the controller looks at its lease just before it acts; only an engine that fences could do more
         pending.calls -= 1
         if pending.calls > 0 or pending.before is not before:
             return

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from math import log10
 from pathlib import Path
 
 from jobsched.core.accounting import Accounts
@@ -75,8 +76,6 @@ def _over_time(accounts: Accounts, which: int) -> Curve:
 
 
 def _distribution(accounts: Accounts) -> Curve:
-    from math import log10
-
     times = sorted(job.jct_ms for job in accounts.jobs.values() if job.phase.terminal)
     every = max(1, len(times) // POINTS)
     return [(log10(max(1.0, ms / 1_000)), (i + 1) / len(times)) for i, ms in enumerate(times)][::every]
@@ -106,8 +105,9 @@ def _axes(left: float, right: float, top: float) -> str:
     for step in range(5):
         part = step / 4
         x, y = MARGIN + part * (WIDTH - 2 * MARGIN), HEIGHT - MARGIN - part * (HEIGHT - 2 * MARGIN)
-        parts.append(f'<text x="{x}" y="{HEIGHT - MARGIN + 14}" text-anchor="middle">{left + part * (right - left):.3g}'
-                     f'</text><text x="{MARGIN - 4}" y="{y + 4}" text-anchor="end">{part * top:.3g}</text>')  # fmt: skip
+        across, up = f"{left + part * (right - left):.3g}", f"{part * top:.3g}"
+        parts.append(f'<text x="{x}" y="{HEIGHT - MARGIN + 14}" text-anchor="middle">{across}</text>')
+        parts.append(f'<text x="{MARGIN - 4}" y="{y + 4}" text-anchor="end">{up}</text>')
     return "".join(parts)
 
 

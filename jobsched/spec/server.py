@@ -269,8 +269,9 @@ class DockerBackend(SpecModel):
     """Image of jobs that name none."""
     pull: Literal["missing", "always", "never"] = "missing"
     """When images are pulled; credentials are those of `docker login` of the user who runs the server."""
-    working_dir: Literal["copy", "mount"] = "copy"
-    """How a job's directory comes into its containers: packed and copied, or mounted where the engine shares files."""
+    working_dir: Literal["copy", "mount", "image"] = "copy"
+    """How a job's directory comes into its containers: packed and copied; mounted, where the engine shares files; or
+    it is in the image already."""
     copy_limit: Annotated[Bytes, Field(ge=1_024)] = 256 * 2**20
     """Largest directory that is copied; `.jobschedignore` (else `.gitignore`) says what to leave out."""
     user: Annotated[Text, Field(pattern=r"^([0-9]{1,10}:[0-9]{1,10})?$")] = ""
@@ -281,7 +282,7 @@ class DockerBackend(SpecModel):
     """Size of /dev/shm, which data loaders and NCCL use."""
     volumes: tuple[Annotated[Text, AfterValidator(_mount)], ...] = ()
     """Directories of the engine's machine that every replica sees: `/data:/data:ro`."""
-    checkpoints: Text = ""
+    checkpoints: Annotated[Text, Field(validate_default=True)] = ""
     """Directory of the engines' machines for checkpoints, the same files on all of them; default: in the home."""
     logs: LogLimits = LogLimits()
     """Size of the logs."""

@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from jobsched import errors
+from jobsched import __version__, errors
 from jobsched.cli.jobs import shortest
+from jobsched.cli.render import fitted
 from jobsched.client.documents import user
 from jobsched.core.job import Cause, Phase, Reason
 from tests.cli.conftest import Cli
@@ -96,6 +97,35 @@ def test_changes_as_json_lines(cli: Cli, server: FakeServer) -> None:
         "AttemptStarted",
     ]
     assert result.code == 6  # the stream never ends by itself: here the server went away
+
+
+@pytest.mark.parametrize(
+    ("words", "lines"),
+    [(["--queue", "default"], 4), (["--queue", "other"], 0), (["-u", "ann"], 4), (["-u", "bob"], 0),
+     (["--name", "bert"], 4), (["-l", "a=b"], 0), (["--state", "RUNNING"], 4), (["--state", "failed,queued"], 0)],
+)
+def test_changes_of_the_selected_jobs_only(words: list[str], lines: int, cli: Cli, server: FakeServer) -> None:
+    server.history = a_history()
+    server.replies["GET events"] = cut(server.stored())
+    assert len(cli("jobs", "-w", "-o", "jsonl", *words).out.splitlines()) == lines
+
+
+@pytest.mark.parametrize("ref", ["", " ", "a/b", "../nodes"])
+def test_what_no_job_can_be_called_is_not_found(ref: str, cli: Cli, server: FakeServer) -> None:
+    assert cli("get", ref).code == 3
+    assert server.requests == []
+
+
+def test_an_empty_log_is_said_to_be_empty(cli: Cli, server: FakeServer) -> None:
+    server.replies[f"GET jobs/{ID}/logs"] = sse([])
+    result = cli("logs", "bert")
+    assert (result.code, result.out) == (0, "")
+    assert "nothing is written yet" in result.err
+    assert cli("logs", "bert", "-q").err == ""
+
+
+def test_yaml_is_in_blocks_and_in_the_order_of_json(cli: Cli, server: FakeServer) -> None:
+    assert cli("version", "-o", "yaml").out.splitlines()[:2] == ["schema_version: 1", f"client: {__version__}"]
 
 
 def test_why_a_job_waits(cli: Cli, server: FakeServer) -> None:
@@ -225,6 +255,13 @@ def test_a_waiting_job_is_listed_with_what_it_waits_for(cli: Cli, server: FakeSe
     server.jobs[ID] = an_answer(Phase.QUEUED, verdict=a_verdict())
     rows = cli("jobs", "--columns", "phase,reason").out.splitlines()
     assert rows[1].split() == ["QUEUED", "Resources"]
+
+
+def test_a_narrow_terminal_keeps_the_first_columns_whole() -> None:
+    assert fitted([10, 40, 8, 9], [False, True, True, False], 200) == [10, 40, 8, 9]
+    assert fitted([10, 40, 8, 9], [False, True, True, False], 60) == [10, 25, 8, 9]
+    assert fitted([10, 40, 8, 9], [False, True, True, False], 40) == [10, 16, 8]
+    assert fitted([30], [False], 10) == [30]
 
 
 def test_an_empty_list_says_where_the_others_are(cli: Cli, server: FakeServer) -> None:

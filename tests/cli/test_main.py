@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import click
 import httpx2
@@ -194,3 +195,17 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=60)
     assert done.stdout == "{\n"
     assert "Traceback" not in done.stderr
+
+
+def test_a_full_disk_and_a_defect_are_told_in_a_line(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    result = cli("init", str(tmp_path / "no" / "job.yaml"))
+    assert result.code == 1
+    assert "No such file or directory" in result.err
+    monkeypatch.setattr("jobsched.load.template", lambda name: 1 / 0)
+    result = cli("init", "-")
+    assert result.code == 1
+    assert "error[E001]: ZeroDivisionError" in result.err
+    assert "report it" in result.err
+    monkeypatch.setenv("JOBSCHED_LOG_LEVEL", "debug")
+    with pytest.raises(ZeroDivisionError):
+        cli("init", "-")

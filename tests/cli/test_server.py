@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -83,3 +84,31 @@ def test_stopping_a_server_that_answers_no_more(alone: None, tmp_path: Path) -> 
     with pytest.raises(errors.NotFound):
         stop_server(home)
     assert os.path.exists(home / "server.json")
+
+
+def test_the_dashboard_address_holds_the_token_in_its_fragment(cli: Cli) -> None:
+    assert re.fullmatch(r"http://\S+/#token=\S+\n", cli("dashboard").out)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [(["--port", "99999"], "65,535"), (["--host", "a b"], "not an address"), (["--db", "mysql://x"], "not a store")],
+)
+def test_serve_refuses_wrong_options_by_name(words: list[str], says: str, cli: Cli, tmp_path: Path) -> None:
+    result = cli("serve", "--home", str(tmp_path / "home"), *words)
+    assert result.code == 2
+    assert says in result.err
+
+
+def test_a_home_that_is_a_file_is_refused(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = cli("serve", "--home", str(tmp_path / "file"))
+    assert result.code == 2
+    assert "cannot be used" in result.err
+
+
+@pytest.mark.parametrize("url", ["nonsense", "ftp://x", "http://"])
+def test_what_is_no_url_is_no_server(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JOBSCHED_HOME", str(tmp_path))
+    with pytest.raises(errors.ConfigError, match="--server"):
+        locate.find(url)

@@ -222,3 +222,11 @@ def test_working_directory_of_a_file_is_its_own(cli: Cli, server: FakeServer, tm
     (tmp_path / "deep" / "job.yaml").write_text(JOB)
     cli("submit", os.path.join("deep", "job.yaml"))
     assert server.sent("POST jobs")["spec"]["working_dir"] == str(tmp_path / "deep")
+
+
+def test_an_error_in_a_stream_is_125_too(cli: Cli, server: FakeServer, job_file: str) -> None:
+    server.replies["GET progress"] = sse([("", errors.Conflict("the log was removed").to_wire())], event="error")
+    result = cli("run", job_file)
+    assert result.code == 125
+    assert "the log was removed" in result.err
+    assert "it goes on" in result.err

@@ -78,3 +78,9 @@ def test_frames_need_pandas(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_live_prints_where_there_is_no_notebook(capsys: pytest.CaptureFixture[str]) -> None:
     Client(remote=FakeServer(jobs={ID: an_answer(Phase.SUCCEEDED)}).remote()).job(ID).live()
     assert "SUCCEEDED" in capsys.readouterr().out
+
+
+def test_a_node_is_a_row_of_what_it_has_and_what_is_free() -> None:
+    row = Listing([a_node()]).rows()[0]
+    assert (row["name"], row["state"], row["gpus"], row["free_gpus"]) == ("n01", "ready", 2, 1)
+    assert (row["cpus"], row["free_cpus"], row["memory_gib"], row["free_memory_gib"]) == (8, 4, 32, 16)

@@ -281,16 +281,19 @@ class ProcessBackendContract(BackendContract):
             assert time.monotonic() < deadline, self.read_log(backend, key)
             time.sleep(0.02)
 
-    def test_it_sees_its_contract_environment_directory_and_arguments(self, watcher: Watcher, node: Node) -> None:
+    def test_it_sees_its_contract_environment_directory_and_arguments(
+        self, watcher: Watcher, node: Node, tmp_path_factory: pytest.TempPathFactory
+    ) -> None:
+        directory = str(tmp_path_factory.mktemp("work"))
         launch = a_launch(
             node, ("python", "-c", ENV_SCRIPT, "a b", "$HOME"), env={"COLOUR": "blue", "MASTER_ADDR": "elsewhere"},
-            working_dir="/tmp",
+            working_dir=directory,
         )
         watcher.backend.start([launch])
         assert watcher.end(launch.key).exit_code == 0
         env, cwd, arguments = json.loads(self.read_log(watcher.backend, launch.key))
         assert arguments == ["a b", "$HOME"]
-        assert cwd == "/tmp"
+        assert cwd == directory
         assert (env["COLOUR"], env["MASTER_ADDR"], env["RANK"]) == ("blue", "elsewhere", "0")
         contract = json.loads(env["JOBSCHED_CONTRACT"])
         assert (contract["job_id"], contract["token"]) == ("job-1", "t-job-1")

@@ -55,7 +55,7 @@ def test_jobs_ahead_are_counted_by_priority_and_age() -> None:
     world.tick(2)
     places = [explain.verdict(world.cluster, world.job(i), world.clock.now_ms()).position for i in ids]
     assert places == [2, 1, 3]
-    assert "2 waiting jobs of queue default go first" in reasons(world, ids[2])[Reason.PRIORITY]
+    assert "2 waiting jobs of queue default before it" in reasons(world, ids[2])[Reason.PRIORITY]
 
 
 def test_asking_changes_nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -17,7 +18,8 @@ from jobsched.sim.workload import Arrival, Workload, gang_spec, make_nodes, synt
 
 KEYS = [
     "jobs", "avg_jct_s", "p50_jct_s", "p99_jct_s", "avg_queue_s", "p99_queue_s", "makespan_s", "gpu_allocation_pct",
-    "unallocated_gpu_pct", "fragmentation_pct", "preemptions", "rescales", "restarts", "ticks", "cpu_s", "policy", "seed",
+    "unallocated_gpu_pct", "fragmentation_pct", "preemptions", "rescales", "restarts", "ticks", "cpu_s", "policy",
+    "seed",
 ]  # fmt: skip
 
 
@@ -80,8 +82,6 @@ def test_least_attained_service_lets_a_newcomer_pass_a_job_that_had_its_share() 
 def test_deadlines_first() -> None:
     late, urgent = a_workload((0, 50, 4), (1, 10, 4), (2, 10, 4)).arrivals[1:]
     first = a_workload((0, 50, 4)).arrivals[0]
-    from dataclasses import replace
-
     workload = replace(
         a_workload(), arrivals=(first, replace(late, deadline_ms=500_000), replace(urgent, deadline_ms=80_000))
     )
@@ -120,8 +120,6 @@ def test_every_format_reads_and_runs(fmt: str) -> None:
         pytest.skip(f"no traces of {fmt} under {traces.root()}")
     reader, first = traces.FORMATS[fmt]
     workload = reader(first, "fifo")
-    from dataclasses import replace
-
     few = replace(workload, arrivals=workload.arrivals[:30])
     result = run(few, "fifo")
     assert result.summary.ended == 30, result.store.count("phase")

@@ -134,7 +134,7 @@ def test_what_has_no_tree_is_refused_with_its_place(text: str, line: int, column
     assert (problem.file, problem.line) == ("f.yaml", line)
     if complaint != "not YAML":
         assert problem.column == column
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30  # never a hang, on however busy a machine
 
 
 def test_an_alias_bomb_is_cut_off() -> None:

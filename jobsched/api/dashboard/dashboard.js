@@ -52,7 +52,7 @@ function command(text) {
     await navigator.clipboard.writeText(text);
     event.target.textContent = "copied";
   };
-  return h("span", {}, h("code", {}, text), " ", h("button", { type: "button", onclick: copy, "aria-label": `Copy: ${text}` }, "copy"));
+  return h("span", { class: "command" }, h("code", {}, text), h("button", { type: "button", onclick: copy, "aria-label": `Copy: ${text}` }, "copy"));
 }
 
 // ---- talking to the server ----
@@ -91,7 +91,8 @@ $("login").addEventListener("close", () => {
   show();
 });
 
-// One server-sent event stream; calls back with (event, data, id), returns when the server ends it for good or `signal` fires.
+// One server-sent event stream; calls back with (data, id), returns when the server ends it for good or `signal` fires, throws
+// `Refused` when the server says what is wrong. `state` is told when the stream begins (again) and when it breaks off.
 async function stream(path, signal, tell, state = () => {}) {
   let lastId = "";
   while (!signal.aborted) {
@@ -106,11 +107,18 @@ async function stream(path, signal, tell, state = () => {}) {
           const fields = Object.fromEntries(block.split("\n").map((line) => [line.slice(0, line.indexOf(":")), line.slice(line.indexOf(":") + 2)]));
           lastId = fields.id ?? lastId;
           if (fields.event === "end") return;
-          if (fields.data) tell(fields.event ?? "message", JSON.parse(fields.data), lastId);
+          if (!fields.data) continue;
+          const data = JSON.parse(fields.data);
+          if (fields.event === "error") throw new Refused([data.message, data.hint].filter(Boolean).join(" — "));
+          tell(data, lastId);
         }
       }
     } catch (error) {
-      if (signal.aborted || error instanceof Refused) return state(false);
+      if (signal.aborted) return;
+      if (error instanceof Refused) {
+        state(false);
+        throw error;
+      }
     }
     state(false);
     await new Promise((wake) => setTimeout(wake, 1000));
@@ -122,7 +130,8 @@ async function stream(path, signal, tell, state = () => {}) {
 const filters = { text: "", all: false };
 
 async function overview(signal) {
-  const [page, nodes, queues, checks] = await Promise.all(["jobs?limit=200", "nodes", "queues", "doctor"].map((path) => get(path, signal)));
+  const [page, ended, nodes, queues, checks] = await Promise.all(
+    ["jobs?limit=200", `jobs?limit=5&state=${ENDED}`, "nodes", "queues", "doctor"].map((path) => get(path, signal)));
   const here = nodes.filter((n) => !n.lost);
   const total = here.reduce((sum, n) => sum + n.node.gpus.length, 0);
   const used = queues.reduce((sum, q) => sum + q.gpus_in_use, 0);
@@ -134,15 +143,17 @@ async function overview(signal) {
       tile(queues.reduce((sum, q) => sum + q.active, 0), "active jobs"), tile(queues.reduce((sum, q) => sum + q.waiting, 0), "waiting jobs"),
       tile(`${used} / ${total}`, "GPUs in use"), tile(`${here.length} / ${nodes.length}`, "nodes present")),
     bad.length ? [h("h2", {}, "Needs attention"), checkTable(bad)] : "",
-    h("h2", {}, "Live jobs"), jobTable(page.jobs), page.more ? h("p", {}, "… and more") : "",
-    h("p", {}, command("jobsched jobs")),
+    h("h2", {}, "GPUs"), h("div", { class: "card nodes" }, here.slice(0, 64).map((n) => h("div", {}, n.node.name, gpus(n)))),
+    h("h2", {}, "Live jobs"), jobTable(page.jobs, "Nothing waits or runs."), page.more ? h("p", {}, "… and more") : "",
+    ended.jobs.length ? [h("h2", {}, "Ended last"), jobTable(ended.jobs)] : "",
+    h("div", { class: "row" }, command("jobsched jobs")),
   ];
 }
 
-const jobTable = (answers) => table(["Job", "Phase", "Reason", "Queue", "Owner", "Attempt", "Progress", "Submitted"], answers.map(({ job, progress, headline }) => [
+const jobTable = (answers, empty = "No jobs.") => table(["Job", "Phase", "Reason", "Queue", "Owner", "Attempt", "Progress", "Submitted"], answers.map(({ job, progress, headline }) => [
   [jobLink(job), h("br"), h("small", {}, job.id)], pill(job.phase), headline, job.spec.queue, job.owner,
   String(job.attempt), bar(progress), ago(job.submitted_at_ms),
-]), "No jobs.");
+]), empty);
 
 const bar = (progress) => (progress && progress.step >= 0
   ? [progress.total > 0 ? h("progress", { value: progress.step, max: progress.total, "aria-label": "steps" }) : "",
@@ -165,12 +176,14 @@ async function jobs(signal) {
   ];
 }
 
+const SPENT = { wait: "waiting", start: "starting", run: "running", stop: "stopping" };
+
 function timeline(events, ended) {
-  const bars = [], from = events[0].event.at_ms, to = Math.max(from + 1, events.at(-1).event.at_ms, ended ? 0 : Date.now());
+  const bars = [], sums = {}, from = events[0].event.at_ms, to = Math.max(from + 1, events.at(-1).event.at_ms, ended ? 0 : Date.now());
   let since = from, kind = "wait";
   const next = { AttemptPlaced: "start", AttemptStarted: "run", AttemptStopping: "stop", AttemptEnded: "wait" };
-  const put = (until) => bars.push(svg("rect", { class: `bar-${kind}`, x: (since - from) / (to - from) * 1000, y: 4, height: 26, width: Math.max(1, (until - since) / (to - from) * 1000) },
-    svg("title", {}, document.createTextNode(`${kind} ${span(until - since)}`))));
+  const put = (until) => { sums[kind] = (sums[kind] ?? 0) + until - since; bars.push(svg("rect", { class: `bar-${kind}`, x: (since - from) / (to - from) * 1000, y: 0, height: 22, width: Math.max(1, (until - since) / (to - from) * 1000) },
+    svg("title", {}, document.createTextNode(`${SPENT[kind]} ${span(until - since)}`)))); };
   for (const { event } of events) {
     if (!(event.kind in next)) continue;
     put(event.at_ms);
@@ -178,21 +191,24 @@ function timeline(events, ended) {
     kind = next[event.kind];
   }
   if (since < to) put(to);
-  return svg("svg", { viewBox: "0 0 1000 34", preserveAspectRatio: "none", role: "img", "aria-label": "Waiting, starting, running and stopping over time; the story below tells the same" }, ...bars);
+  return [
+    svg("svg", { viewBox: "0 0 1000 22", preserveAspectRatio: "none", role: "img", "aria-label": "Waiting, starting, running and stopping over time; the story below tells the same" }, ...bars),
+    h("div", { class: "legend" }, Object.entries(sums).map(([was, ms]) => h("span", { class: `bar-${was}` }, `${SPENT[was]} ${span(ms)}`))),
+  ];
 }
 
 function liveFacts({ job, progress, headline, verdict }) {
   const replicas = Object.values(job.replicas), known = new Map((progress?.replicas ?? []).map((r) => [`${r.role}/${r.index}`, r]));
   return [
-    facts([
-      ["Phase", [pill(job.phase), ` ${headline}`]], ["Progress", bar(progress)],
+    h("div", { class: "card" }, facts([
+      ["Phase", [pill(job.phase), verdict?.reasons.length || job.cause ? "" : ` ${headline}`]], ["Progress", bar(progress)],
       ["Metrics", (progress?.metrics ?? []).map(([name, value]) => `${name} ${Number(value.toPrecision(5))}`).join(" · ")],
       ["Attempt", `${job.attempt}, ${job.restarts} restarts`], ["Queue", `${job.spec.queue}, priority ${job.priority}`],
       ["Owner", job.owner], ["Checkpoint", job.checkpoint ? `step ${job.checkpoint.step}, ${job.checkpoint.path}` : ""],
       ["Submitted", ago(job.submitted_at_ms)], ["Ended", ago(job.ended_at_ms)],
-    ]),
-    verdict?.reasons.length ? [h("h2", {}, "Why it waits"), h("ul", {}, verdict.reasons.map((why) => h("li", {}, why.message, why.fix ? h("small", {}, ` — ${why.fix}`) : "")))] : "",
-    job.cause ? [h("h2", {}, "Root cause"), h("p", { class: "error" }, job.cause.message), job.cause.tail.length ? h("pre", {}, job.cause.tail.join("\n")) : ""] : "",
+    ])),
+    verdict?.reasons.length ? [h("h2", {}, "Why it waits"), h("div", { class: "card" }, h("ul", { class: "why" }, verdict.reasons.map((why) => h("li", {}, why.message, why.fix ? h("small", {}, ` — ${why.fix}`) : ""))))] : "",
+    job.cause ? [h("h2", {}, ENDED.includes(job.phase) ? "Root cause" : "Last failure"), h("p", { class: "error" }, job.cause.message), job.cause.tail.length ? h("pre", {}, job.cause.tail.join("\n")) : ""] : "",
     replicas.length ? [h("h2", {}, "Replicas"), table(["Replica", "Rank", "Node", "State", "Restarts", "Step", "Last heard of"], replicas.map((r) => {
       const p = known.get(`${r.role}/${r.index}`) ?? {};
       return [`${r.role}/${r.index}`, p.rank >= 0 ? String(p.rank) : "", r.binding?.node ?? "", p.state || r.state, String(r.restart),
@@ -204,12 +220,18 @@ function liveFacts({ job, progress, headline, verdict }) {
 async function job(signal, ref) {
   const [answer, why, events] = await Promise.all([get(`jobs/${ref}`, signal), get(`jobs/${ref}/why`, signal), get(`jobs/${ref}/events`, signal)]);
   const { id, name, phase } = answer.job, ended = ENDED.includes(phase), said = h("p", { class: "error", role: "alert" });
-  const upper = h("div", {}, liveFacts(answer)), story = h("pre", {}, why.story.join("\n")), lines = h("pre", { tabindex: "0", "aria-label": "Log" });
-  const wish = (verb, sure) => h("button", { type: "button", onclick: async () => {
-    if (sure && !confirm(`${verb} ${name}?`)) return;
+  const upper = h("div", {}, liveFacts(answer)), course = h("div", {}, timeline(events, ended)), story = h("pre", {}, why.story.join("\n")), lines = h("pre", { tabindex: "0", "aria-label": "Log", "data-empty": "Nothing was written so far." });
+  const tell = (error) => { said.textContent = error.message; };
+  const wish = (verb, text, sure) => h("button", { type: "button", class: verb === "cancel" && "danger", onclick: async () => {
+    if (sure && !confirm(`${text} ${name}?`)) return;
     said.textContent = "";
-    await post(`jobs/${id}/${verb}`).catch((error) => { said.textContent = error.message; });
-  } }, verb);
+    await post(`jobs/${id}/${verb}`, { by: "dashboard" }).catch(tell);
+  } }, text);
+  const buttons = h("div", { class: "row" });
+  const offer = (now) => buttons.replaceChildren(...(ENDED.includes(now.phase) ? [] : [
+    now.held ? wish("release", "Release") : wish("hold", "Hold"), now.phase === "QUEUED" ? "" : wish("restart", "Restart", true), wish("cancel", "Cancel", true),
+  ].filter(Boolean)), command(`jobsched describe ${id}`));
+  offer(answer.job);
   const roleOf = (line) => `${line.role}/${line.index}${line.restart ? `+${line.restart}` : ""}`;
   const picked = h("select", { "aria-label": "Role", onchange: () => read() }, h("option", { value: "" }, "all roles"), Object.keys(answer.job.spec.roles).map((role) => h("option", {}, role)));
   let reading = new AbortController();
@@ -218,53 +240,56 @@ async function job(signal, ref) {
     reading = new AbortController();
     lines.replaceChildren();
     const both = AbortSignal.any([signal, reading.signal]);
-    stream(`jobs/${id}/logs?follow=true&tail=500${picked.value ? `&role=${encodeURIComponent(picked.value)}` : ""}`, both, (kind, line) => {
-      if (kind === "error") { said.textContent = line.message; return; }
+    stream(`jobs/${id}/logs?follow=true&tail=500${picked.value ? `&role=${encodeURIComponent(picked.value)}` : ""}`, both, (line) => {
       const atEnd = lines.scrollTop + lines.clientHeight >= lines.scrollHeight - 4;
       lines.append(`${roleOf(line)} │ ${line.text}\n`);
       while (lines.childNodes.length > 2000) lines.firstChild.remove();
       if (atEnd) lines.scrollTop = lines.scrollHeight;
-    });
+    }, (on) => on && lines.replaceChildren()).catch(tell);  // a log has no event ids: it begins anew
   }
   read();
   if (!ended) {
     let version = answer.job.version;
-    stream(`progress?job=${id}`, signal, async (_, now) => {
+    stream(`progress?job=${id}`, signal, async (now) => {
       upper.replaceChildren(...liveFacts(now).flat(9).filter(Boolean));
       if (now.job.version === version) return;
       version = now.job.version;
-      story.textContent = (await get(`jobs/${id}/why`, signal)).story.join("\n");
-    });
+      offer(now.job);
+      const [why, events] = await Promise.all([get(`jobs/${id}/why`, signal), get(`jobs/${id}/events`, signal)]);
+      story.textContent = why.story.join("\n");
+      course.replaceChildren(...timeline(events, ENDED.includes(now.job.phase)));
+    }).catch(tell);
   }
   return [
     h("h1", {}, name, " ", h("small", {}, id)),
-    h("div", { class: "row" }, ended ? "" : [wish("hold"), wish("release"), wish("restart", true), wish("cancel", true)], command(`jobsched describe ${id}`)),
-    said, timeline(events, ended), upper,
+    buttons, said, course, upper,
     h("h2", {}, "Story"), story,
     h("h2", {}, "Log"), h("div", { class: "row" }, picked, command(`jobsched logs -f ${id}`)), lines,
   ];
+}
+
+// GPUs of a node as squares, used ones first; which of them are free only the ledger knows.
+function gpus(n) {
+  let used = n.node.gpus.filter((gpu) => gpu.healthy).length - n.free_gpus;
+  const squares = n.node.gpus.map((gpu) => {
+    const kind = !gpu.healthy ? "sick" : used-- > 0 ? "used" : "free";
+    return h("span", { class: `gpu ${kind}`, title: `${gpu.kind}, ${kind}` });
+  });
+  return [squares.length ? h("div", { class: "gpus", "aria-hidden": "true" }, squares) : "", h("small", {}, `${n.free_gpus} of ${n.node.gpus.length} free`)];
 }
 
 async function nodes(signal) {
   const all = await get("nodes", signal);
   const state = (n) => (n.lost ? h("span", { class: "pill bad" }, "✖ lost") : n.cordoned ? h("span", { class: "pill QUEUED" }, n.draining ? "◑ draining" : "◑ cordoned")
     : n.node.ready ? mark(true) : h("span", { class: "pill bad" }, `✖ ${n.node.message || "not ready"}`));
-  const cells = (n) => {
-    let free = n.free_gpus;
-    const squares = n.node.gpus.map((gpu) => {
-      const kind = !gpu.healthy ? "sick" : free-- > 0 ? "" : "used";
-      return h("span", { class: `gpu ${kind}`, title: `${gpu.kind}${kind ? `, ${kind}` : ""}` });
-    });
-    return [h("div", { class: "gpus", "aria-hidden": "true" }, squares), `${n.free_gpus} of ${n.node.gpus.length} free`];
-  };
   return [
     h("h1", {}, "Nodes"),
     table(["Node", "State", "GPUs", "Kind", "CPUs free", "Memory free", "Jobs"], all.map((n) => [
-      n.node.name, state(n), cells(n), [...new Set(n.node.gpus.map((gpu) => gpu.kind))].join(", "),
+      n.node.name, state(n), gpus(n), [...new Set(n.node.gpus.map((gpu) => gpu.kind))].join(", "),
       `${n.free.cpu_milli / 1000} of ${n.node.cpu_milli / 1000}`, `${gib(n.free.memory_bytes)} of ${gib(n.node.memory_bytes)}`,
       n.jobs.map((id, place) => [place ? ", " : "", h("a", { href: `#/job/${id}` }, id.slice(-6))]).flat(),
     ]), "No node has been seen."),
-    h("p", {}, command("jobsched nodes")),
+    h("div", { class: "row" }, command("jobsched nodes")),
   ];
 }
 
@@ -276,12 +301,12 @@ async function queues(signal) {
       q.queue.name, q.queue.paused ? "paused" : "open", String(q.waiting), String(q.active), String(q.gpus_in_use),
       q.queue.max_gpus === null ? "none" : String(q.queue.max_gpus), String(q.queue.weight),
     ]), "No queues."),
-    h("p", {}, command("jobsched queues")),
+    h("div", { class: "row" }, command("jobsched queues")),
   ];
 }
 
 const checkTable = (checks) => table(["Check", "State", "Found", "What helps"], checks.map((c) => [c.name, mark(c.ok), c.message, c.hint]), "");
-const doctor = async (signal) => [h("h1", {}, "Doctor"), checkTable(await get("doctor", signal)), h("p", {}, command("jobsched doctor"))];
+const doctor = async (signal) => [h("h1", {}, "Doctor"), checkTable(await get("doctor", signal)), h("div", { class: "row" }, command("jobsched doctor"))];
 
 // ---- routing and liveness ----
 
@@ -302,7 +327,7 @@ async function show() {
     $("main").replaceChildren(...content.flat(9).filter(Boolean));
     shown = location.hash;
     document.title = `${ref ? $("main").querySelector("h1").firstChild.textContent : name} – jobsched`;
-    if (moved) $("main").focus();
+    if (moved) { $("main").focus({ preventScroll: true }); scrollTo(0, 0); }
     else if (focused && focused !== "main") { $(focused)?.focus(); if (caret != null) $(focused)?.setSelectionRange?.(caret, caret); }
   } catch (error) {
     if (!signal.aborted) $("main").replaceChildren(h("p", { class: "error", role: "alert" }, error.message));
@@ -319,7 +344,7 @@ function follow() {
   }, (on) => {
     $("live").textContent = on ? "● live" : "○ paused";
     $("live").classList.toggle("off", !on);
-  });
+  }).catch(() => {});  // refused: the log-in dialog is open, or the page says why
 }
 
 let went = false;

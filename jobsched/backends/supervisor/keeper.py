@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
-from jobsched.backends.supervisor import processes, replica_log
+from jobsched.backends.supervisor import processes, replica_log, secret_files
 from jobsched.backends.supervisor.journal import Journal, Past
 from jobsched.backends.supervisor.limits import Limiter, find_limiter, machine_oom_kills
 from jobsched.backends.supervisor.loop import Loop
@@ -45,7 +45,6 @@ REFUSED_MEMORY = ("MemoryError", "std::bad_alloc", "Cannot allocate memory", "ca
 """Last words of a process that an rlimit refused memory."""
 SILENT_S = 3.0
 """Reports come at least every two seconds, whatever the script does."""
-SECRET = "secret://"
 _PR_SET_CHILD_SUBREAPER = 36
 _PIDFD_GET_INFO = 0xC040FF0B
 _PIDFD_INFO_EXIT = 1 << 3
@@ -307,21 +306,10 @@ class Keeper:
         self.changed(replica.key)
 
     def _environment(self, order: Order) -> dict[str, str]:
-        secret = {name: self._secret(name, value) for name, value in order.env.items() if value.startswith(SECRET)}
-        return {**order.env, **secret, LAUNCH_VARIABLE: self._mark(order.key)}
-
-    def _secret(self, variable: str, reference: str) -> str:
-        name = reference.removeprefix(SECRET)
-        path = self.layout.secrets / name
-        if "/" in name or name.startswith("."):
-            raise StartError(f"{variable}: {reference} is not the name of a secret")
         try:
-            mode = path.stat().st_mode
-            if mode & 0o077:
-                raise StartError(f"{variable}: secret {name!r} is readable by others; run: chmod 600 {path}")
-            return path.read_text().removesuffix("\n")
-        except (OSError, UnicodeDecodeError):
-            raise StartError(f"{variable}: there is no secret {name!r}; write it to {path} with mode 0600") from None
+            return {**secret_files.resolved(order.env, self.layout.secrets), LAUNCH_VARIABLE: self._mark(order.key)}
+        except secret_files.SecretError as error:
+            raise StartError(str(error)) from error
 
     def _never_ran(self, replica: Replica, error: StartError) -> None:
         replica_log.append(self.layout.log(replica.key), f"jobsched: {error}\n")

@@ -1,0 +1,28 @@
+"""For every test: logging as if nobody had configured it, and at the end a count of what was not run, with reasons."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import structlog
+
+
+@pytest.fixture(autouse=True)
+def _default_logging() -> Iterator[None]:
+    """A server configures logging for its process; the next test's stderr is another file."""
+    yield
+    structlog.reset_defaults()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        for report in skipped
+    )
+    terminalreporter.section("not run here")
+    for reason, count in sorted(reasons.items()):
+        terminalreporter.write_line(f"{count} × {reason}")
+    terminalreporter.write_line(f"{len(skipped)} tests or modules skipped")
