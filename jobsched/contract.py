@@ -77,6 +77,8 @@ class ReplicaEnv:
     """Threads that one process should use: OMP_NUM_THREADS where the user sets none; 0 leaves it alone."""
     deadline_ms: int = 0
     """Instant (ms since the epoch) at which the job's time limit ends it; 0: none."""
+    checkpoint_interval_ms: int = 0
+    """How often the job wants to save; 0: the library's own default."""
     grace_ms: int = 30_000
     """Longest time between the request for a checkpoint and the stop."""
 

@@ -61,8 +61,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=8, help="sequences per rank")
-    parser.add_argument("--checkpoint-s", type=float, default=3)
     parser.add_argument("--loss", type=float, default=2.7, help="fail above this")
+    parser.add_argument("--checkpoint-s", type=float, help="default: the interval in job.yaml")
     options = parser.parse_args()
 
     rank, world = ddp.init()
@@ -83,7 +83,7 @@ def main() -> int:
         checkpoints.take_over()
     parallel = DistributedDataParallel(model) if world > 1 else model
 
-    saved_at = time.monotonic()
+    saved_at, every_s = time.monotonic(), options.checkpoint_s or context.checkpoint_every_s(otherwise=3)
     for step in range(start, options.steps):
         inputs, targets = (t.to(where) for t in draw(text, step, rank, options.batch))
         loss = nn.functional.cross_entropy(parallel(inputs).flatten(0, 1), targets.flatten())
@@ -94,7 +94,7 @@ def main() -> int:
         context.report(step=step + 1, total=options.steps, loss=mean, world=world)
         asked = ddp.anyone(context.should_checkpoint())  # all ranks save or none, at the same step
         last = step + 1 == options.steps
-        if rank == 0 and (asked or last or time.monotonic() - saved_at > options.checkpoint_s):
+        if rank == 0 and (asked or last or time.monotonic() - saved_at > every_s):
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "mean": mean}
             context.checkpoint_saved(checkpoints.save(state, step + 1), step + 1)
             saved_at = time.monotonic()
@@ -105,6 +105,8 @@ def main() -> int:
 
     print(f"rank {rank}: loss {mean:.6f} after {options.steps} steps", flush=True)
     if dist.is_initialized():
+        dist.barrier()  # nobody leaves while another still needs it,
+        del parallel  # and nothing holds on to the group: gloo's threads could not be joined at exit
         dist.destroy_process_group()
     return 0 if mean <= options.loss else 1
 

@@ -24,6 +24,8 @@ def main() -> None:
         optimizer.step()
         if step % 50 == 49:
             print(f"rank {rank} of {dist.get_world_size()}: step {step + 1}, loss {loss.item():.6f}", flush=True)
+    dist.barrier()
+    del model  # it holds on to the group, whose threads could not be joined at exit
     dist.destroy_process_group()
     assert loss.item() < 1e-3
 

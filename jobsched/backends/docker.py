@@ -495,14 +495,14 @@ class DockerBackend:
             self._attend(replica)
 
     def _refused(self, replica: Replica, text: str) -> None:
-        """The engine would not make or start it."""
+        """The engine would not make or start it: the order's fault, or else the engine's."""
         if "address pool" in text:
-            hint = "the engine has no addresses left for networks; give it more default-address-pools"
-            self._never_ran(replica, f"{hint} ({text})", Reason.START_TIMEOUT)
-            return
-        text = render.start_error(text)
-        missing = "not found" in text or "no such file" in text
-        self._never_ran(replica, text, Reason.START_FAILED, 127 if missing else 126)
+            text = f"the engine has no addresses left for networks; give it more default-address-pools ({text})"
+        said = render.start_error(text)
+        missing = "not found" in said or "no such file" in said
+        ours = render.wrong_order(text)
+        self._never_ran(replica, said, Reason.START_FAILED if ours else Reason.REPLICA_LOST,
+                        (127 if missing else 126) if ours else None)
 
     def _abandon(self, replicas: Sequence[Replica]) -> None:
         with self._changed:
@@ -823,7 +823,7 @@ class DockerBackend:
         for replica in silent:
             used = station.engine.cpu_ns(replica.container)
             with self._changed:
-                if used != replica.cpu_ns:
+                if used not in (-1, replica.cpu_ns):
                     replica.cpu_ns, replica.cpu_at = used, time.monotonic()
                 self._mark(replica)
 

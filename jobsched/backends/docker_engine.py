@@ -115,11 +115,12 @@ class Engine:
     def cpu_ns(self, container: str) -> int:
         """CPU time its processes used so far; -1 when that cannot be told."""
         try:
-            with _errors():
+            with _errors(), contextlib.suppress(requests.exceptions.JSONDecodeError):  # of one that has just ended
                 stats = self._api.stats(container, stream=False, one_shot=True)
+                return int(stats.get("cpu_stats", {}).get("cpu_usage", {}).get("total_usage", -1))
         except (Gone, Refused):
-            return -1
-        return int(stats.get("cpu_stats", {}).get("cpu_usage", {}).get("total_usage", -1))
+            pass
+        return -1
 
     # news ---------------------------------------------------------------------------------------------------------
 

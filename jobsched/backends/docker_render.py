@@ -264,6 +264,11 @@ def no_command(tail: Sequence[str]) -> str:
     return f"{said[1]}: {said[2]}" if said else ""
 
 
+def wrong_order(text: str) -> bool:
+    """Whether an engine refuses an order because of what it says; else the engine itself is in trouble."""
+    return bool(re.search(r"exec:|chdir|mount|executable|no such file|permission denied|invalid", text, re.IGNORECASE))
+
+
 def start_error(text: str) -> str:
     """The part of an engine's message that a person can use: `exec: "trian": executable file not found in $PATH`."""
     inner = re.findall(r'(?:exec|chdir|mounting|invalid mount config)[: ].*', text)

@@ -28,7 +28,7 @@ def order(launch: Launch, layout: Layout, base: Mapping[str, str]) -> Order:
         key=Key(launch.key), argv=launch.command, env={**base, **to_environ(contract, launch.env), **pinned},
         node=launch.node, cwd=launch.working_dir, token=launch.contract.token, ports=launch.ports,
         cpu_milli=launch.cpu_milli, memory_bytes=launch.memory_bytes, stop_signal=launch.stop_signal,
-        preload=launch.preload, keep_ms=launch.keep_ms,
+        preload=launch.preload, keep_ms=launch.keep_ms, clean_up=launch.clean_up,
     )
 
 

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,8 @@ class ReportSocket:
 
     def close(self) -> None:
         """Hear no more; replicas go on and find the next server's socket in the same place."""
-        self._socket.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):  # closed before
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._thread.join(2.0)
         self._socket.close()
 

@@ -150,6 +150,7 @@ def make_launch(cluster: Cluster, job: Job, replica: Replica, addresses: Address
         stop_signal=spec.checkpoint.signal,
         preload=role.preload,
         keep_ms=spec.keep_after_finish,
+        clean_up=spec.clean_up,
     )
 
 
@@ -205,6 +206,7 @@ def _contract(
         checkpoint_signal=spec.checkpoint.signal,
         threads=max(1, own.cpu // 1_000),
         grace_ms=spec.checkpoint.grace,
+        checkpoint_interval_ms=spec.checkpoint.interval,
         array_index=job.array_index,
         gpu_count=len(binding.gpus) if (binding := replica.binding) else 0,
     )

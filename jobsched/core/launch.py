@@ -59,6 +59,8 @@ class Launch:
     preload: tuple[str, ...] = ()
     keep_ms: int = 0
     """How long logs are kept after the end."""
+    clean_up: str = "all"
+    """Whose container and scratch files go at the end: all; running: only of those that had to be stopped; none."""
 
 
 @dataclass(frozen=True, slots=True)

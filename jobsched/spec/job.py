@@ -450,7 +450,7 @@ class Checkpoint(SpecModel):
     grace: DurationMs = 30_000
     """Longest wait for the acknowledgement; the stop goes on as soon as it comes."""
     interval: DurationMs = 0
-    """How often the job saves, if it says so; used to tell what a restart may lose."""
+    """How often the training library saves; default: its own (seconds). Scripts find it in the contract."""
 
 
 _LEVELS = ("node", "nvlink", "rack", "zone")

@@ -128,6 +128,10 @@ class Context:
             self._catch(signal.Signals[f"SIG{name}"])
         return self._checkpoint_wanted
 
+    def checkpoint_every_s(self, otherwise: float) -> float:
+        """How often the job wants to save (`checkpoint: {interval: …}`), in seconds; `otherwise` if it does not say."""
+        return self.env.checkpoint_interval_ms / 1_000 if self.env.checkpoint_interval_ms else otherwise
+
     def checkpoint_saved(self, path: str | os.PathLike[str], step: int | None = None) -> None:
         """Acknowledge: everything up to `step` (default: the last reported one) is in `path`. Ends the grace time."""
         reporter = self._reporter or self._start()

@@ -101,10 +101,11 @@ class Elastic:
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, plan: Plan,
-                 state: dict[str, Any] | None = None, checkpoint_every_s: float = 10.0, checkpoint_dir: str = "",
+                 state: dict[str, Any] | None = None, checkpoint_every_s: float | None = None, checkpoint_dir: str = "",
                  timeout_s: float = 60.0, lost_after_s: float = 10.0, start_wait_s: float = 20.0) -> None:
         """`timeout_s`: longest time of one collective before the members meet again. With `checkpoint_dir` (default:
-        the job's), rank 0 saves every `checkpoint_every_s`, and training goes on from the newest whole checkpoint."""
+        the job's), rank 0 saves every `checkpoint_every_s` (default: the job's interval, else 10), and training goes on
+        from the newest whole checkpoint."""
         self.model = model
         self.optimizer = optimizer
         self.plan = plan
@@ -113,7 +114,7 @@ class Elastic:
         self.rank, self.world = 0, 1
         self.world_sizes: list[tuple[int, int]] = []
         self._timeout_s = timeout_s
-        self._checkpoint_every_s = checkpoint_every_s
+        self._checkpoint_every_s = checkpoint_every_s or context.checkpoint_every_s(otherwise=10.0)
         self._saved_at_s = time.monotonic()
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._round: Round | None = None

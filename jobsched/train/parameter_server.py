@@ -135,11 +135,12 @@ class ParameterServer:
     """One server: owns one shard of the parameters and the optimizer for it; server 0 also keeps the data ledger."""
 
     def __init__(self, model: nn.Module, optimizer: OptimizerOf, *, plan: Plan | None = None,
-                 max_staleness: int | None = None, checkpoint_every_s: float = 5.0, worker_timeout_s: float = 10.0,
-                 directory: str | Path = "") -> None:
+                 max_staleness: int | None = None, checkpoint_every_s: float | None = None,
+                 worker_timeout_s: float = 10.0, directory: str | Path = "") -> None:
         """`optimizer` gets one flat parameter, so it must work element by element (SGD, Adam, …). `max_staleness`:
-        a worker that is more than that many pushes ahead of the slowest live one waits; None: never. `directory`
-        defaults to the job's checkpoint directory. Restores the newest whole checkpoint of this shard."""
+        a worker that is more than that many pushes ahead of the slowest live one waits; None: never. It saves every
+        `checkpoint_every_s` (default: the job's interval, else 5). `directory` defaults to the job's checkpoint
+        directory. Restores the newest whole checkpoint of this shard."""
         env = context.env
         addresses = env.peers["ps"]
         self.index = env.index
@@ -154,7 +155,7 @@ class ParameterServer:
         self._gradient: Flat = self._parameter.grad.numpy()
         self._optimizer = optimizer([self._parameter])
         self._max_staleness = max_staleness
-        self._checkpoint_every_s = checkpoint_every_s
+        self._checkpoint_every_s = checkpoint_every_s or context.checkpoint_every_s(otherwise=5.0)
         self._worker_timeout_s = worker_timeout_s
         self._workers: dict[str, _Worker] = {}
         self._saver: threading.Thread | None = None

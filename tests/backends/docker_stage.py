@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,7 @@ import pytest
 import jobsched
 
 IMAGE = "jobsched-test/tiny:1"
+CHANGES = ["ENV PATH=/usr/local/bin:/usr/bin:/bin", "ENV PYTHONPATH=/opt/jobsched"]
 TOOLS = ("sh", "sleep", "echo", "true", "false", "seq", "date", "setsid", "cat", "env", "ls", "id", "touch", "kill",
          "head", "dd", "tr", "yes", "stat")
 LEFT_OUT = {"test", "tests", "idlelib", "tkinter", "ensurepip", "lib2to3", "pydoc_data", "site-packages", "turtledemo",
@@ -53,8 +55,10 @@ needs_docker = pytest.mark.skipif(
 def image() -> str:
     """The tiny image, made anew: a second or two."""
     client = api()
-    client.import_image_from_data(rootfs(), repository=IMAGE.split(":")[0], tag=IMAGE.split(":")[1], changes=[
-        "ENV PATH=/usr/local/bin:/usr/bin:/bin", "ENV PYTHONPATH=/opt/jobsched"])
+    if client.images(IMAGE):
+        client.remove_image(IMAGE, force=True)
+    repository, tag = IMAGE.split(":")
+    client.import_image_from_data(rootfs(), repository=repository, tag=tag, changes=CHANGES)
     return IMAGE
 
 
@@ -114,6 +118,7 @@ def _libraries(programs: Iterable[str]) -> set[str]:
     """The shared libraries that these need, and the loader."""
     listed = subprocess.run(["ldd", *programs], capture_output=True, text=True, check=False).stdout
     words = [word for line in listed.splitlines() if line.startswith("\t") for word in line.split()]
+    words += [os.path.join(os.path.dirname(word), "libgcc_s.so.1") for word in words if "libc.so" in word]  # of threads
     return {word for word in words if word.startswith("/") and os.path.exists(word)}
 
 
@@ -122,3 +127,61 @@ def leftovers(label: str) -> list[str]:
     client = api()
     found = [entry["Names"][0] for entry in client.containers(all=True, filters={"label": label})]
     return found + [network["Name"] for network in client.networks(filters={"label": label})]
+
+
+def freeze(container: str) -> None:
+    """Stop every process in it but the first, as a debugger would."""
+    script = ("import os; me = os.getpid()\n"
+              "for p in os.listdir('/proc'):\n  if p.isdigit() and int(p) not in (1, me): os.kill(int(p), 19)")
+    client = api()
+    client.exec_start(client.exec_create(container, ["python", "-c", script])["Id"])
+
+
+class SecondEngine:
+    """Another engine on this machine, with the tiny image, in a network namespace of its own: two would fight over
+    docker0."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.url = f"unix://{directory}/docker.sock"
+
+    def __enter__(self) -> SecondEngine:
+        self._start()
+        client = self._client()
+        repository, tag = IMAGE.split(":")
+        client.import_image_from_data(rootfs(), repository=repository, tag=tag, changes=CHANGES)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        client = self._client()
+        for entry in client.containers(all=True):
+            client.remove_container(entry["Id"], force=True)
+        self._stop()
+
+    def restart(self) -> None:
+        self._stop()
+        self._start()
+
+    def _start(self) -> None:
+        at = self.directory
+        with open(at / "dockerd.log", "ab") as log:
+            self._process = subprocess.Popen(
+                ["unshare", "--net", "--mount", "dockerd", "-H", self.url, "--data-root", at / "data", "--exec-root",
+                 at / "exec", "--pidfile", at / "pid"], stdout=log, stderr=log)
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                self._client().ping()
+                return
+            except Exception:
+                assert time.monotonic() < deadline, (at / "dockerd.log").read_text()[-2_000:]
+                time.sleep(0.1)
+
+    def _stop(self) -> None:
+        self._process.terminate()
+        self._process.wait(30)
+
+    def _client(self) -> Any:
+        import docker
+
+        return docker.APIClient(base_url=self.url, version="auto", timeout=30)

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from jobsched.backends.docker_render import HOME
-from jobsched.core.observation import ReplicaReport
+from jobsched.core.job import Reason
+from jobsched.core.launch import Launch
+from jobsched.core.observation import ReplicaReport, Seen
+from jobsched.core.resources import NodeName
+from jobsched.errors import BackendUnreachable
 from jobsched.spec.server import DockerBackend as Config
 from tests.backends import docker_stage
-from tests.contracts.backend import ProcessBackendContract
+from tests.contracts.backend import ProcessBackendContract, Watcher, a_key, a_launch
+
+if TYPE_CHECKING:
+    from jobsched.backends.docker import DockerBackend
 
 pytestmark = [pytest.mark.e2e, docker_stage.needs_docker]
 
@@ -29,12 +39,12 @@ class DockerEngine:
         self.config = Config.model_validate({"image": docker_stage.image(), "engines": [engine]} | fields)
         self.backend = self._connect()
 
-    def _connect(self):  # type: ignore[no-untyped-def]
+    def _connect(self) -> DockerBackend:
         from jobsched.backends.docker import DockerBackend
 
         return DockerBackend(self.home, self.config)
 
-    def reconnect(self):  # type: ignore[no-untyped-def]
+    def reconnect(self) -> DockerBackend:
         self.backend.close()
         self.backend = self._connect()
         return self.backend
@@ -59,7 +69,8 @@ class DockerEngine:
             with suppress(docker_stage.api_error()):  # it is being removed already
                 api.remove_container(entry["Id"], force=True, v=True)
         for network in api.networks(filters={"label": self.label}):
-            api.remove_network(network["Id"])
+            with suppress(docker_stage.api_error()):
+                api.remove_network(network["Id"])
 
 
 @pytest.fixture
@@ -72,3 +83,278 @@ def engine(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 class TestDockerBackend(ProcessBackendContract):
     """`engine` is above."""
+
+
+# and besides ----------------------------------------------------------------------------------------------------------
+
+
+Start = Callable[..., DockerEngine]
+LIBRARY = "import time\nfrom jobsched.train.context import context\n"
+COUNT = "i=0; while [ $i -lt 3000 ]; do echo line $i; i=$((i+1)); [ $((i % 20)) = 0 ] && sleep 0.01; done; true"
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Backends with settings of their own."""
+    made: list[DockerEngine] = []
+
+    def start(**fields: Any) -> DockerEngine:
+        made.append(DockerEngine(tmp_path / f"home-{len(made)}", **fields))
+        return made[-1]
+
+    yield start
+    for engine in made:
+        engine.clean_up()
+
+
+def watch(engine: DockerEngine) -> Watcher:
+    watcher = Watcher(engine.backend)
+    watcher.look()
+    return watcher
+
+
+def run(watcher: Watcher, *command: str, **fields: Any) -> Launch:
+    """One replica, ordered."""
+    node = next(iter(watcher.sight.nodes.values()))
+    launch = a_launch(node, command, fields.pop("key", None), **fields)
+    watcher.backend.start([launch])
+    return launch
+
+
+def the_log(watcher: Watcher, launch: Launch) -> str:
+    return b"".join(chunk.data for chunk in watcher.backend.logs(launch.key)).decode()
+
+
+LOOK_INSIDE = """
+import os
+for line in open('/proc/self/status'):
+    if line.split(':')[0] in ('CapEff', 'NoNewPrivs', 'Seccomp'): print(line.replace('\t', ' ').strip())
+print('user', os.getuid(), os.getgid(), os.environ['USER'], os.environ['HOME'])
+shm = os.statvfs('/dev/shm'); print('shm', shm.f_blocks * shm.f_frsize // 2**20)
+def may(path):
+    try: open(path, 'w').close(); os.unlink(path)
+    except OSError as error: return error.strerror
+    return 'yes'
+print('files', sorted(os.listdir('.')), open('train.py').read())
+for name, path in [('cwd', 'x'), ('scratch', os.environ['JOBSCHED_SCRATCH_DIR'] + '/x'), ('tmp', '/tmp/x'),
+                   ('root', '/usr/x'), ('checkpoints', os.environ['JOBSCHED_CHECKPOINT_DIR'] + '/x')]:
+    print(name, may(path))
+"""
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_container_may_do_no_more_than_it_needs(start: Start, tmp_path: Path, read_only: bool) -> None:
+    engine = start(user="65532:65532", shm_size="48Mi", read_only=read_only)
+    watcher = watch(engine)
+    work = tmp_path / "work"
+    (work / "junk").mkdir(parents=True)
+    (work / "train.py").write_text("pass")
+    (work / ".jobschedignore").write_text("junk")
+    launch = a_launch(next(iter(watcher.sight.nodes.values())), ("python", "-c", LOOK_INSIDE), working_dir=str(work))
+    place = f"{engine.backend.capabilities.checkpoint_root}/job-1"
+    watcher.backend.start([replace(launch, contract=replace(launch.contract, checkpoint_dir=place))])
+    assert watcher.end(launch.key).exit_code == 0
+    said = dict(line.split(" ", 1) for line in the_log(watcher, launch).splitlines())
+    assert (said["CapEff:"], said["NoNewPrivs:"], said["Seccomp:"]) == ("0000000000000000", "1", "2")
+    assert (said["user"], said["shm"]) == ("65532 65532 jobsched /scratch", "48")
+    assert said["files"] == "['.jobschedignore', 'train.py'] pass"
+    refused = "Read-only file system" if read_only else "Permission denied"
+    assert said["root"] == refused
+    assert said["cwd"] == ("Permission denied" if read_only else "yes")
+    assert [said[name] for name in ("scratch", "tmp", "checkpoints")] == ["yes"] * 3
+
+
+def test_peers_find_each_other_by_name_and_nothing_is_left_over(start: Start) -> None:
+    engine = start()
+    watcher = watch(engine)
+    assert watcher.backend.capabilities.name_template == "{role}-{index}"
+    node = next(iter(watcher.sight.nodes.values()))
+    serve = "import socket; s = socket.create_server(('', 2222)); c, _ = s.accept(); c.sendall(b'hello')"
+    call = ("import socket, time\nfor _ in range(100):\n  try: s = socket.create_connection(('worker-0', 2222))\n"
+            "  except OSError: time.sleep(0.1)\n  else: print(s.recv(9).decode()); break")
+    launches = [a_launch(node, ("python", "-c", text), a_key(index=index)) for index, text in enumerate((serve, call))]
+    peers = {"worker": ("worker-0:2222", "worker-1:2222")}
+    launches = [replace(one, contract=replace(one.contract, peers=peers)) for one in launches]
+    watcher.backend.start(launches)
+    assert [end.exit_code for end in watcher.ended(*(one.key for one in launches))] == [0, 0]
+    assert the_log(watcher, launches[1]) == "hello\n"
+    assert len(docker_stage.leftovers(engine.label)) == 3
+    watcher.backend.forget([one.key for one in launches])
+    watcher.until(lambda s: not s.replicas)
+    deadline = time.monotonic() + 10
+    while docker_stage.leftovers(engine.label) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert docker_stage.leftovers(engine.label) == []
+
+
+def test_an_image_that_cannot_be_had_is_told_in_seconds(start: Start) -> None:
+    watcher = watch(start())
+    begun = time.monotonic()
+    nowhere = run(watcher, "true", image="127.0.0.1:1/no/such:1")
+    never = run(watch(start(pull="never")), "true", image="jobsched-test/not-here:1")
+    end = watcher.end(nowhere.key)
+    assert time.monotonic() - begun < 10
+    assert (end.failure, end.exit_code, end.signal) == (Reason.IMAGE_ERROR, None, None)
+    assert "127.0.0.1:1/no/such:1" in end.message
+    assert "refused" in end.message
+    assert the_log(watcher, nowhere).startswith("jobsched: image 127.0.0.1:1/no/such:1: ")
+    assert never.key == nowhere.key
+
+
+def test_memory_is_limited_and_running_out_of_it_is_told(start: Start) -> None:
+    watcher = watch(start())
+    launch = run(watcher, "python", "-c", "x = b'x' * 300_000_000", memory_bytes=48 << 20)
+    assert watcher.end(launch.key).failure is Reason.OOM
+
+
+def test_removed_behind_our_back_also_while_nobody_looked(start: Start) -> None:
+    engine = start()
+    watcher = watch(engine)
+    launches = [run(watcher, "/bin/sleep", "300", key=a_key(index=index)) for index in range(2)]
+    first, second = watcher.running(*(one.key for one in launches))
+    docker_stage.api().remove_container(first.ident, force=True)
+    assert watcher.end(first.key).exit_code is None
+    engine.backend.close()
+    docker_stage.api().remove_container(second.ident, force=True)
+    watcher.sight.replicas.clear()
+    engine.reconnect()
+    again = watch(engine)
+    assert again.sight.replicas == {}
+    engine.backend.start(launches[1:])
+    end = again.end(second.key)
+    assert (end.exit_code, end.signal, end.failure) == (None, None, Reason.NONE), "lost, and not run twice"
+
+
+def test_a_container_left_half_made_is_made_anew(start: Start) -> None:
+    engine = start()
+    made = docker_stage.api().create_container(
+        docker_stage.image(), ["sleep", "300"], name=f"jobsched-{engine.backend.home_id}-job-1-1-worker-0-0",
+        labels={HOME: engine.backend.home_id, "dev.jobsched.key": a_key()})
+    engine.reconnect()
+    watcher = watch(engine)
+    assert watcher.sight.replicas == {}
+    launch = run(watcher, "/bin/sh", "-c", "exit 3")
+    assert watcher.end(launch.key).exit_code == 3
+    assert docker_stage.api().containers(all=True, filters={"id": made["Id"]}) == []
+
+
+def test_what_others_reserve_is_not_ours(start: Start) -> None:
+    watcher = watch(start())
+    api = docker_stage.api()
+    before = next(iter(watcher.sight.nodes.values())).foreign
+    other = api.create_container(docker_stage.image(), ["sleep", "300"], host_config=api.create_host_config(
+        nano_cpus=500_000_000, mem_limit="64m"))
+    try:
+        api.start(other["Id"])
+        watcher.until(lambda s: next(iter(s.nodes.values())).foreign.memory_bytes == before.memory_bytes + (64 << 20))
+        assert next(iter(watcher.sight.nodes.values())).foreign.cpu_milli == before.cpu_milli + 500
+    finally:
+        api.remove_container(other["Id"], force=True)
+    watcher.until(lambda s: next(iter(s.nodes.values())).foreign == before)
+
+
+def test_where_no_files_are_shared_reports_come_in_the_log_and_are_not_shown(start: Start) -> None:
+    engine = start(engines=[{"url": docker_stage.url(), "same_files": False}], checkpoints="/nowhere")
+    watcher = watch(engine)
+    script = LIBRARY + ("print('begin')\ncontext.report(step=3, total=9)\ncontext.checkpoint_saved('/c/3')\n"
+                        "time.sleep(0.3)\nprint('end')")
+    launch = run(watcher, "python", "-c", script)
+    progress = watcher.end(launch.key).progress
+    assert progress is not None
+    assert (progress.step, progress.total, progress.saved_path) == (3, 9, "/c/3")
+    assert the_log(watcher, launch) == "begin\nend\n"
+
+
+def test_a_log_is_collected_whole_across_servers(start: Start) -> None:
+    engine = start()
+    watcher = watch(engine)
+    launch = run(watcher, "/bin/sh", "-c", COUNT)
+    for _ in range(2):
+        watcher.running(launch.key)
+        time.sleep(0.4)
+        engine.reconnect()
+        watcher = watch(engine)
+    watcher.end(launch.key)
+    assert the_log(watcher, launch) == "".join(f"line {i}\n" for i in range(3000))
+
+
+def test_stacks_come_from_replicas_that_use_the_library(start: Start) -> None:
+    watcher = watch(start())
+    script = LIBRARY + "def the_odd_place():\n  context.report(step=1)\n  time.sleep(60)\nthe_odd_place()"
+    launch = run(watcher, "python", "-c", script)
+    watcher.until(lambda s: launch.key in s.replicas and s.replicas[launch.key].progress)
+    watcher.backend.ask_stacks([launch.key])
+    watcher.until(lambda s: s.replicas[launch.key].stacks)
+    assert "the_odd_place" in watcher.sight.replicas[launch.key].stacks
+
+
+def test_a_stopped_interpreter_is_seen_to_be_idle(start: Start) -> None:
+    engine = start()
+    watcher = watch(engine)
+    script = LIBRARY + "context.report(step=1)\ntime.sleep(60)"
+    launch = run(watcher, "python", "-c", script)
+    watcher.until(lambda s: launch.key in s.replicas and s.replicas[launch.key].progress)
+    docker_stage.freeze(watcher.sight.replicas[launch.key].ident)
+    watcher.until(lambda s: s.replicas[launch.key].idle_age_ms >= 1_000)
+
+
+def test_a_directory_that_is_too_large_is_refused_with_the_remedy(start: Start, tmp_path: Path) -> None:
+    watcher = watch(start(copy_limit="1Ki"))
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/big").write_bytes(bytes(2_000))
+    end = watcher.end(run(watcher, "true", working_dir=str(tmp_path / "work")).key)
+    assert end.failure is Reason.START_FAILED
+    assert ".jobschedignore" in end.message
+
+
+def test_secrets_are_resolved_and_missing_ones_are_told(start: Start) -> None:
+    engine = start()
+    watcher = watch(engine)
+    path = engine.home / "secrets" / "key"
+    path.write_text("hush\n")
+    path.chmod(0o600)
+    launch = run(watcher, "/bin/sh", "-c", "echo $KEY", env={"KEY": "secret://key"})
+    missing = run(watcher, "true", key=a_key(index=1), env={"KEY": "secret://other"})
+    watcher.ended(launch.key, missing.key)
+    assert the_log(watcher, launch) == "hush\n"
+    assert "there is no secret 'other'" in watcher.sight.replicas[missing.key].message
+
+
+def test_no_engine_is_unreachable_and_not_empty(tmp_path: Path) -> None:
+    from jobsched.backends.docker import DockerBackend
+
+    backend = DockerBackend(tmp_path, Config.model_validate({"engines": [{"url": f"unix://{tmp_path}/no.sock"}]}))
+    with pytest.raises(BackendUnreachable):
+        backend.observe()
+    backend.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.getuid() != 0, reason="a second engine needs root")
+def test_of_several_engines_one_is_restarted_and_one_is_away(start: Start, tmp_path: Path) -> None:
+    """Containers that an engine ended while it was restarted are lost, not failed; the others do not notice."""
+    with docker_stage.SecondEngine(tmp_path) as second:
+        engine = start(
+            checkpoints=str(tmp_path / "checkpoints"),
+            engines=[
+                {"url": docker_stage.url(), "name": "one", "address": "127.0.0.1"},
+                {"url": second.url, "name": "two", "address": "127.0.0.1"},
+                {"url": "tcp://127.0.0.1:1", "name": "away", "address": "127.0.0.1"},
+            ])
+        watcher = watch(engine)
+        assert set(watcher.sight.nodes) == {"one", "two"}
+        assert watcher.backend.capabilities.name_template == ""
+        launches = [a_launch(watcher.sight.nodes[NodeName(name)], ("/bin/sleep", "300"), a_key(index=index))
+                    for index, name in enumerate(("one", "two"))]
+        watcher.backend.start(launches)
+        here, there = watcher.running(*(one.key for one in launches))
+        second.restart()
+        end = watcher.end(there.key)
+        assert (end.failure, end.node) == (Reason.REPLICA_LOST, "two")
+        assert "restarted" in end.message
+        watcher.until(lambda s: "two" in s.nodes)
+        anew = a_launch(watcher.sight.nodes[NodeName("two")], ("/bin/sh", "-c", "exit 4"), a_key(index=1, restart=1))
+        watcher.backend.start([anew])
+        assert watcher.end(anew.key).exit_code == 4
+        assert watcher.sight.replicas[here.key].ident == here.ident
+        assert watcher.sight.replicas[here.key].state is Seen.RUNNING

@@ -395,3 +395,20 @@ def test_without_its_warm_parent_a_replica_starts_cold(warm: tuple[LocalEngine, 
     assert log(engine.backend, launch.key) == log(engine.backend, again.key) == "done\n"
 
 
+
+
+@pytest.mark.parametrize(("policy", "stays"), [("all", False), ("running", True), ("none", True)])
+def test_scratch_files_go_when_the_end_is_known_and_the_job_wants_it(
+    engine: LocalEngine, watcher: Watcher, policy: str, stays: bool
+) -> None:
+    note = ("/bin/sh", "-c", "echo x > $JOBSCHED_SCRATCH_DIR/file; echo $JOBSCHED_SCRATCH_DIR")
+    launch = a_launch(NODE, note, clean_up=policy)
+    watcher.backend.start([launch])
+    watcher.end(launch.key)
+    file = Path(log(engine.backend, launch.key).strip()) / "file"
+    assert file.exists()
+    watcher.backend.forget([launch.key])
+    until = time.monotonic() + (1 if stays else 10)
+    while file.exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    assert file.exists() is stays

@@ -37,9 +37,12 @@ def gang(tmp_path: Path) -> Iterator[Gang]:
     made.close()
 
 
+LM_OPTIONS = ("--checkpoint-s", "1000")  # saves when asked, and at the end
+
+
 def lm(gang: Gang, steps: int, *more: str) -> None:
     for index in range(2):
-        gang.start("worker", index, ["jobs/lm_ddp/train.py", "--steps", str(steps), "--loss", "9", *more])
+        gang.start("worker", index, ["jobs/lm_ddp/train.py", "--steps", str(steps), "--loss", "9", *LM_OPTIONS, *more])
 
 
 @pytest.mark.e2e

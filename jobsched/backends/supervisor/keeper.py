@@ -12,10 +12,12 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 import socket
 import struct
 import subprocess
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -132,8 +134,17 @@ class Keeper:
                 del self.replicas[key]
                 self._journal.write(["forget", key])
                 self.changed(key)
+                self._clean_up(replica)
         if self._journal.grown(len(self.replicas)):
             self._journal.compact(self._records())
+
+    def _clean_up(self, replica: Replica) -> None:
+        """Scratch files go with the last replica in their place; a large tree is removed beside the loop."""
+        policy, place = replica.order.clean_up, replica.key.rsplit("/", 1)[0] + "/"
+        wanted = policy == "all" or (policy == "running" and replica.stop is not None)
+        if wanted and not any(key.startswith(place) for key in self.replicas):
+            scratch = self.layout.scratch_dir(replica.key)
+            threading.Thread(target=shutil.rmtree, args=(scratch,), kwargs={"ignore_errors": True}, daemon=True).start()
 
     def ask_stacks(self, keys: Iterable[Key]) -> None:
         table = Look().table

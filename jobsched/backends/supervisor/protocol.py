@@ -54,6 +54,7 @@ class Order:
     stop_signal: str = "USR1"
     preload: tuple[str, ...] = ()
     keep_ms: int = 0
+    clean_up: str = "all"
 
     @staticmethod
     def from_wire(data: Message) -> Order:
