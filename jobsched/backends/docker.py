@@ -60,6 +60,8 @@ STREAM_PAUSE_S = 0.2
 """Pause before a log stream that broke off is opened again."""
 OVERDUE_S = 2.0
 """A log stream that goes on this long after its container's end is cut off."""
+INIT_CPU_NS = 5_000_000
+"""CPU time that the init process of an idle container may use between two looks."""
 AT_ONCE = 8
 """Containers that one engine makes at the same time."""
 
@@ -823,7 +825,7 @@ class DockerBackend:
         for replica in silent:
             used = station.engine.cpu_ns(replica.container)
             with self._changed:
-                if used not in (-1, replica.cpu_ns):
+                if used - replica.cpu_ns > INIT_CPU_NS:
                     replica.cpu_ns, replica.cpu_at = used, time.monotonic()
                 self._mark(replica)
 
