@@ -73,6 +73,8 @@ class ReplicaEnv:
     """Shared by all replicas of the job; peers show it to one another. Empty: the job's id alone must do."""
     array_index: int = -1
     gpu_count: int = 0
+    gpu_shared: bool = False
+    """Its GPU serves other replicas too: it has a share of it."""
     threads: int = 0
     """Threads that one process should use: OMP_NUM_THREADS where the user sets none; 0 leaves it alone."""
     deadline_ms: int = 0

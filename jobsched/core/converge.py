@@ -14,7 +14,7 @@ from jobsched.core.job import FailureClass, Job, Phase, Reason, Replica, Replica
 from jobsched.core.judge import ranks
 from jobsched.core.launch import Action, AskStacks, Forget, Launch, LaunchKey, Start, Stop, launch_key
 from jobsched.core.observation import Sight
-from jobsched.core.resources import JobId, NodeName
+from jobsched.core.resources import WHOLE_GPU, JobId, NodeName
 from jobsched.core.timers import START_AGAIN_MS
 from jobsched.spec.job import RestartScope, restart_policy, training_roles
 
@@ -209,6 +209,7 @@ def _contract(
         checkpoint_interval_ms=spec.checkpoint.interval,
         array_index=job.array_index,
         gpu_count=len(binding.gpus) if (binding := replica.binding) else 0,
+        gpu_shared=own.gpu is not None and own.gpu.milli < WHOLE_GPU,
     )
 
 

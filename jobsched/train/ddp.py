@@ -52,7 +52,7 @@ def device() -> torch.device:
 def init(timeout_s: float = 300.0) -> tuple[int, int]:
     """Join the fixed process group that `RANK`, `WORLD_SIZE` and `MASTER_*` describe; returns (rank, world size).
 
-    nccl with GPUs, gloo without. A single process needs no group and gets (0, 1).
+    nccl with GPUs of their own, else gloo. A single process needs no group and gets (0, 1).
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and not dist.is_initialized():
@@ -72,7 +72,8 @@ def anyone(flag: bool) -> bool:
 
 
 def _backend() -> str:
-    return "nccl" if torch.cuda.is_available() else "gloo"
+    """nccl refuses two ranks on one device, so replicas that have a share of a GPU talk through gloo."""
+    return "nccl" if torch.cuda.is_available() and not context.env.gpu_shared else "gloo"
 
 
 def _prefer_loopback(addresses: list[str]) -> None:
