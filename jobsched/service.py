@@ -44,6 +44,7 @@ from jobsched.errors import Conflict, JobschedError, NotFound, Problem, SpecErro
 from jobsched.logs import Listener, LogReader, Selection
 from jobsched.ports import Backend, Clock, JobQuery, Sample, Store
 from jobsched.spec.job import ArraySpec, JobSpec, training_roles
+from jobsched.spec.queue import GPUS
 
 LIVE = tuple(p for p in Phase if not p.terminal)
 MAX_ARRAY = 10_000
@@ -459,7 +460,7 @@ class Service:
     def queues(self) -> tuple[QueueAnswer, ...]:
         with self.live.view() as (cluster, _):
             jobs, queues = tuple(cluster.jobs.values()), tuple(cluster.queues.values())
-            gpu_milli = dict(cluster.queue_gpu_milli)
+            gpu_milli = {name: a.held.get(GPUS, 0) for name, a in cluster.quotas.accounts.items()}
         waiting, active = dict.fromkeys((q.name for q in queues), 0), dict.fromkeys((q.name for q in queues), 0)
         for job in jobs:
             counted = active if job.phase.active else waiting
@@ -515,7 +516,8 @@ class Service:
             whole: dict[str, object] = {
                 "seq": cluster.seq, "now_ms": self._clock.now_ms(), "leading": self.live.leading, "jobs": jobs,
                 "nodes": nodes, "lost": sorted(cluster.lost), "cordoned": dict(cluster.cordoned),
-                "queues": list(cluster.queues.values()), "queue_gpu_milli": dict(cluster.queue_gpu_milli),
+                "queues": list(cluster.queues.values()),
+                "held": {name: dict(a.held) for name, a in cluster.quotas.accounts.items()},
                 "lines": lines, "replicas": list(sight.replicas.values()),
             }  # fmt: skip
         plain: dict[str, object] = TypeAdapter(dict[str, object]).dump_python(whole, mode="json")

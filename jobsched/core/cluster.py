@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,21 +19,24 @@ from jobsched.core.job import Binding, Job, Phase, Replica, ReplicaId, RoleShape
 from jobsched.core.ledger import Ledger
 from jobsched.core.lifecycle import evolve_job
 from jobsched.core.node import Node
-from jobsched.core.resources import JobId, NodeName
+from jobsched.core.policies.quota import Amounts, Quotas, amounts_of
+from jobsched.core.resources import WHOLE_GPU, JobId, NodeName
 from jobsched.core.shape import shape_of_job
-from jobsched.spec.queue import QueueSpec
+from jobsched.spec.queue import CPU, GPUS, MEMORY, QueueSpec
 
 ENDED_KEPT = 10_000
 
 
 @dataclass(frozen=True, slots=True)
 class LineKey:
-    """Jobs that the scheduler need not tell apart but by age: same queue, priority, shape, array."""
+    """Jobs that the scheduler need not tell apart but by age: same queue, priority, shape, array, and owner where the
+    queue tells its users apart."""
 
     queue: str
     priority: int
     shape: Shape
     array_id: str = ""
+    owner: str = ""
 
 
 class Place(NamedTuple):
@@ -114,15 +118,15 @@ class Cluster:
     dependents: dict[JobId, list[JobId]] = field(default_factory=dict)
     ended: dict[JobId, bool] = field(default_factory=dict)
     """Recently ended job -> whether it succeeded; what jobs that wait for it are told."""
-    queue_gpu_milli: dict[str, int] = field(default_factory=dict)
-    """GPUs held per queue."""
-    array_active: dict[str, int] = field(default_factory=dict)
-    """Active members per array."""
+    quotas: Quotas = field(default_factory=Quotas)
+    """What every queue holds and may still take."""
     rank: Rank = equal_rank
     standing: dict[JobId, Standing] = field(default_factory=dict)
     """Where each runnable job stood in the last re-plan; scratch of `policies.preemption`."""
     next_pass_ms: int = 0
     """When the order of a re-plan changes by itself; 0: not before something happens."""
+    window_ms: int = 0
+    """When the next budget window begins; 0: no queue has a budget."""
     service: dict[JobId, Service] = field(default_factory=dict)
     """Attained service of live jobs that were placed once."""
     joined: int = 0
@@ -130,6 +134,9 @@ class Cluster:
     ever_fits: dict[Shape, str] = field(default_factory=dict)
     """On an `emptied` cluster: shape -> why it does not fit even there ("" when it does)."""
     _emptied: Cluster | None = None
+    _capacity: dict[str, int] | None = None
+    _charged: dict[tuple[JobId, ReplicaId], Amounts] = field(default_factory=dict)
+    """What each bound replica counts for in its queue; its GPUs' kind may be forgotten before it ends."""
     _place: dict[JobId, tuple[LineKey, Place]] = field(default_factory=dict)
     _shape: dict[JobId, Shape] = field(default_factory=dict)
     _pools: dict[tuple[object, ...], frozenset[NodeName]] = field(default_factory=dict)
@@ -147,6 +154,7 @@ class Cluster:
                 self.lost.add(name)
                 self.ledger.drop_node(name)
                 self._pools.clear()
+                self._capacity = None
             case ev.NodeCordoned(node=name, drain=drain):
                 self.cordoned[name] = drain
                 self._regroup()
@@ -154,7 +162,7 @@ class Cluster:
                 self.cordoned.pop(name, None)
                 self._regroup()
             case ev.QueueDefined(queue=queue):
-                self.queues[queue.name] = queue
+                self._put_queue(queue)
                 self._regroup()
             case _:
                 before = self.jobs.get(event.job_id)
@@ -175,7 +183,7 @@ class Cluster:
         """From a store's projections; equal to folding the log up to `seq`."""
         cluster = cls(seq=seq, cordoned=dict(cordoned), ended=dict(ended), rank=rank)
         for queue in queues:
-            cluster.queues[queue.name] = queue
+            cluster._put_queue(queue)
         for node in nodes:
             cluster._put_node(node)
         for name in lost:
@@ -184,6 +192,16 @@ class Cluster:
         for job in jobs:
             cluster._replace_job(None, job, job.running_since_ms or job.attempt_started_at_ms)
         return cluster
+
+    def _put_queue(self, queue: QueueSpec) -> None:
+        before = self.queues.get(queue.name)
+        self.queues[queue.name] = queue
+        self.quotas.define(queue)
+        if _tells_users_apart(before) is not _tells_users_apart(queue):
+            waiting = [p.job_id for line in self.lines_of.get(queue.name, {}).values() for p in line.places]
+            for job_id in waiting:
+                self._leave_line(self.jobs[job_id])
+                self._line_up(self.jobs[job_id])
 
     def _regroup(self) -> None:
         """What may be bound where has changed: everything is worth another try."""
@@ -199,7 +217,7 @@ class Cluster:
         return self._emptied
 
     def _put_node(self, node: Node) -> None:
-        self._emptied = None
+        self._emptied = self._capacity = None
         self._pools.clear()
         self.nodes[node.name] = node
         self.lost.discard(node.name)
@@ -253,13 +271,13 @@ class Cluster:
         for rid, replica in old.items():
             now = after.replicas.get(rid)
             if replica.binding is not None and (now is None or now.binding is not replica.binding):
-                self._book(after, replica, roles[replica.role], -1)
+                self._book(after, replica, roles[replica.role], -1, at_ms)
         for rid, replica in after.replicas.items():
             was = old.get(rid)
             if replica.binding is not None and (was is None or was.binding is not replica.binding):
-                self._book(after, replica, roles[replica.role], +1)
+                self._book(after, replica, roles[replica.role], +1, at_ms)
 
-    def _book(self, job: Job, replica: Replica, role: RoleShape, sign: int) -> None:
+    def _book(self, job: Job, replica: Replica, role: RoleShape, sign: int, at_ms: int) -> None:
         binding = replica.binding
         assert binding is not None
         on_node = self.on_node.setdefault(binding.node, {})
@@ -269,16 +287,21 @@ class Cluster:
         else:
             del on_node[(job.id, replica.id)]
             self.ledger.give(binding, role)
-        queue, milli = job.spec.queue, sign * sum(share.milli for share in binding.gpus)
-        self.queue_gpu_milli[queue] = self.queue_gpu_milli.get(queue, 0) + milli
-        self.service[job.id].milli += milli
+        milli = sum(share.milli for share in binding.gpus)
+        if sign > 0:
+            amounts = self._charged[job.id, replica.id] = amounts_of(role, self.kind_of(binding), milli)
+        else:
+            amounts = self._charged.pop((job.id, replica.id))
+        self.quotas.book(job.spec.queue, job.owner, amounts, sign, at_ms)
+        self.service[job.id].milli += sign * milli
 
     def _count_array(self, before: Job | None, after: Job) -> None:
         if not after.array_id:
             return
         was = before is not None and before.phase.active
         change = after.phase.active - was
-        self.array_active[after.array_id] = self.array_active.get(after.array_id, 0) + change
+        if change:
+            self.quotas.start(after.array_id, change)
 
     # ---- lines ----
 
@@ -291,7 +314,8 @@ class Cluster:
         self._line_up(job)
 
     def _line_up(self, job: Job) -> None:
-        key = LineKey(job.spec.queue, job.priority, self._shape[job.id], job.array_id)
+        owner = job.owner if _tells_users_apart(self.queues.get(job.spec.queue)) else ""
+        key = LineKey(job.spec.queue, job.priority, self._shape[job.id], job.array_id, owner)
         line = self.lines.get(key)
         if line is None:
             line = self.lines[key] = self.lines_of.setdefault(key.queue, {})[key] = Line(key)
@@ -324,7 +348,66 @@ class Cluster:
                 continue
             self._line_up(job)
 
+    # ---- inside a pass ----
+
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """Whatever a pass takes, lends and books inside is put back at the end. Not re-entrant."""
+        with self.ledger.trial(), self.quotas.trial():
+            yield
+
+    def mark(self) -> tuple[int, int]:
+        """A point inside a trial to roll back to."""
+        return self.ledger.mark(), self.quotas.mark()
+
+    def rollback(self, mark: tuple[int, int]) -> None:
+        self.ledger.rollback(mark[0])
+        self.quotas.rollback(mark[1])
+
+    def charge(self, job: Job, bindings: Iterable[Binding], starts: bool) -> None:
+        """Inside a trial: count bindings, which the ledger has taken already, in the job's queue."""
+        roles = {role.role: role for role in self.shape(job).roles}
+        for binding in bindings:
+            milli = sum(share.milli for share in binding.gpus)
+            amounts = amounts_of(roles[binding.role], self.kind_of(binding), milli)
+            self.quotas.book(job.spec.queue, job.owner, amounts, 1)
+        if starts and job.array_id:
+            self.quotas.start(job.array_id, 1)
+
+    def lend(self, job: Job, replicas: Iterable[Replica]) -> None:
+        """Inside a trial: as if these bound replicas of a job were gone, from their nodes and from its queue."""
+        for replica in replicas:
+            assert replica.binding is not None
+            self.ledger.lend(replica.binding, self.on_node[replica.binding.node][job.id, replica.id][1])
+            self.quotas.book(job.spec.queue, job.owner, self._charged[job.id, replica.id], -1)
+
     # ---- questions ----
+
+    def capacity(self) -> Mapping[str, int]:
+        """Resource -> how much all healthy nodes have: GPUs of any kind, of each kind, CPUs, memory. Kept until a node
+        changes."""
+        if self._capacity is None:
+            found = {GPUS: 0, CPU: 0, MEMORY: 0}
+            for name, node in self.nodes.items():
+                if name in self.lost:
+                    continue
+                found[CPU] += node.cpu_milli
+                found[MEMORY] += node.memory_bytes
+                for gpu in node.gpus:
+                    found[GPUS] += WHOLE_GPU
+                    found[gpu.kind.lower()] = found.get(gpu.kind.lower(), 0) + WHOLE_GPU
+            self._capacity = found
+        return self._capacity
+
+    def kind_of(self, binding: Binding) -> str:
+        """The kind of a binding's GPUs; "" when it has none, or they are unknown."""
+        if not binding.gpus:
+            return ""
+        space = self.ledger.spaces.get(binding.node)
+        if space is not None and binding.gpus[0].gpu in space.gpu_class:
+            return space.gpu_class[binding.gpus[0].gpu][0]
+        node = self.nodes.get(binding.node)
+        return next((g.kind.lower() for g in node.gpus if g.id == binding.gpus[0].gpu), "") if node else ""
 
     def shape(self, job: Job) -> Shape:
         return self._shape.get(job.id) or shape_of_job(job)
@@ -361,6 +444,10 @@ class Cluster:
 
     def waiting_count(self) -> int:
         return len(self._place)
+
+
+def _tells_users_apart(queue: QueueSpec | None) -> bool:
+    return queue is not None and queue.max_gpus_per_user is not None
 
 
 def missing_replicas(job: Job) -> dict[str, int]:

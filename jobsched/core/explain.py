@@ -13,12 +13,14 @@ from jobsched.core.cluster import Cluster, missing_replicas
 from jobsched.core.job import Cause, Job, Phase, Reason, ReplicaState, RoleShape, Shape, replica_id
 from jobsched.core.ledger import Ledger
 from jobsched.core.node import kind_matches
+from jobsched.core.policies.admission import admit
 from jobsched.core.policies.placement import Gang, Short, place_gang
+from jobsched.core.policies.quota import HOUR_MS, Refused
 from jobsched.core.resources import WHOLE_GPU, JobId
-from jobsched.core.schedule import Usage, admit
 from jobsched.core.shape import shape_of
 from jobsched.spec.job import JobSpec
 from jobsched.spec.quantity import format_bytes, format_cpu
+from jobsched.spec.queue import CPU, GPUS, MEMORY
 
 
 def verdict(cluster: Cluster, job: Job, now_ms: int) -> Verdict:
@@ -60,23 +62,41 @@ def _reasons(cluster: Cluster, job: Job, now_ms: int) -> Iterator[Why]:
         return
     if queue.paused:
         yield Why(Reason.QUEUE_PAUSED, f"queue {queue.name} is paused")
-    shape = cluster.shape(job)
-    usage = Usage(dict(cluster.queue_gpu_milli), dict(cluster.array_active))
-    left = usage.gpus_left_milli(queue)
-    needs = sum(r.min * r.gpu_milli for r in shape.roles)
-    if left is not None and needs > left and queue.max_gpus is not None:
-        used = queue.max_gpus - left / WHOLE_GPU
-        yield Why(
-            Reason.QUOTA_QUEUE,
-            f"needs {_gpus(needs)}; queue {queue.name} holds {used:g} of its {queue.max_gpus}",
-            "wait for its jobs to end, or submit to another queue",
-        )
-    elif not queue.paused and admit(cluster, job, usage) is None:
-        limit = job.spec.array.max_parallel if job.spec.array else 0
-        yield Why(Reason.ARRAY_LIMIT, f"{_many(limit, 'member')} of the array may run at once, and that many do")
+    refused = admit(cluster, job, now_ms)
+    if isinstance(refused, Refused) and not queue.paused:
+        yield _limit(refused)
     never = could_ever_fit(cluster, job.spec)
     if never:
         yield Why(Reason.UNPLACEABLE, never, "ask for less, or wait for other nodes (jobsched nodes)")
+
+
+def _limit(refused: Refused) -> Why:
+    """The limit that stands in the way, in words."""
+    fix = "wait for its jobs to end, or submit to another queue"
+
+    def unit(amount: int) -> str:
+        return format_bytes(amount) if refused.resource == MEMORY else f"{amount / WHOLE_GPU:g}"
+
+    what = {CPU: "CPUs", GPUS: "GPUs"}.get(refused.resource, refused.resource)
+    holds = unit(max(0, refused.limit - refused.left))
+    match refused.reason:
+        case Reason.ARRAY_LIMIT:
+            text = f"{_many(refused.limit, 'member')} of the array may run at once, and that many do"
+            return Why(Reason.ARRAY_LIMIT, text)
+        case Reason.QUOTA_USER:
+            text = f"needs {_gpus(refused.needs)}; your jobs hold {holds} of {unit(refused.limit)} per user"
+            return Why(Reason.QUOTA_USER, f"{text} in queue {refused.queue}", "wait for your other jobs to end")
+        case Reason.BUDGET:
+            hours = refused.limit / WHOLE_GPU / HOUR_MS
+            text = f"queue {refused.queue} has used its {hours:g} GPU-hours of this window"
+            return Why(Reason.BUDGET, text, "wait for the next window, or submit to another queue")
+        case _ if refused.resource == GPUS and refused.left >= 0 and refused.limit >= refused.needs:
+            text = f"needs {_gpus(refused.needs)}; queue {refused.queue} holds {holds} of its {unit(refused.limit)}"
+            return Why(refused.reason, text, fix)
+        case _:
+            text = (f"needs {unit(refused.needs)} {what}; queue {refused.queue} has a quota of {unit(refused.limit)} "
+                    f"and may take {unit(max(0, refused.left))} more")
+            return Why(refused.reason, text, fix)
 
 
 def _position(cluster: Cluster, job: Job) -> tuple[int, int]:

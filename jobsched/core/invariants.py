@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from jobsched.core.cluster import Cluster
 from jobsched.core.job import Job, Phase
 from jobsched.core.resources import WHOLE_GPU, GpuId, NodeName
 from jobsched.core.shape import role_resources
+from jobsched.spec.queue import GPUS
 
 
 def check(cluster: Cluster) -> tuple[str, ...]:
@@ -48,9 +49,7 @@ def _problems(cluster: Cluster) -> Iterator[str]:
         expected = space.node.cpu_milli - space.node.foreign.cpu_milli - cpu_used.get(name, 0)
         if space.cpu_milli != expected:
             yield f"the ledger says {space.cpu_milli} milli-CPUs of {name} are free, it should be {expected}"
-    for queue, milli in cluster.queue_gpu_milli.items():
-        if milli != queue_gpu.get(queue, 0):
-            yield f"queue {queue} is booked with {milli} milli-GPUs but holds {queue_gpu.get(queue, 0)}"
+    yield from _quota_problems(cluster, queue_gpu)
     waiting = [place.job_id for line in cluster.lines.values() for place in line.places]
     if len(waiting) != len(set(waiting)):
         yield "a job waits in two lines"
@@ -58,6 +57,24 @@ def _problems(cluster: Cluster) -> Iterator[str]:
         waiter = cluster.jobs.get(job_id)
         if waiter is None or waiter.phase is not Phase.QUEUED:
             yield f"job {job_id} waits in a line but is not queued"
+
+
+def _quota_problems(cluster: Cluster, queue_gpu: Mapping[str, int]) -> Iterator[str]:
+    """Cohort sums: every account holds what its own jobs and its members hold, and uses what members do not keep."""
+    accounts = cluster.quotas.accounts
+    for name, account in accounts.items():
+        members = [a for a in accounts.values() if a.parent is account]
+        holds = queue_gpu.get(name, 0) + sum(a.held.get(GPUS, 0) for a in members)
+        if account.held.get(GPUS, 0) != holds:
+            yield f"queue {name} is booked with {account.held.get(GPUS, 0)} milli-GPUs but holds {holds}"
+        for key in account.root.nominal:
+            above = sum(max(0, a.used.get(key, 0) - a.kept.get(key, 0)) for a in members)
+            own = sum(
+                sum(held.get(r, 0) for r in held if key in cluster.quotas.limits(account.root, r))
+                for held in cluster.quotas.holders(name)
+            )
+            if account.used.get(key, 0) != above + own:
+                yield f"cohort sum of {key} in {name} is {account.used.get(key, 0)}, it should be {above + own}"
 
 
 def _job_problems(job: Job) -> Iterator[str]:

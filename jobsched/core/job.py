@@ -61,6 +61,7 @@ class Reason(StrEnum):
     TOPOLOGY = "Topology"
     QUOTA_QUEUE = "QuotaQueue"
     QUOTA_USER = "QuotaUser"
+    BUDGET = "Budget"
     QUEUE_PAUSED = "QueuePaused"
     NODE_CORDONED = "NodeCordoned"
     ARRAY_LIMIT = "ArrayLimit"

@@ -15,6 +15,7 @@ from jobsched.core.cluster import Cluster, Standing
 from jobsched.core.job import Binding, Cause, FailureClass, Job, Outcome, Phase, Reason, RoleShape, Shape
 from jobsched.core.plan import Decision
 from jobsched.core.policies.placement import Gang, Score, place_gang
+from jobsched.core.policies.quota import Refused
 from jobsched.core.resources import JobId
 
 
@@ -44,8 +45,8 @@ class Replan:
     """Start nobody before everything that was stopped is gone."""
 
 
-Admit = Callable[[Job], Shape | None]
-"""The shape in which a job passes its queue's quota, counting what was admitted before; None when it does not."""
+Admit = Callable[[Job], Shape | Refused]
+"""The shape in which a job passes its queue's quota, counting what was admitted before."""
 Booked = Callable[[Job, tuple[Binding, ...]], None]
 
 
@@ -118,9 +119,10 @@ def _choose(
     wanted: dict[JobId, _Wanted] = {}
     for turn in turns:
         shape = admit(turn.job)
-        gang = place_gang(cluster, shape, (), score) if shape is not None else None
+        if isinstance(shape, Refused):
+            continue
+        gang = place_gang(cluster, shape, (), score)
         if isinstance(gang, Gang):
-            assert shape is not None
             wanted[turn.job.id] = _Wanted(shape, gang.bindings)
             booked(turn.job, gang.bindings)
     ledger.rollback(mark)
