@@ -793,7 +793,7 @@ class DockerBackend:
         inventory = read_inventory()
         if inventory.foreign:
             pids = set[int]().union(*(station.engine.pids(container) for container in ours))
-            inventory = read_inventory(pids)
+            inventory = read_inventory(pids.__contains__)
         station.gpus, station.foreign_gpus, station.gpus_at = inventory.gpus, inventory.foreign, time.monotonic()
         return station.gpus
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -32,8 +32,17 @@ class Inventory:
     """What is wrong with GPUs that are not healthy."""
 
 
-def read_inventory(ours: Set[int] = frozenset(), nvml: Any = None) -> Inventory:
-    """What there is now. `ours`: pids that do not count as foreign. `nvml`: module pynvml or something like it."""
+Ours = Callable[[int], bool]
+"""Whether a process, by its pid, belongs to a replica of ours."""
+
+
+def nobody(pid: int) -> bool:
+    """No process is ours."""
+    return False
+
+
+def read_inventory(ours: Ours = nobody, nvml: Any = None) -> Inventory:
+    """What there is now. `nvml`: module pynvml or something like it."""
     try:
         nvml = nvml or _pynvml()
         nvml.nvmlInit()
@@ -66,7 +75,7 @@ def _marketing_gib(memory_bytes: int) -> int:
 class _Reader:
     """One reading; `nvml` is initialised."""
 
-    def __init__(self, nvml: Any, ours: Set[int]) -> None:
+    def __init__(self, nvml: Any, ours: Ours) -> None:
         self.nvml, self.ours = nvml, ours
         self.gpus: list[Gpu] = []
         self.foreign: list[GpuShare] = []
@@ -96,7 +105,7 @@ class _Reader:
             self.problems.append(f"{uuid}: {problem}")
         gpu = GpuId(uuid)
         self.gpus.append(Gpu(gpu, kind, self.memory(handle), healthy=not problem))
-        if self.pids(handle) - self.ours:
+        if not all(map(self.ours, self.pids(handle))):
             self.foreign.append(GpuShare(gpu))
 
     def mig(self, handle: Any) -> bool:

@@ -19,7 +19,7 @@ from pathlib import Path
 from jobsched.backends import local_render
 from jobsched.backends.followed_log import chunks
 from jobsched.backends.local_nodes import NodeSource, overlaid
-from jobsched.backends.supervisor import replica_log
+from jobsched.backends.supervisor import processes, replica_log
 from jobsched.backends.supervisor.protocol import VERSION, Layout, Lines, Message, Settings, encode
 from jobsched.backends.supervisor.stacks import find_py_spy
 from jobsched.core.launch import Launch, LaunchKey
@@ -63,7 +63,6 @@ class LocalBackend:
         self._control: _Line | None = None
         self._watch: _Line | None = None
         self._known_nodes: dict[NodeName, Node] = {}
-        self._pids: dict[LaunchKey, int] = {}
         with self._orders:
             hello = self._connect_control()
         self.capabilities = Capabilities(
@@ -85,10 +84,10 @@ class LocalBackend:
             while True:
                 wait = min(max(deadline - time.monotonic(), 0.0), NODE_LOOK_S)
                 messages = self._news(wait)
-                nodes = overlaid(self._nodes(frozenset(self._pids.values())), self.layout.nodes)
+                nodes = overlaid(self._nodes(self._is_ours), self.layout.nodes)
                 seen = local_render.observation(messages, self._known_nodes, nodes)
                 if messages or seen.nodes or seen.gone_nodes or time.monotonic() >= deadline:
-                    self._remember(seen, nodes)
+                    self._known_nodes = {node.name: node for node in nodes}
                     return seen
 
     def start(self, launches: Sequence[Launch]) -> None:
@@ -139,6 +138,10 @@ class LocalBackend:
         return True
 
     # talking ------------------------------------------------------------------------------------------------------
+
+    def _is_ours(self, pid: int) -> bool:
+        """Whether a process is a replica of this home or was started by one: all carry its mark."""
+        return processes.marker(pid).startswith(f"{self.layout.home_id}:")
 
     def _runs(self, key: LaunchKey) -> bool:
         found = self._ask({"do": "state", "keys": [key]})["replicas"]
@@ -192,18 +195,6 @@ class LocalBackend:
                 self._watch = None
         self._watch, listing = self._dial({"do": "watch"})
         return [listing]
-
-    def _remember(self, seen: Observation, nodes: tuple[Node, ...]) -> None:
-        self._known_nodes = {node.name: node for node in nodes}
-        if seen.full:
-            self._pids.clear()
-        for replica in seen.replicas:
-            if replica.ident and replica.state != "exited":
-                self._pids[replica.key] = int(replica.ident)
-            else:
-                self._pids.pop(replica.key, None)
-        for key in seen.gone:
-            self._pids.pop(key, None)
 
     def _dial(self, first: Message) -> tuple[_Line, Message]:
         """A new connection and the answer to its first request. The supervisor is started if need be; one that is just

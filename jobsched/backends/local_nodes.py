@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from jobsched.backends.gpus import Inventory, read_inventory
+from jobsched.backends.gpus import Inventory, Ours, read_inventory
 from jobsched.core.node import Gpu, Node
 from jobsched.core.resources import GpuId, NodeName
 
 GPU_REFRESH_S = 10.0
+FOREIGN_REFRESH_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +62,8 @@ def _virtual_node(group: VirtualGroup, index: int) -> Node:
     return Node(NodeName(name), group.cpu_milli, group.memory_bytes, gpus, labels=labels, taints=group.taints)
 
 
-NodeSource = Callable[[Set[int]], tuple[Node, ...]]
-"""The nodes now; the argument is the set of pids that are replicas of ours."""
+NodeSource = Callable[[Ours], tuple[Node, ...]]
+"""The nodes now."""
 
 
 def fixed(nodes: Sequence[Node]) -> NodeSource:
@@ -72,19 +73,20 @@ def fixed(nodes: Sequence[Node]) -> NodeSource:
 
 @dataclass(slots=True)
 class Machine:
-    """This machine as one node; a `NodeSource`. GPUs are looked at again every ten seconds."""
+    """This machine as one node; a `NodeSource`. GPUs are looked at again every ten seconds, and every second while
+    others use some: a process that has just ended still counts for a moment."""
 
     name: str = field(default_factory=lambda: os.uname().nodename)
     port_lo: int = 20_000
     port_hi: int = 32_000
     port_from: int = 0
     labels: tuple[tuple[str, str], ...] = ()
-    inventory: Callable[[Set[int]], Inventory] = read_inventory
+    inventory: Callable[[Ours], Inventory] = read_inventory
     _seen: Inventory = field(default_factory=Inventory)
     _seen_at: float = -GPU_REFRESH_S
 
-    def __call__(self, ours: Set[int]) -> tuple[Node, ...]:
-        if time.monotonic() - self._seen_at >= GPU_REFRESH_S:
+    def __call__(self, ours: Ours) -> tuple[Node, ...]:
+        if time.monotonic() - self._seen_at >= (FOREIGN_REFRESH_S if self._seen.foreign else GPU_REFRESH_S):
             self._seen, self._seen_at = self.inventory(ours), time.monotonic()
         return (Node(
             NodeName(self.name), cpu_milli=len(os.sched_getaffinity(0)) * 1_000, memory_bytes=_memory_bytes(),

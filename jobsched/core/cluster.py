@@ -11,7 +11,7 @@ import heapq
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from jobsched.core import events as ev
@@ -20,7 +20,7 @@ from jobsched.core.ledger import Ledger
 from jobsched.core.lifecycle import evolve_job
 from jobsched.core.node import Node
 from jobsched.core.policies.quota import Amounts, Quotas, amounts_of
-from jobsched.core.resources import WHOLE_GPU, JobId, NodeName
+from jobsched.core.resources import NOTHING, WHOLE_GPU, JobId, NodeName
 from jobsched.core.shape import shape_of_job
 from jobsched.spec.queue import CPU, GPUS, MEMORY, QueueSpec
 
@@ -209,11 +209,13 @@ class Cluster:
         self._pools.clear()
 
     def emptied(self) -> Cluster:
-        """The same nodes, all healthy and without any job; kept until a node changes. What could ever fit does here."""
+        """The same nodes, all healthy, ready and used by nobody; kept until a node changes. What could ever fit does
+        here."""
         if self._emptied is None:
             self._emptied = Cluster()
             for node in self.nodes.values():
-                self._emptied._put_node(node)
+                gpus = tuple(replace(gpu, healthy=True) for gpu in node.gpus)
+                self._emptied._put_node(replace(node, gpus=gpus, foreign=NOTHING, foreign_gpus=(), ready=True))
         return self._emptied
 
     def _put_node(self, node: Node) -> None:

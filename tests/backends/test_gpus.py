@@ -115,7 +115,7 @@ def test_a_gpu_that_has_fallen_off_the_bus_does_not_hide_the_others() -> None:
 def test_what_others_compute_on_is_foreign_and_what_ours_do_is_not() -> None:
     first = a_gpu("GPU-1", ComputeRunningProcesses=[SimpleNamespace(pid=77)])
     second = a_gpu("GPU-2", ComputeRunningProcesses=[SimpleNamespace(pid=88)])
-    assert read_inventory({77}, FakeNvml(first, second)).foreign == (GpuShare(GpuId("GPU-2")),)
+    assert read_inventory({77}.__contains__, FakeNvml(first, second)).foreign == (GpuShare(GpuId("GPU-2")),)
 
 
 def test_no_driver_is_no_gpu() -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from jobsched.backends import registry
-from jobsched.backends.gpus import Inventory
+from jobsched.backends.gpus import Inventory, Ours, nobody
 from jobsched.backends.local_nodes import Machine, VirtualGroup, virtual_nodes
 from jobsched.core.node import Gpu
-from jobsched.core.resources import GpuId
+from jobsched.core.resources import GpuId, GpuShare
 from jobsched.errors import MissingExtra
 from jobsched.spec.server import BackendConfig
 from tests.backends.conftest import LocalEngine
@@ -31,20 +31,29 @@ def test_too_few_ports_are_refused() -> None:
         virtual_nodes([VirtualGroup(10)], 20_000, 20_008)
 
 
-def test_the_machine_has_its_cpus_memory_and_gpus_and_looks_seldom() -> None:
-    looks: list[object] = []
+def test_the_machine_has_its_cpus_memory_and_gpus_and_looks_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, looks = [100.0], 0
+    monkeypatch.setattr("jobsched.backends.local_nodes.time.monotonic", lambda: now[0])
+    gpu = Gpu(GpuId("GPU-1"), "t4-16gb")
 
-    def inventory(ours: object) -> Inventory:
-        looks.append(ours)
-        return Inventory((Gpu(GpuId("GPU-1"), "t4-16gb"),))
+    def inventory(ours: Ours) -> Inventory:
+        nonlocal looks
+        looks += 1
+        return Inventory((gpu,), () if ours(7) else (GpuShare(gpu.id),))
 
     machine = Machine("box", inventory=inventory)
-    (node,) = machine({1})
-    assert machine({2}) == (node,)
-    assert looks == [{1}]
+    (node,) = machine({7}.__contains__)
+    now[0] += 5
+    assert machine(nobody) == (node,)
+    assert looks == 1
     assert node.cpu_milli >= 1_000
     assert node.memory_bytes > 2**27
     assert [gpu.kind for gpu in node.gpus] == ["t4-16gb"]
+    now[0] += 6
+    assert machine(nobody)[0].foreign_gpus == (GpuShare(gpu.id),)
+    now[0] += 1.5  # whoever else is there may have gone by now
+    assert machine({7}.__contains__) == (node,)
+    assert looks == 3
 
 
 def test_a_config_becomes_a_backend(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 from jobsched.core import events as ev
 from jobsched.core import explain
 from jobsched.core.job import Phase, Reason
+from jobsched.core.resources import GpuShare
 from jobsched.sim.backend import Script
 from jobsched.spec.queue import QueueSpec
-from tests.world import World, a_ps_spec, a_spec
+from tests.world import World, a_gpu_node, a_ps_spec, a_spec
 
 
 def reasons(world: World, job_id: str) -> dict[Reason, str]:
@@ -95,3 +98,15 @@ def test_every_event_kind_has_a_sentence_or_is_known_to_need_none() -> None:
     world.run_to_phase(job_id, Phase.SUCCEEDED)
     for stored in world.store.history(job_id):
         assert explain.sentence(stored.event) or stored.event.kind in silent
+
+
+def test_what_others_use_or_is_broken_now_does_not_mean_never() -> None:
+    world = World(nodes=1, gpus=2)
+    node = a_gpu_node("n1", 2)
+    world.engine.put_node(replace(
+        node, gpus=(replace(node.gpus[0], healthy=False), node.gpus[1]), foreign_gpus=(GpuShare(node.gpus[1].id),)
+    ))  # fmt: skip
+    waits = world.submit(a_spec(roles={"worker": {"command": "x", "gpu": "any:2"}}))
+    world.tick(3)
+    assert explain.could_ever_fit(world.cluster, world.job(waits).spec) == ""
+    assert list(reasons(world, waits)) == [Reason.RESOURCES]

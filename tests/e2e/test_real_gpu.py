@@ -16,7 +16,6 @@ from jobsched.client import locate
 from jobsched.client.client import Client
 from jobsched.core.job import Phase
 from jobsched.load import load_job_file
-from jobsched.spec.job import JobSpec
 
 GPUS = read_inventory().gpus
 JOBS = Path(__file__).parents[2] / "jobs"
@@ -39,16 +38,16 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
         assert clear_away(home) == []
 
 
-def python(code: str, **role: object) -> JobSpec:
-    return JobSpec.model_validate({"command": [sys.executable, "-c", code], **role})
+def python(code: str, **role: object) -> dict[str, object]:
+    return {"command": [sys.executable, "-c", code], **role}
 
 
-def said(client: Client, spec: JobSpec) -> list[str]:
+def said(client: Client, spec: dict[str, object]) -> list[str]:
     """What the job's replicas printed; it must succeed."""
     job = client.submit(spec)
     job.wait(timeout=PATIENCE_S)
     lines = sorted(line.text for line in job.logs())
-    assert job.refresh().phase is Phase.SUCCEEDED, lines
+    assert job.state is Phase.SUCCEEDED, lines
     return lines
 
 
@@ -114,5 +113,5 @@ def test_examples_train_on_the_gpu(client: Client, name: str) -> None:
     }
     job = client.submit(spec.model_copy(update={"roles": roles}))
     job.wait(timeout=PATIENCE_S)
-    assert job.refresh().phase is Phase.SUCCEEDED, [line.text for line in job.logs()][-20:]
+    assert job.state is Phase.SUCCEEDED, [line.text for line in job.logs()][-20:]
     assert job.result()["accuracy"] >= 0.95
