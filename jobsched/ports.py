@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 from jobsched.core.events import Event, Stored
 from jobsched.core.job import Job, Phase
 from jobsched.core.launch import Launch, LaunchKey
-from jobsched.core.node import Node
+from jobsched.core.node import Cordon, Node
 from jobsched.core.observation import Observation
 from jobsched.core.resources import JobId, NodeName
 from jobsched.spec.queue import QueueSpec
@@ -109,8 +109,7 @@ class Loaded:
     jobs: tuple[Job, ...] = ()
     nodes: tuple[Node, ...] = ()
     lost_nodes: tuple[NodeName, ...] = ()
-    cordoned: tuple[tuple[NodeName, bool], ...] = ()
-    """(node, drain)"""
+    cordoned: tuple[tuple[NodeName, Cordon], ...] = ()
     queues: tuple[QueueSpec, ...] = ()
     ended: tuple[tuple[JobId, bool], ...] = ()
     """For every job that a live one still waits for but that has ended: whether it succeeded."""

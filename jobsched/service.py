@@ -28,18 +28,21 @@ from jobsched.core.answers import (
     JobProgress,
     LogLine,
     NodeAnswer,
+    NodeState,
     PlanAnswer,
     QueueAnswer,
     Verdict,
     Verification,
     WhyAnswer,
 )
-from jobsched.core.cluster import Cluster
+from jobsched.core.cluster import Cluster, cordon_of
 from jobsched.core.events import Stored
 from jobsched.core.job import Job, Phase
 from jobsched.core.lifecycle import Illegal, evolve_job
+from jobsched.core.node import Cordon
 from jobsched.core.observation import Sight
 from jobsched.core.resources import JobId, NodeName, Resources
+from jobsched.core.suspicion import BY
 from jobsched.errors import Conflict, JobschedError, NotFound, Problem, SpecError, Unplaceable, Unreachable, UsageError
 from jobsched.logs import Listener, LogReader, Selection
 from jobsched.ports import Backend, Clock, JobQuery, Sample, Store
@@ -439,17 +442,20 @@ class Service:
     def cordon(self, name: str, *, drain: bool = False, by: str = "") -> NodeAnswer:
         """Bind nothing new on the node; with `drain`, its attempts save and move away."""
         answer = self._node(name)
-        if not (answer.cordoned and answer.draining == drain):
-            self._store.append([ev.NodeCordoned(self._clock.now_ms(), answer.node.name, by, drain)])
+        known = answer.cordon
+        if known is None or known.drain != drain or known.gpus or known.by == BY:
+            event = ev.NodeCordoned(self._clock.now_ms(), answer.node.name, by, drain)
+            self._store.append([event])
             self.live.wake()
-        return replace(answer, cordoned=True, draining=drain)
+            known = cordon_of(event)
+        return replace(answer, cordon=known, state=_cordoned(known))
 
     def uncordon(self, name: str, *, by: str = "") -> NodeAnswer:
         answer = self._node(name)
-        if answer.cordoned:
+        if answer.cordon is not None:
             self._store.append([ev.NodeUncordoned(self._clock.now_ms(), answer.node.name, by)])
             self.live.wake()
-        return replace(answer, cordoned=False, draining=False)
+        return replace(answer, cordon=None, state="ready")
 
     def _node(self, name: str) -> NodeAnswer:
         with self.live.view() as (cluster, _):
@@ -587,11 +593,22 @@ def _node_answer(cluster: Cluster, name: NodeName) -> NodeAnswer:
         node=cluster.nodes[name],
         free=cluster.ledger.free(name) if space else Resources(),
         free_gpus=space.whole_total if space else 0,
-        cordoned=name in cluster.cordoned,
-        draining=cluster.cordoned.get(name, False),
-        lost=name in cluster.lost,
+        state=_node_state(cluster, name),
+        cordon=cluster.cordoned.get(name),
         jobs=tuple(cluster.jobs_on(name)),
     )
+
+
+def _node_state(cluster: Cluster, name: NodeName) -> NodeState:
+    if name in cluster.lost:
+        return "lost"
+    if not cluster.is_up(name):
+        return "not ready"
+    return "ready" if cluster.usable(name) else _cordoned(cluster.cordoned[name])
+
+
+def _cordoned(cordon: Cordon) -> NodeState:
+    return "probation" if cordon.by == BY else "draining" if cordon.drain else "cordoned"
 
 
 def _refuse_early(queues: Collection[str]) -> None:

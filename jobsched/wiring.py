@@ -27,12 +27,13 @@ from filelock import FileLock, Timeout
 from jobsched import __version__
 from jobsched.controller.loop import Controller
 from jobsched.core.answers import Check
+from jobsched.core.policies.health import Health
 from jobsched.core.policies.ordering import priority
 from jobsched.core.schedule import Policy
 from jobsched.errors import ConfigError, Conflict, MissingExtra
 from jobsched.ports import Backend, Store, Wake
 from jobsched.service import Service
-from jobsched.spec.server import BackendConfig, GpuStock, LocalBackend, ServerConfig, VirtualNodes
+from jobsched.spec.server import BackendConfig, GpuStock, LocalBackend, PolicyConfig, ServerConfig, VirtualNodes
 
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 FIRST_TICK_S = 5.0
@@ -119,7 +120,7 @@ class Server:
         clock = SystemClock()
         self.token = load_token(self.home / "token")
         controller = Controller(
-            store, backend, clock, Policy(ordering=POLICIES[self._config.policy.ordering]),
+            store, backend, clock, _policy(self._config.policy),
             queues=self._config.queues,
             holder=f"{socket.gethostname()}:{self.home}",  # the next server of this home is the same leader
             lease_ttl_ms=self._config.timers.lease_ttl,
@@ -184,6 +185,17 @@ class Server:
                     "" if free > LITTLE_DISK_BYTES else "make room: logs and checkpoints are kept there")  # fmt: skip
         python = ".".join(map(str, sys.version_info[:3]))
         yield Check("server", True, f"jobsched {__version__}, Python {python}, pid {os.getpid()}, {self.url}")
+
+
+def _policy(config: PolicyConfig) -> Policy:
+    health = config.health
+    return Policy(
+        ordering=POLICIES[config.ordering],
+        health=None if health is None else Health(
+            threshold=health.threshold, half_life_ms=health.half_life, recheck_ms=health.recheck,
+            preflight=health.preflight, image=health.image, timeout_ms=health.timeout,
+        ),
+    )  # fmt: skip
 
 
 def embedded_config() -> ServerConfig:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import get_args
 
+from jobsched.core.answers import NodeState
 from jobsched.core.job import Phase
 from jobsched.service import Service
 
@@ -41,7 +43,7 @@ def _lines(service: Service) -> Iterator[str]:
         "jobsched_queue_gpus_in_use", "gauge", "GPUs held by queue.",
         (({"queue": q.queue.name}, q.gpus_in_use) for q in queues),
     )  # fmt: skip
-    present = [n for n in nodes if not n.lost]
+    present = [n for n in nodes if n.state != "lost"]
     devices = [gpu for n in present for gpu in n.node.gpus]
     in_use = sum(gpu.healthy for gpu in devices) - sum(n.free.gpu_milli for n in present) / 1_000
     yield from _family(
@@ -51,9 +53,7 @@ def _lines(service: Service) -> Iterator[str]:
     )  # fmt: skip
     yield from _family(
         "jobsched_nodes", "gauge", "Nodes by state.",
-        [({"state": "ready"}, float(sum(n.node.ready and not n.cordoned for n in present))),
-         ({"state": "cordoned"}, float(sum(n.cordoned for n in present))),
-         ({"state": "lost"}, float(len(nodes) - len(present)))],
+        (({"state": state}, float(sum(n.state == state for n in nodes))) for state in get_args(NodeState)),
     )  # fmt: skip
 
 

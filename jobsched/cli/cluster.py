@@ -21,12 +21,10 @@ from jobsched.client.documents import Document
 from jobsched.errors import JobschedError, NotFound
 
 
-def _state(answer: Document) -> str:
-    if answer["lost"]:
-        return "lost"
-    if not answer["node"]["ready"]:
-        return "not ready"
-    return "draining" if answer["draining"] else "cordoned" if answer["cordoned"] else "ready"
+def _message(answer: Document) -> str:
+    """What is wrong with it, or why nothing new is bound on it (on some of its GPUs)."""
+    said = (answer["node"]["message"], (answer["cordon"] or {}).get("why", ""))
+    return "; ".join(filter(None, said))
 
 
 def _gpu_kinds(answer: Document) -> str:
@@ -42,7 +40,7 @@ def _gib(count: int) -> str:
 
 NODE_COLUMNS = (
     Column("NODE", lambda a: a["node"]["name"]),
-    Column("STATE", _state),
+    Column("STATE", lambda a: a["state"]),
     Column("GPU", _gpu_kinds),
     Column("FREE-GPUS", lambda a: f"{a['free_gpus']}/{len(a['node']['gpus'])}"),
     Column("FREE-CPU", lambda a: f"{a['free']['cpu_milli'] / 1_000:g}/{a['node']['cpu_milli'] / 1_000:g}"),
@@ -50,7 +48,7 @@ NODE_COLUMNS = (
     Column("JOBS", lambda a: len(a["jobs"])),
     Column("ADDRESS", lambda a: a["node"]["address"], wide=True),
     Column("LABELS", lambda a: ",".join(f"{k}={v}" for k, v in a["node"]["labels"]), wide=True, flexible=True),
-    Column("MESSAGE", lambda a: a["node"]["message"], wide=True, flexible=True),
+    Column("MESSAGE", _message, wide=True, flexible=True),
 )
 
 

@@ -163,9 +163,7 @@ def _row(item: Any) -> dict[str, Any]:
                 "step": progress.step if progress and progress.step >= 0 else None}
     if isinstance(answer, NodeAnswer):
         node = answer.node
-        state = ("lost" if answer.lost else "not ready" if not node.ready else "draining" if answer.draining
-                 else "cordoned" if answer.cordoned else "ready")
-        return {"name": node.name, "state": state, "gpu_kinds": ", ".join(sorted({g.kind for g in node.gpus})),
+        return {"name": node.name, "state": answer.state, "gpu_kinds": ", ".join(sorted({g.kind for g in node.gpus})),
                 "gpus": len(node.gpus), "free_gpus": answer.free_gpus, "cpus": node.cpu_milli / 1_000,
                 "free_cpus": answer.free.cpu_milli / 1_000, "memory_gib": node.memory_bytes / 2**30,
                 "free_memory_gib": answer.free.memory_bytes / 2**30, "jobs": len(answer.jobs)}

@@ -26,6 +26,7 @@ from jobsched.core.job import ReplicaState
 from jobsched.core.judge import Senses, judge, judge_nodes
 from jobsched.core.launch import launch_key
 from jobsched.core.observation import Observation, Sight
+from jobsched.core.policies.health import doubts, next_look_ms
 from jobsched.core.resources import JobId, NodeName
 from jobsched.core.schedule import Policy, schedule
 from jobsched.core.timers import Timers, deadline
@@ -284,6 +285,11 @@ class Controller:
             self._append(state, found, fence, news)
             look = dict(cluster.touched)
             everyone |= look
+        health = self._policy.health
+        if health is not None:
+            with self._lock:
+                doubted = doubts(cluster, now, health)
+            self._append(state, doubted, fence, news)
         with self._lock:
             plan = schedule(cluster, now, self._policy)
         self._append(state, plan.decisions, fence, news)
@@ -329,7 +335,7 @@ class Controller:
         """Jobs that an event, an observation, a timer, a lost or a draining node names, in a definite order."""
         cluster = state.cluster
         look = dict.fromkeys([*cluster.touched, *sorted(seen_jobs), *state.timers.due(now)])
-        draining = (name for name, drain in cluster.cordoned.items() if drain)
+        draining = (name for name, cordon in cluster.cordoned.items() if cordon.drain)
         for name in sorted({*cluster.lost, *draining}):
             look |= dict.fromkeys(cluster.jobs_on(name))
         return look
@@ -428,6 +434,8 @@ class Controller:
             instants.append(state.cluster.next_pass_ms)
         if state.cluster.parked:
             instants.append(state.cluster.parked[0][0])
+        if self._policy.health is not None and (look := next_look_ms(state.cluster, self._policy.health)) > now:
+            instants.append(look)
         absent = self._sight.node_absent_at_ms
         if absent and not self._senses.absence_is_final:
             instants.append(min(absent.values()) + self._senses.lost_after_ms)

@@ -7,9 +7,10 @@ a job on the wire is a `core.job.Job`, wrapped here with what is only known live
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from jobsched.core.job import Job, Reason
-from jobsched.core.node import Node
+from jobsched.core.node import Cordon, Node
 from jobsched.core.resources import JobId, Resources
 from jobsched.spec.queue import QueueSpec
 
@@ -107,14 +108,17 @@ class LogLine:
     text: str
 
 
+NodeState = Literal["ready", "not ready", "cordoned", "draining", "probation", "lost"]
+"""Probation: cordoned by jobsched itself after failures of different jobs."""
+
+
 @dataclass(frozen=True, slots=True)
 class NodeAnswer:
     node: Node
     free: Resources
     free_gpus: int
-    cordoned: bool = False
-    draining: bool = False
-    lost: bool = False
+    state: NodeState = "ready"
+    cordon: Cordon | None = None
     jobs: tuple[JobId, ...] = ()
 
 

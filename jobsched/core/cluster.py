@@ -18,10 +18,11 @@ from jobsched.core import events as ev
 from jobsched.core.job import Binding, Job, Phase, Replica, ReplicaId, RoleShape, Shape
 from jobsched.core.ledger import Ledger
 from jobsched.core.lifecycle import evolve_job
-from jobsched.core.node import Node
+from jobsched.core.node import Cordon, Node
 from jobsched.core.policies.quota import Amounts, Quotas, amounts_of
 from jobsched.core.resources import NOTHING, WHOLE_GPU, JobId, NodeName
 from jobsched.core.shape import shape_of_job
+from jobsched.core.suspicion import BY, PREFLIGHT_LABEL, Accusation, Checked, Suspicion, accusations, against_node
 from jobsched.spec.queue import CPU, GPUS, MEMORY, QueueSpec
 
 ENDED_KEPT = 10_000
@@ -96,8 +97,14 @@ class Cluster:
     """Live jobs only."""
     nodes: dict[NodeName, Node] = field(default_factory=dict)
     lost: set[NodeName] = field(default_factory=set)
-    cordoned: dict[NodeName, bool] = field(default_factory=dict)
-    """Cordoned node -> whether it drains."""
+    cordoned: dict[NodeName, Cordon] = field(default_factory=dict)
+    suspicions: dict[NodeName, Suspicion] = field(default_factory=dict)
+    accused: dict[NodeName, None] = field(default_factory=dict)
+    """Nodes against which something was held since `policies.health` last looked."""
+    checking: dict[NodeName, JobId] = field(default_factory=dict)
+    """Nodes on probation -> their check under way."""
+    checks: dict[NodeName, Checked] = field(default_factory=dict)
+    """How the last check of each node on probation ended."""
     queues: dict[str, QueueSpec] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
 
@@ -149,23 +156,32 @@ class Cluster:
             self.seq = seq
         match event:
             case ev.NodeSeen(node=node):
+                for accusation in against_node(self.nodes.get(node.name), event):
+                    self._accuse(node.name, accusation)
                 self._put_node(node)
             case ev.NodeLost(node=name):
+                for accusation in against_node(None, event):
+                    self._accuse(name, accusation)
                 self.lost.add(name)
                 self.ledger.drop_node(name)
                 self._pools.clear()
                 self._capacity = None
-            case ev.NodeCordoned(node=name, drain=drain):
-                self.cordoned[name] = drain
-                self._regroup()
+            case ev.NodeCordoned(node=name):
+                self.cordoned[name] = cordon_of(event)
+                self._reopen(name)
             case ev.NodeUncordoned(node=name):
                 self.cordoned.pop(name, None)
-                self._regroup()
+                self.suspicions.pop(name, None)
+                self.accused.pop(name, None)
+                self.checks.pop(name, None)
+                self._reopen(name)
             case ev.QueueDefined(queue=queue):
                 self._put_queue(queue)
                 self._regroup()
             case _:
                 before = self.jobs.get(event.job_id)
+                for name, accusation in accusations(before, event):
+                    self._accuse(name, accusation)
                 self._replace_job(before, evolve_job(before, event), event.at_ms)
 
     @classmethod
@@ -175,7 +191,7 @@ class Cluster:
         nodes: Iterable[Node],
         queues: Iterable[QueueSpec],
         lost: Iterable[NodeName] = (),
-        cordoned: Iterable[tuple[NodeName, bool]] = (),
+        cordoned: Iterable[tuple[NodeName, Cordon]] = (),
         ended: Iterable[tuple[JobId, bool]] = (),
         seq: int = 0,
         rank: Rank = equal_rank,
@@ -203,6 +219,16 @@ class Cluster:
                 self._leave_line(self.jobs[job_id])
                 self._line_up(self.jobs[job_id])
 
+    def _accuse(self, name: NodeName, accusation: Accusation) -> None:
+        self.suspicions.setdefault(name, Suspicion()).add(accusation)
+        self.accused[name] = None
+
+    def _reopen(self, name: NodeName) -> None:
+        """Its cordon has changed."""
+        if name in self.nodes and name not in self.lost:
+            self._put_node(self.nodes[name])
+        self._regroup()
+
     def _regroup(self) -> None:
         """What may be bound where has changed: everything is worth another try."""
         self.ledger.unblock()
@@ -223,6 +249,10 @@ class Cluster:
         self._pools.clear()
         self.nodes[node.name] = node
         self.lost.discard(node.name)
+        cordon = self.cordoned.get(node.name)
+        if cordon is not None and cordon.gpus:
+            gpus = tuple(replace(gpu, healthy=gpu.healthy and gpu.id not in cordon.gpus) for gpu in node.gpus)
+            node = replace(node, gpus=gpus)
         self.ledger.put_node(node, self.on_node.get(node.name, {}).values())
 
     def _replace_job(self, before: Job | None, after: Job, at_ms: int) -> None:
@@ -235,6 +265,9 @@ class Cluster:
             self._rebind(before, after, at_ms)
         if before is None or before.phase is not after.phase:
             self._count_array(before, after)
+        checked = after.labels.get(PREFLIGHT_LABEL) if after.owner == BY else None
+        if checked is not None:
+            self._note_check(NodeName(checked), after, at_ms)
         if after.phase.terminal:
             self._remember_end(after)
             self.jobs.pop(job_id, None)
@@ -254,6 +287,15 @@ class Cluster:
             self.growing[job_id] = -1
         else:
             self.growing.pop(job_id, None)
+
+    def _note_check(self, name: NodeName, job: Job, at_ms: int) -> None:
+        if not job.phase.terminal:
+            self.checking[name] = job.id
+        elif self.checking.get(name) == job.id:
+            del self.checking[name]
+            before = self.checks.get(name)
+            row = 0 if job.phase is Phase.SUCCEEDED else 1 + (before.in_a_row if before is not None else 0)
+            self.checks[name] = Checked(at_ms, row)
 
     def _remember_end(self, job: Job) -> None:
         self.ended[job.id] = job.phase is Phase.SUCCEEDED
@@ -437,8 +479,13 @@ class Cluster:
 
     def usable(self, name: NodeName) -> bool:
         """Whether something new may be bound on the node."""
+        cordon = self.cordoned.get(name)
+        return self.is_up(name) and (cordon is None or bool(cordon.gpus))
+
+    def is_up(self, name: NodeName) -> bool:
+        """Whether the node is there and ready, cordoned or not."""
         node = self.nodes.get(name)
-        return node is not None and node.ready and name not in self.lost and name not in self.cordoned
+        return node is not None and node.ready and name not in self.lost
 
     def jobs_on(self, name: NodeName) -> Iterator[JobId]:
         """Jobs with a replica bound on the node, each once, in order of binding."""
@@ -450,6 +497,10 @@ class Cluster:
 
 def _tells_users_apart(queue: QueueSpec | None) -> bool:
     return queue is not None and queue.max_gpus_per_user is not None
+
+
+def cordon_of(event: ev.NodeCordoned) -> Cordon:
+    return Cordon(event.drain, event.by, event.why, event.at_ms, event.gpus)
 
 
 def missing_replicas(job: Job) -> dict[str, int]:

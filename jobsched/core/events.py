@@ -15,7 +15,7 @@ from pydantic import Field, TypeAdapter
 
 from jobsched.core.job import Binding, Cause, Outcome, Phase, Reason, ReplicaId
 from jobsched.core.node import Node
-from jobsched.core.resources import JobId, NodeName
+from jobsched.core.resources import GpuId, JobId, NodeName
 from jobsched.spec.job import JobSpec
 from jobsched.spec.queue import QueueSpec
 
@@ -95,12 +95,14 @@ class JobPriorityChanged:
 
 @dataclass(frozen=True, slots=True)
 class NodeCordoned:
-    """Bind nothing new on the node; `drain` also asks its attempts to save and move."""
+    """Bind nothing new on the node (on these GPUs of it); `drain` also asks its attempts to save and move."""
 
     at_ms: int
     node: NodeName
     by: str
     drain: bool = False
+    why: str = ""
+    gpus: tuple[GpuId, ...] = ()
     kind: Literal["NodeCordoned"] = "NodeCordoned"
 
 

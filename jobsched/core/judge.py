@@ -151,7 +151,7 @@ class _Court:
             yield self._stopping(Phase.QUEUED, Cause(job.stop_wish))
             return
         drained = {r.binding.node for r in job.replicas.values() if r.binding} & {
-            name for name, drain in self.cluster.cordoned.items() if drain
+            name for name, cordon in self.cluster.cordoned.items() if cordon.drain
         }
         if drained:
             cause = Cause(Reason.MOVED, FailureClass.PREEMPTED, f"node {min(drained)} is being drained")

@@ -18,6 +18,18 @@ class Gpu:
 
 
 @dataclass(frozen=True, slots=True)
+class Cordon:
+    """Bind nothing new on a node; on the named GPUs only where there are some."""
+
+    drain: bool = False
+    """What runs there saves and moves away."""
+    by: str = ""
+    why: str = ""
+    since_ms: int = 0
+    gpus: tuple[GpuId, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Node:
     """A machine (or virtual machine part) offering capacity.
 

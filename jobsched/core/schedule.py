@@ -16,6 +16,7 @@ from jobsched.core.job import Job, Reason, ReplicaState, Shape
 from jobsched.core.plan import Decision, Plan
 from jobsched.core.policies.admission import admit, more
 from jobsched.core.policies.fairness import FairShare, Turn, turn
+from jobsched.core.policies.health import Health
 from jobsched.core.policies.ordering import Ordering, OrderKey, priority
 from jobsched.core.policies.placement import Gang, Score, place_gang, place_more
 from jobsched.core.policies.preemption import Replan, replan
@@ -39,6 +40,8 @@ class Policy:
     pass_every_ms: int = 0
     """Passes only at multiples of this; 0: whenever something happened."""
     score: Score = Score.PACK
+    health: Health | None = None
+    """When nodes are doubted; None: never."""
     batch: int = 1_000
     """Most gangs placed in one pass, so that a cold start with a long queue still answers in between."""
 

@@ -320,8 +320,29 @@ class BackendConfig(SpecModel):
     """Containers on Docker engines."""
 
 
+class HealthConfig(SpecModel):
+    """When nodes and GPUs are doubted after failures of different jobs, and how trust returns."""
+
+    threshold: Annotated[float, Field(gt=0, le=1_000)] = 3.0
+    """Score at which a node or GPU goes on probation: a lost node or a GPU error counts 1, a hang or a signal 1/2, an
+    exit code 1/4, each job once."""
+    half_life: Annotated[DurationMs, Field(ge=1_000)] = 3_600_000
+    """Time in which a score halves."""
+    preflight: tuple[Text, ...] = ("python", "-m", "jobsched.train.preflight")
+    """Command that must end with 0 on the node before it is trusted again; none: it is after two half-lives."""
+    image: Text = ""
+    """Image that the command runs in, on engines that need one."""
+    recheck: Annotated[DurationMs, Field(ge=1_000)] = 600_000
+    """Time between a check that failed and the next; it doubles each time."""
+    timeout: Annotated[DurationMs, Field(ge=1_000)] = 300_000
+    """Longest time that a check may take."""
+
+
 class PolicyConfig(SpecModel):
     """Scheduling policies by name."""
+
+    health: HealthConfig | None = HealthConfig()
+    """Probation of nodes; `null` turns it off."""
 
     ordering: Literal["priority"] = "priority"
     """Who goes first within a queue: higher priority, then earlier submission."""

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from jobsched.core import events as ev
+from jobsched.core.cluster import cordon_of
 from jobsched.core.job import Job
 from jobsched.core.lifecycle import Illegal, evolve_job
-from jobsched.core.node import Node
+from jobsched.core.node import Cordon, Node
 from jobsched.core.resources import JobId, NodeName
 from jobsched.errors import StaleFence
 from jobsched.ports import Appended, Lease, Loaded, Rejected
@@ -42,8 +43,7 @@ class NodeState:
 
     node: Node | None = None
     lost: bool = False
-    cordoned: bool = False
-    drain: bool = False
+    cordon: Cordon | None = None
 
 
 def evolve_node(state: NodeState, event: NodeEvent) -> NodeState:
@@ -52,10 +52,10 @@ def evolve_node(state: NodeState, event: NodeEvent) -> NodeState:
             return replace(state, node=node, lost=False)
         case ev.NodeLost():
             return replace(state, lost=True)
-        case ev.NodeCordoned(drain=drain):
-            return replace(state, cordoned=True, drain=drain)
+        case ev.NodeCordoned():
+            return replace(state, cordon=cordon_of(event))
         case ev.NodeUncordoned():
-            return replace(state, cordoned=False, drain=False)
+            return replace(state, cordon=None)
 
 
 def node_of(event: NodeEvent) -> NodeName:
@@ -70,7 +70,7 @@ def loaded(seq: int, jobs: Sequence[Job], nodes: Mapping[NodeName, NodeState], q
         jobs=tuple(jobs),
         nodes=tuple(s.node for _, s in states if s.node is not None),
         lost_nodes=tuple(name for name, s in states if s.lost),
-        cordoned=tuple((name, s.drain) for name, s in states if s.cordoned),
+        cordoned=tuple((name, s.cordon) for name, s in states if s.cordon is not None),
         queues=tuple(sorted(queues, key=lambda q: q.name)),
     )
 

@@ -28,7 +28,7 @@ from sqlalchemy import (
 
 from jobsched.errors import StoreUnavailable
 
-HEAD: Final = "0001"
+HEAD: Final = "0002"
 """The newest migration; a database that says so is opened without importing alembic (0.6 s)."""
 
 metadata = MetaData()
@@ -96,8 +96,7 @@ nodes = Table(
     Column("name", _Key, primary_key=True),
     Column("doc", Text),
     Column("lost", Boolean, nullable=False),
-    Column("cordoned", Boolean, nullable=False),
-    Column("drain", Boolean, nullable=False),
+    Column("cordon", Text),
 )
 
 queues = Table(

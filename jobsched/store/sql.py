@@ -47,7 +47,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from jobsched.core.events import EVENT, Event, JobEvent, JobSubmitted, QueueDefined, Stored, job_id_of
 from jobsched.core.job import Job, Phase
-from jobsched.core.node import Node
+from jobsched.core.node import Cordon, Node
 from jobsched.core.resources import JobId, NodeName
 from jobsched.errors import StoreUnavailable
 from jobsched.ports import Appended, JobQuery, Lease, Loaded, Sample
@@ -107,6 +107,7 @@ _HINTS: Final = {
 _JOB: Final = TypeAdapter(Job)
 _STATE: Final = TypeAdapter(dict[str, Any])
 _NODE: Final = TypeAdapter(Node)
+_CORDON: Final = TypeAdapter(Cordon)
 _QUEUE: Final = TypeAdapter(QueueSpec)
 _ARRAY: Final[TypeAdapter[ArraySpec | None]] = TypeAdapter(ArraySpec | None)
 _OWN: Final = {"name", "array"}
@@ -159,14 +160,19 @@ def _stored(row: Row[*tuple[Any, ...]]) -> Stored:
 
 def _nodes(rows: Iterable[Row[*tuple[Any, ...]]]) -> dict[NodeName, NodeState]:
     return {
-        row.name: NodeState(_NODE.validate_json(row.doc) if row.doc else None, row.lost, row.cordoned, row.drain)
+        row.name: NodeState(
+            _NODE.validate_json(row.doc) if row.doc else None,
+            row.lost,
+            _CORDON.validate_json(row.cordon) if row.cordon else None,
+        )
         for row in rows
     }
 
 
 def _node_row(name: NodeName, state: NodeState) -> dict[str, object]:
     doc = _NODE.dump_json(state.node).decode() if state.node is not None else None
-    return {"name": name, "doc": doc, "lost": state.lost, "cordoned": state.cordoned, "drain": state.drain}
+    cordon = _CORDON.dump_json(state.cordon).decode() if state.cordon is not None else None
+    return {"name": name, "doc": doc, "lost": state.lost, "cordon": cordon}
 
 
 def _sample(row: Row[*tuple[Any, ...]]) -> Sample:

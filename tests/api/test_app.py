@@ -96,8 +96,8 @@ def test_events_and_samples(api: Api) -> None:
 
 def test_nodes_and_queues(api: Api) -> None:
     assert api.http.get("/v1/nodes").json()[0]["free_gpus"] == 4
-    assert api.http.post("/v1/nodes/n1/cordon", json={"drain": True}).json()["draining"]
-    assert not api.http.post("/v1/nodes/n1/uncordon").json()["cordoned"]
+    assert api.http.post("/v1/nodes/n1/cordon", json={"drain": True}).json()["state"] == "draining"
+    assert api.http.post("/v1/nodes/n1/uncordon").json()["state"] == "ready"
     assert api.http.get("/v1/queues").json()[0]["queue"]["name"] == "default"
     assert {c["name"] for c in api.http.get("/v1/doctor").json()} >= {"store", "backend", "nodes"}
 

@@ -17,7 +17,7 @@ from jobsched.core import events as ev
 from jobsched.core.cluster import Cluster
 from jobsched.core.job import Binding, Cause, FailureClass, Job, Outcome, Phase, Reason, ReplicaId
 from jobsched.core.lifecycle import evolve_job
-from jobsched.core.node import Gpu, Node
+from jobsched.core.node import Cordon, Gpu, Node
 from jobsched.core.resources import GpuId, GpuShare, JobId, NodeName
 from jobsched.errors import StaleFence
 from jobsched.ports import Appended, JobQuery, Rejected, Sample, Store
@@ -351,12 +351,12 @@ class StoreContract:
         loaded = store.load()
         assert loaded.nodes == (other, NODE)
         assert loaded.lost_nodes == ("n1",)
-        assert loaded.cordoned == (("n0", True), ("new", False))
+        assert loaded.cordoned == (("n0", Cordon(True, "ada", since_ms=3)), ("new", Cordon(by="ada", since_ms=2)))
         assert loaded.queues == (QueueSpec(name="a"), QueueSpec(name="q", paused=True, max_gpus=4))
         assert_consistent(store)
         append(store, [ev.NodeSeen(6, replace(NODE, cpu_milli=1)), ev.NodeUncordoned(6, other.name, "ada")])
         assert store.load().lost_nodes == ()
-        assert store.load().cordoned == (("new", False),)
+        assert store.load().cordoned == (("new", Cordon(by="ada", since_ms=2)),)
         assert_consistent(store)
 
     # ---- listings ----

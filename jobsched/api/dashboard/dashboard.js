@@ -132,7 +132,7 @@ const filters = { text: "", all: false };
 async function overview(signal) {
   const [page, ended, nodes, queues, checks] = await Promise.all(
     ["jobs?limit=200", `jobs?limit=5&state=${ENDED}`, "nodes", "queues", "doctor"].map((path) => get(path, signal)));
-  const here = nodes.filter((n) => !n.lost);
+  const here = nodes.filter((n) => n.state !== "lost");
   const total = here.reduce((sum, n) => sum + n.node.gpus.length, 0);
   const used = queues.reduce((sum, q) => sum + q.gpus_in_use, 0);
   const tile = (value, text) => h("div", { class: "tile" }, h("b", {}, String(value)), text);
@@ -280,8 +280,10 @@ function gpus(n) {
 
 async function nodes(signal) {
   const all = await get("nodes", signal);
-  const state = (n) => (n.lost ? h("span", { class: "pill bad" }, "✖ lost") : n.cordoned ? h("span", { class: "pill QUEUED" }, n.draining ? "◑ draining" : "◑ cordoned")
-    : n.node.ready ? mark(true) : h("span", { class: "pill bad" }, `✖ ${n.node.message || "not ready"}`));
+  const why = (n) => [n.node.message, n.cordon ? n.cordon.why : ""].filter(Boolean).join("; ");
+  const state = (n) => (n.state === "ready" ? mark(true)
+    : ["lost", "not ready"].includes(n.state) ? h("span", { class: "pill bad", title: why(n) }, `✖ ${n.node.message || n.state}`)
+    : h("span", { class: "pill QUEUED", title: why(n) }, `◑ ${n.state}`));
   return [
     h("h1", {}, "Nodes"),
     table(["Node", "State", "GPUs", "Kind", "CPUs free", "Memory free", "Jobs"], all.map((n) => [
