@@ -23,8 +23,9 @@ from typing import Any
 
 from jobsched.backends import bundle, reports
 from jobsched.backends import docker_render as render
+from jobsched.backends.container_log import collect
+from jobsched.backends.containers import exit_of, instant
 from jobsched.backends.docker_engine import Engine, Gone, ImageError, Refused
-from jobsched.backends.docker_log import collect
 from jobsched.backends.docker_render import CannotRender, Json, Site
 from jobsched.backends.followed_log import chunks
 from jobsched.backends.gpus import read_inventory
@@ -584,7 +585,7 @@ class DockerBackend:
         report = replace(replica.report, message="its container was removed")
         if replica.died_with is None:
             return report
-        code, number = render.exit_of(replica.died_with)
+        code, number = exit_of(replica.died_with)
         return replace(report, exit_code=code, signal=number)
 
     def _remove(self, replica: Replica) -> None:
@@ -684,7 +685,7 @@ class DockerBackend:
         """Everything of ours on the engine: adopt it, and tell what is gone."""
         engine, first = station.engine, not station.listed.is_set()
         restarted = self._began_anew(station, info)
-        station.clock = (render.instant(info["SystemTime"]), time.monotonic())
+        station.clock = (instant(info["SystemTime"]), time.monotonic())
         station.site = replace(station.site, cpu_count=int(info["NCPU"]))
         name = NodeName(engine.config.name or str(info["Name"]).lower())
         found = {key: one for one in engine.ours(f"{render.HOME}={self.home_id}") if (key := _key_of(one)) is not None}
@@ -857,7 +858,7 @@ def _key_of(inspected: Json) -> LaunchKey | None:
 
 def _stamp(text: str) -> str:
     """RFC 3339 -> `seconds.nanoseconds`, as events are asked for."""
-    return f"{render.instant(text).timestamp():.6f}000"
+    return f"{instant(text).timestamp():.6f}000"
 
 
 def _event_stamp(event: Json) -> str:

@@ -17,6 +17,7 @@ import requests.exceptions
 import urllib3.exceptions
 
 from jobsched.backends import docker_render as render
+from jobsched.backends.containers import SEND
 from jobsched.backends.docker_render import Json
 from jobsched.errors import BackendUnreachable
 from jobsched.spec.server import DockerEngine
@@ -24,18 +25,6 @@ from jobsched.spec.server import DockerEngine
 TIMEOUT_S = 20
 """Longest wait for an answer."""
 OF_CONTAINERS = {"type": "container"}
-SEND = r"""
-for d in /proc/[0-9]*; do
-  p=${d#/proc/}; m=
-  if [ "$p" = 1 ] || [ "$p" = $$ ]; then continue; fi
-  if [ "$2" = caught ]; then
-    { while read -r k v; do if [ "$k" = SigCgt: ]; then m=$v; fi; done < "$d/status"; } 2>/dev/null
-    if [ -z "$m" ] || [ $(( 0x${m#????????} >> ($1 - 1) & 1 )) = 0 ]; then continue; fi
-  fi
-  kill -"$1" "$p" 2>/dev/null && echo "$p"
-done
-"""
-"""`/bin/sh -c SEND sh NUMBER caught|all` inside a container: to those processes that catch the signal, or to all."""
 
 
 class Gone(Exception):

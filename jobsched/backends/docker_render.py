@@ -6,13 +6,13 @@ Used by `docker` and `docker_engine`; the requests are those of the Engine API 1
 from __future__ import annotations
 
 import re
-import signal
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Literal
 
 from jobsched.backends.bundle import Owner
+from jobsched.backends.containers import exit_of, instant
 from jobsched.backends.gpus import is_real, visible_devices
 from jobsched.contract import ReplicaEnv, from_environ, to_environ
 from jobsched.core.job import Reason
@@ -252,12 +252,6 @@ def ended(report: ReplicaReport, inspected: Json, now: datetime) -> ReplicaRepor
     return replace(report, message=text)
 
 
-def exit_of(status: int) -> tuple[int | None, int | None]:
-    """Exit code and signal, one of them None: engines say 128 + N for signal N."""
-    number = status - 128
-    return (None, number) if 0 < number < signal.SIGRTMIN and number in set(signal.Signals) else (status, None)
-
-
 def no_command(tail: Sequence[str]) -> str:
     """What the engine's init wrote when there is no such command to run; empty when it was another end."""
     said = re.match(r"\[FATAL tini \(\d+\)\] exec (.*) failed: (.*)", tail[-1]) if tail else None
@@ -273,11 +267,6 @@ def start_error(text: str) -> str:
     """The part of an engine's message that a person can use: `exec: "trian": executable file not found in $PATH`."""
     inner = re.findall(r'(?:exec|chdir|mounting|invalid mount config)[: ].*', text)
     return (inner[-1] if inner else text).removesuffix(": unknown").strip()
-
-
-def instant(text: str) -> datetime:
-    """An engine's time: RFC 3339 with up to nine digits of a second, of which datetime knows six."""
-    return datetime.fromisoformat(re.sub(r"(\.\d{6})\d+", r"\1", text).replace("Z", "+00:00"))
 
 
 def node(site_name: NodeName, info: Json, engine: DockerEngine, config: DockerBackend, several: bool,

@@ -12,13 +12,15 @@ from types import ModuleType
 
 from jobsched.errors import MissingExtra
 from jobsched.ports import Backend
-from jobsched.spec.server import BackendConfig, DockerBackend, LocalBackend
+from jobsched.spec.server import BackendConfig, DockerBackend, KubernetesBackend, LocalBackend
 
 
 def make_backend(config: BackendConfig, home: Path) -> Backend:
     """The backend that the configuration asks for. BackendUnreachable when its engine is."""
     if config.docker is not None:
         return make_docker(config.docker, home)
+    if config.kubernetes is not None:
+        return make_kubernetes(config.kubernetes, home)
     return make_local(config.local, home)
 
 
@@ -49,6 +51,13 @@ def make_docker(config: DockerBackend, home: Path) -> Backend:
     from jobsched.backends import docker
 
     return docker.DockerBackend(home, config)
+
+
+def make_kubernetes(config: KubernetesBackend, home: Path) -> Backend:
+    load_engine("kubernetes.config", "kubernetes")
+    from jobsched.backends import kubernetes
+
+    return kubernetes.KubernetesBackend(home, config)
 
 
 def load_engine(module: str, extra: str) -> ModuleType:

@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import structlog
 
@@ -262,6 +262,7 @@ class Controller:
         cluster, sight = state.cluster, self._sight
         self._define_queues(state, fence, now, news)
         observations = self._observations()
+        self._senses = replace(self._senses, blind=bool(self.health.backend_error))
         with self._lock:
             seen_jobs, seen_nodes = self._fold(state, observations, now)
             if self._looks < self._looks_wanted:

@@ -17,6 +17,7 @@ from jobsched.core.observation import Sight
 from jobsched.core.resources import WHOLE_GPU, JobId, NodeName
 from jobsched.core.timers import START_AGAIN_MS
 from jobsched.spec.job import RestartScope, restart_policy, training_roles
+from jobsched.spec.pod import both
 
 STALE_GRACE_MS = 0
 """A stale replica may not save anything: its attempt is over."""
@@ -151,6 +152,7 @@ def make_launch(cluster: Cluster, job: Job, replica: Replica, addresses: Address
         preload=role.preload,
         keep_ms=spec.keep_after_finish,
         clean_up=spec.clean_up,
+        pod=both(spec.kubernetes.pod, role.kubernetes.pod),
     )
 
 

@@ -50,6 +50,8 @@ class Senses:
 
     absence_is_final: bool = False
     lost_after_ms: int = 30_000
+    blind: bool = False
+    """The backend cannot be reached just now: silence says nothing about a replica."""
 
 
 def judge(
@@ -108,7 +110,7 @@ class _Court:
         yield from self._ends()
         if self.job.phase in (Phase.STARTING, Phase.RUNNING):
             yield from self._deadlines()
-        if self.job.phase is Phase.RUNNING:
+        if self.job.phase is Phase.RUNNING and not self.senses.blind:
             yield from self._hang()
         yield from self._released()
         if self.job.phase is Phase.STOPPING and all(self._gone(r) for r in self.job.replicas.values()):

@@ -8,6 +8,7 @@ from typing import NewType
 
 from jobsched.contract import ReplicaEnv
 from jobsched.core.resources import GpuShare, JobId, NodeName
+from jobsched.spec.pod import PodOverlay
 
 LaunchKey = NewType("LaunchKey", str)
 """`job/attempt/role/index/restart`: the same key is never started twice."""
@@ -61,6 +62,8 @@ class Launch:
     """How long logs are kept after the end."""
     clean_up: str = "all"
     """Whose container and scratch files go at the end: all; running: only of those that had to be stopped; none."""
+    pod: PodOverlay = field(default_factory=dict)
+    """Parts of a pod that the job wants otherwise; read where replicas are pods."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ from pydantic import (
 )
 
 from jobsched.spec import quantity
+from jobsched.spec.pod import PodOverlay
 from jobsched.spec.quantity import show
 
 API_VERSION, KIND = "jobsched.dev/v1alpha1", "TrainingJob"
@@ -397,6 +398,13 @@ class RestartPolicy(SpecModel):
         return value
 
 
+class KubernetesWishes(SpecModel):
+    """What the job wants of Kubernetes in particular; other backends ignore it."""
+
+    pod: PodOverlay = {}
+    """Parts of a pod laid over what jobsched makes: `{spec: {priorityClassName: high}}`."""
+
+
 class RoleSpec(SpecModel):
     """A named set of like replicas."""
 
@@ -428,6 +436,8 @@ class RoleSpec(SpecModel):
     """Training processes that one replica starts itself (torchrun's --nproc-per-node)."""
     preload: Annotated[tuple[ModuleName, ...], Field(max_length=64)] = ()
     """Modules that a backend may keep imported in a warm interpreter, so that `python …` commands start faster."""
+    kubernetes: KubernetesWishes = KubernetesWishes()
+    """Wishes about this role's pods, laid over the job's."""
 
     @field_validator("ports")
     @classmethod
@@ -606,6 +616,8 @@ class JobSpec(SpecModel):
     """Submit the job once per index."""
     after: Annotated[tuple[Text, ...], Field(max_length=1_000)] = ()
     """Ids or names of jobs that must succeed first."""
+    kubernetes: KubernetesWishes = KubernetesWishes()
+    """Wishes about pods, where replicas are pods."""
 
     @field_validator("roles")
     @classmethod

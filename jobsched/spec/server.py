@@ -7,6 +7,7 @@ without any file runs with `ServerConfig()`: SQLite in the home directory, this 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
@@ -311,6 +312,115 @@ class DockerBackend(SpecModel):
         return value
 
 
+class KubernetesVolume(SpecModel):
+    """A volume that every replica sees, from exactly one source."""
+
+    mount: Annotated[Text, Field(pattern=r"^/[^:]+$")]
+    """Where it appears: `/data`."""
+    claim: Text = ""
+    """Name of a PersistentVolumeClaim in the namespace."""
+    config_map: Text = ""
+    """Name of a ConfigMap."""
+    secret: Text = ""
+    """Name of a Secret."""
+    host_path: Annotated[Text, Field(pattern=r"^(/.*)?$")] = ""
+    """Directory of the node; the namespace's Pod Security must allow it."""
+    read_only: bool = False
+    """Whether replicas may only read it."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if sum(map(bool, (self.claim, self.config_map, self.secret, self.host_path))) != 1:
+            raise ValueError("a volume has exactly one of claim, config_map, secret and host_path")
+        return self
+
+
+class KubernetesGpus(SpecModel):
+    """An extended resource that stands for GPUs; written `nvidia.com/gpu`."""
+
+    resource: Annotated[Text, Field(pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$")]
+    """Its name, as pods ask for it."""
+    kind: str = ""
+    """GPU kind; default: from the node's labels."""
+    memory: Bytes = 0
+    """Memory of one GPU; default: from the node's labels."""
+    per_gpu: Annotated[int, Field(strict=True, ge=1, le=1_000)] = 1
+    """Units of the resource that make up one GPU, where the device plugin shares them (time slicing, MPS)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _notation(cls, value: object) -> object:
+        return {"resource": value} if isinstance(value, str) else value
+
+    @field_validator("kind")
+    @classmethod
+    def _kind(cls, value: str) -> str:
+        return GpuStock(kind=value).kind if value else value
+
+
+class KubernetesBackend(SpecModel):
+    """Replicas are pods of a Kubernetes cluster."""
+
+    kubeconfig: Text = ""
+    """File with access to the cluster; default: `KUBECONFIG`, the user's own, or inside a pod its service account."""
+    context: Text = ""
+    """Context of that file; default: its current one."""
+    namespace: Name | Literal[""] = ""
+    """Where pods are made; default: the context's (inside a pod: its own)."""
+    instance: Name | Literal[""] = ""
+    """Tells the pods of several servers apart; default: made up once and kept in the home."""
+    image: Text = ""
+    """Image of jobs that name none."""
+    pull: Literal["missing", "always", "never"] = "missing"
+    """When images are pulled."""
+    pull_secrets: tuple[Text, ...] = ()
+    """Names of Secrets with credentials of registries."""
+    service_account: Text = ""
+    """Service account of replicas; its token is not mounted."""
+    user: Annotated[Text, Field(pattern=r"^[1-9][0-9]{0,9}:[0-9]{1,10}$")] = "65532:65532"
+    """`UID:GID` of every replica, never root."""
+    read_only: bool = False
+    """Whether the root file system is read-only; /tmp is a volume then."""
+    working_dir: Literal["copy", "image"] = "copy"
+    """How a job's directory comes into its pods: packed into ConfigMaps and unpacked there, or it is in the image."""
+    copy_limit: Annotated[Bytes, Field(ge=1_024, le=64 * 2**20)] = 16 * 2**20
+    """Largest directory that is copied; `.jobschedignore` (else `.gitignore`) says what to leave out."""
+    shm_size: Bytes = 2 * 2**30
+    """Size of /dev/shm, a memory volume; what is in it counts as the replica's memory."""
+    volumes: tuple[KubernetesVolume, ...] = ()
+    """Volumes of every replica."""
+    checkpoints: KubernetesVolume | None = None
+    """Volume for checkpoints, writable from every node (ReadWriteMany); without it jobs name a place of their own."""
+    secrets: Text = "jobsched-secrets"
+    """Secret whose keys `secret://KEY` refers to; `secret://OBJECT/KEY` names another one."""
+    nodes: Labels = Field(default={})
+    """Only nodes with these labels are offered."""
+    gpus: Annotated[tuple[KubernetesGpus, ...], BeforeValidator(_listed)] = (
+        KubernetesGpus(resource="nvidia.com/gpu"), KubernetesGpus(resource="amd.com/gpu"))
+    """Resources that stand for GPUs; MIG slices (`nvidia.com/mig-…`) need not be listed."""
+    topology: Mapping[Literal["zone", "rack", "nvlink"], tuple[Text, ...]] = Field(default={
+        "zone": ("topology.kubernetes.io/zone", "failure-domain.beta.kubernetes.io/zone"),
+        "rack": ("topology.kubernetes.io/rack", "cloud.google.com/gce-topology-block",
+                 "topology.k8s.aws/network-node-layer-3"),
+        "nvlink": ("nvidia.com/gpu.clique", "cloud.google.com/gce-topology-host"),
+    }, validate_default=True)
+    """Node labels that name the domains of each level; of several the first that a node has."""
+    tolerations: tuple[Text, ...] = ("nvidia.com/gpu", "amd.com/gpu")
+    """Taints (key or key=value) that keep no job away."""
+    scheduler: Text = ""
+    """Name of the scheduler that binds the pods; default: the cluster's own."""
+    priority_class: Text = ""
+    """Priority class of the pods."""
+    overlay: Literal["restricted", "any", "none"] = "restricted"
+    """What jobs may write under `kubernetes.pod`: nothing that gives more rights; anything; nothing."""
+    bind_timeout: Annotated[DurationMs, Field(ge=1_000)] = 30_000
+    """Time within which the cluster's scheduler must bind a gang; then it is taken back whole and tried again."""
+    node_lost_after: Annotated[DurationMs, Field(ge=12_000)] = 16_000
+    """Age of a node's Lease (renewed every 10 s) at which the node is lost, if its replicas are silent as well."""
+    logs: LogLimits = LogLimits()
+    """Size of the logs."""
+
+
 class BackendConfig(SpecModel):
     """Where replicas run: one field per kind of engine."""
 
@@ -318,6 +428,8 @@ class BackendConfig(SpecModel):
     """Processes of this machine."""
     docker: DockerBackend | None = None
     """Containers on Docker engines."""
+    kubernetes: KubernetesBackend | None = None
+    """Pods of a Kubernetes cluster."""
 
 
 class HealthConfig(SpecModel):

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobsched.backends import reports
-from jobsched.backends.docker_log import collect, read_position
+from jobsched.backends.container_log import collect, read_position
 from jobsched.spec.server import LogLimits
 
 

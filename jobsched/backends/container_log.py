@@ -1,6 +1,6 @@
 """A container's log as a file: what the engine streams, less the reports in it, appended where it left off.
 
-Used by `docker`, one call per container at a time. The file's true length says how much of the stream it holds; beside
+Used by adapters, one call per container at a time. The file's true length says how much of the stream it holds; beside
 it (`.pos`) stands an instant of the stream with the length reached there, so that a new server need not read a long log
 again. Nothing is lost or doubled when it ends at any point.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobsched.backends.docker_render import instant
+from jobsched.backends.containers import instant
 from jobsched.backends.reports import LineFilter
 from jobsched.backends.supervisor import replica_log
 from jobsched.spec.server import LogLimits

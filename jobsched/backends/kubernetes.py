@@ -1,0 +1,745 @@
+"""The Kubernetes backend: replicas are pods, nodes are the cluster's nodes.
+
+Used by `wiring` through `registry`. The API server knows everything: what a pod is, its labels and annotations say; a
+new server sees all that the old one saw. Informers follow nodes, their Leases, our pods, others' pods and warnings; per
+running pod one thread collects its log, takes the reports in it, and tells its end; per stop one thread waits.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import structlog
+
+from jobsched.backends import bundle
+from jobsched.backends import kubernetes_render as render
+from jobsched.backends.container_log import collect
+from jobsched.backends.containers import SEND
+from jobsched.backends.followed_log import chunks
+from jobsched.backends.kubernetes_api import AT_ONCE, Api, Exists, Gone, Refused, Stream
+from jobsched.backends.kubernetes_fleet import Fleet
+from jobsched.backends.kubernetes_render import CannotRender, Json, Site
+from jobsched.backends.kubernetes_watch import Informer
+from jobsched.backends.replica_table import Known, ReplicaTable, Stop
+from jobsched.backends.supervisor import replica_log
+from jobsched.backends.supervisor.processes import signal_number
+from jobsched.backends.supervisor.protocol import Layout
+from jobsched.backends.supervisor.sweeper import Sweeper, mark_kept
+from jobsched.core.job import Reason
+from jobsched.core.launch import Launch, LaunchKey
+from jobsched.core.node import Node
+from jobsched.core.observation import Observation, ReplicaReport, Seen
+from jobsched.core.resources import NodeName
+from jobsched.errors import BackendUnreachable
+from jobsched.ports import Addressing, Capabilities, LogChunk
+from jobsched.spec.pod import CONTAINER
+from jobsched.spec.server import KubernetesBackend as Config
+
+log = structlog.get_logger("jobsched.kubernetes")
+
+ANSWER_S = 25.0
+"""Longest wait for the first listings."""
+PULSE_S = 1.0
+KILL_AFTER_S = 5.0
+"""Least time between SIGTERM and SIGKILL."""
+STACKS_AFTER_S = 0.4
+"""How long a process may take to write its stacks."""
+REOPEN_S = (0.2, 30.0)
+"""First and longest pause before a log stream that broke off is opened again."""
+OVERDUE_S = 3.0
+"""A log stream that goes on this long after its container's end is cut off."""
+SILENT_S = 4.0
+"""A replica whose log stream is closed for so long, or that reports through it and did not, is silent."""
+LOG_SILENCE_S = 3_600.0
+"""A log stream on which nothing comes for so long is opened anew."""
+REAP_AFTER_S = 30.0
+"""What an earlier server left half-made is removed so long after the start."""
+
+
+@dataclass(slots=True)
+class Replica(Known):
+    """One pod, or what shall become one."""
+
+    pod: str = ""
+    """Its name, once there is one."""
+    uid: str = ""
+    gpus: tuple[str, ...] = ()
+    keep_ms: int = 0
+    withdrawn: bool = False
+    made_at: float = 0.0
+    """When the API server took it (monotonic seconds)."""
+    bound: bool = False
+    """The cluster's scheduler has bound it."""
+    end: ReplicaReport | None = None
+    """How it ended; its log may still be on its way."""
+    end_at: float = 0.0
+    attended: bool = False
+    stream: Stream | None = None
+    """The log that is being read."""
+    blind_since: float = field(default_factory=time.monotonic)
+    """Since when nothing can be heard from it; 0 while its log is open."""
+
+    def told(self) -> ReplicaReport:
+        """Silence does not count while nothing could be heard."""
+        report = Known.told(self)
+        if report.progress is None or not self.blind_since:
+            return report
+        blind_ms = int((time.monotonic() - self.blind_since) * 1000)
+        step, beat = report.progress.step_age_ms - blind_ms, report.progress.beat_age_ms - blind_ms
+        return replace(report, progress=replace(report.progress, step_age_ms=max(step, 0), beat_age_ms=max(beat, 0)))
+
+    def silent(self, now: float) -> bool:
+        if self.blind_since:
+            return now - self.blind_since >= SILENT_S
+        return self.progress is not None and now - self.progress.beat_at >= SILENT_S
+
+
+class KubernetesBackend:
+    """A `Backend`. `home` keeps logs; nothing in it is needed to go on."""
+
+    def __init__(self, home: Path, config: Config) -> None:
+        self.layout = Layout(home.absolute())
+        self.layout.make()
+        self.config = config
+        self.api = Api(config)
+        instance = config.instance or _instance(self.layout.state / "kubernetes-instance")
+        self.site = Site(instance, self.api.namespace, config)
+        self.table: ReplicaTable[Replica] = ReplicaTable()
+        self.fleet = Fleet(config, self._held)
+        self._base = f"/api/v1/namespaces/{self.site.namespace}"
+        self._closing = threading.Event()
+        self._pool = ThreadPoolExecutor(AT_ONCE, "kubernetes")
+        self._owners: dict[str, Json] = {}
+        """Service -> the reference by which it owns things."""
+        self._making = threading.Lock()
+        self._sweeper = Sweeper(self.layout)
+        self.capabilities = Capabilities(
+            name="kubernetes",
+            addressing=Addressing.NAME,
+            name_template=render.NAME_TEMPLATE.format(instance=instance),
+            absence_is_final=True,
+            limits="container",
+            checkpoint_root=config.checkpoints.mount if config.checkpoints else "",
+            report="",
+        )
+        ours = f"{render.INSTANCE}={instance}"
+        watch = self._informer
+        self._pods = watch(f"{self._base}/pods", {"labelSelector": ours}, self._list_pods, self._hear_pod)
+        self._others = watch("/api/v1/pods", {
+            "labelSelector": f"{render.INSTANCE}!={instance}",
+            "fieldSelector": "spec.nodeName!=,status.phase!=Succeeded,status.phase!=Failed",
+        }, self.fleet.list_others, self.fleet.hear_other)
+        self._nodes = watch("/api/v1/nodes", {}, self._list_nodes, self._hear_node)
+        self._leases = watch("/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases", {},
+                             self.fleet.list_leases, self.fleet.hear_lease)
+        self._warnings = watch(f"{self._base}/events", {"fieldSelector": "involvedObject.kind=Pod,type=Warning"},
+                               lambda _: None, self._hear_warning)
+        self._informers = (self._nodes, self._others, self._pods, self._leases, self._warnings)
+        self._thread = threading.Thread(target=self._feel_pulse, name="kubernetes-pulse", daemon=True)
+        for informer in self._informers:
+            informer.start()
+        self._thread.start()
+
+    def _informer(self, path: str, query: dict[str, str], listed: Callable[[list[Json]], None],
+                  heard: Callable[[str, Json], None]) -> Informer:
+        return Informer(self.api, path, query, listed, heard, self._touch_changed)
+
+    # the port -----------------------------------------------------------------------------------------------------
+
+    def observe(self, timeout_ms: int = 0) -> Observation:
+        if not self.table.told:
+            for informer in self._informers:
+                informer.synced.wait(ANSWER_S)
+        return self.table.observe(self._offered, timeout_ms)
+
+    def start(self, launches: Sequence[Launch]) -> None:
+        gangs: dict[str, list[tuple[Replica, Launch]]] = {}
+        with self.table.changed:
+            for launch in launches:
+                if self.table.started(launch.key) or self.fleet.is_lost(launch.node):
+                    continue  # a node that is not there is not listed: the order comes again or is withdrawn
+                replica = Replica(
+                    ReplicaReport(launch.key, launch.node, Seen.STARTING), launch.contract.token, launch.stop_signal,
+                    gpus=tuple(share.gpu for share in launch.gpus), keep_ms=launch.keep_ms)
+                self.table.add(replica)
+                gangs.setdefault(self._attempt(launch.key), []).append((replica, launch))
+        for gang in gangs.values():
+            self._aside(self._start_gang, gang)
+
+    def stop(self, keys: Sequence[LaunchKey], grace_ms: int) -> None:
+        until = time.monotonic() + grace_ms / 1000
+        with self.table.changed:
+            for replica in self.table.known(keys):
+                if not replica.alive:
+                    continue
+                if not replica.pod:
+                    replica.withdrawn = True
+                    self.table.end(replica, replace(
+                        replica.report, signal=int(signal.SIGTERM), message="stopped before it ran"))
+                elif replica.stop is None:
+                    replica.stop = Stop(until, replica.acknowledged, now=grace_ms <= 0)
+                    self._aside(self._carry_out, replica, replica.stop)
+                elif until < replica.stop.until:
+                    replica.stop.until, replica.stop.now = until, grace_ms <= 0
+            self.table.changed.notify_all()
+
+    def ask_stacks(self, keys: Sequence[LaunchKey]) -> None:
+        for replica in self.table.known(keys):
+            if replica.report.state is Seen.RUNNING:
+                self._aside(self._take_stacks, replica)
+
+    def forget(self, keys: Sequence[LaunchKey]) -> None:
+        ended = [replica for replica in self.table.known(keys) if not replica.alive]
+        for replica in ended:
+            self.table.forget(replica)
+            self.fleet.touch(replica.report.node)
+        if ended:
+            self._submit(self._remove, ended)
+
+    def logs(self, key: LaunchKey, offset: int = 0, follow: bool = False, timeout_ms: int = 0) -> Iterator[LogChunk]:
+        return chunks(self.layout.log(key), offset, lambda: follow and self._writes(key), timeout_ms)
+
+    def close(self) -> None:
+        self._closing.set()
+        for informer in self._informers:
+            informer.close()
+        for replica in self.table.all():
+            if (stream := replica.stream) is not None:
+                stream.close()
+        self.table.hurry()
+        for informer in self._informers:
+            informer.join(2.0)
+        self._thread.join(2.0)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self.api.close()
+
+    # what is told -------------------------------------------------------------------------------------------------
+
+    def _offered(self) -> dict[NodeName, Node]:
+        for informer in (self._nodes, self._others, self._pods):
+            if informer.problem:
+                raise BackendUnreachable(f"{informer.problem} ({self.api.host})")
+        return self.fleet.nodes()
+
+    def _held(self) -> dict[str, frozenset[str]]:
+        found: dict[str, frozenset[str]] = {}
+        for replica in self.table.all():
+            if replica.gpus:
+                found[replica.report.node] = found.get(replica.report.node, frozenset()) | set(replica.gpus)
+        return found
+
+    def _touch_changed(self) -> None:
+        """An informer lost touch or found it again: what is known of silence is told anew."""
+        with self.table.changed:
+            for replica in self.table.all():
+                if replica.alive and replica.progress is not None:
+                    self.table.mark(replica)
+        self.table.hurry()
+
+    def _writes(self, key: LaunchKey) -> bool:
+        replica = self.table.get(key)
+        return replica is not None and (replica.alive or replica.attended)
+
+    def _attempt(self, key: LaunchKey) -> str:
+        return render.service_name(self.site.instance, key)
+
+    def _finish(self, replica: Replica, report: ReplicaReport) -> None:
+        """Its end, with the last lines of its log where it failed."""
+        failed = report.exit_code != 0 or report.failure is not Reason.NONE
+        tail = replica_log.tail(self.layout.log(replica.key)) if failed else ()
+        self.table.end(replica, replace(report, tail=tail))
+
+    def _never_ran(self, replica: Replica, text: str, failure: Reason, code: int | None = None) -> None:
+        if replica.alive:
+            self._make_log(replica)
+            replica_log.append(self.layout.log(replica.key), f"jobsched: {text}\n")
+            self._finish(replica, replace(replica.report, exit_code=code, failure=failure, message=text))
+
+    # starting -----------------------------------------------------------------------------------------------------
+
+    def _start_gang(self, gang: list[tuple[Replica, Launch]]) -> None:
+        """The attempt's Service, its directory, then the pods, several at once."""
+        try:
+            owner = self._owner(gang[0][1].key)
+            packed: dict[str, list[str]] = {}
+            ready: list[tuple[Replica, Launch, list[str]]] = []
+            for replica, launch in gang:
+                try:
+                    ready.append((replica, launch, self._parts(launch, owner, packed)))
+                except (bundle.BundleError, OSError) as error:
+                    self._never_ran(replica, str(error), Reason.START_FAILED, 126)
+        except (BackendUnreachable, Exists):  # the order comes again
+            for replica, _ in gang:
+                self._abandon(replica)
+        except Refused as error:
+            for replica, _ in gang:
+                self._refused(replica, error.status, str(error))
+        except Gone as error:
+            for replica, _ in gang:
+                self._refused(replica, 404, str(error))
+        else:
+            for one in ready:
+                self._submit(self._start_one, *one, owner)
+
+    def _owner(self, key: LaunchKey) -> Json:
+        """The reference to the attempt's Service, which is made if need be."""
+        name = self._attempt(key)
+        with self._making:
+            if name not in self._owners:
+                try:
+                    found = self.api.create(f"{self._base}/services", render.service(self.site, key))
+                except Exists:
+                    found = self.api.get(f"{self._base}/services/{name}")
+                self._owners[name] = render.owner_reference(name, found["metadata"]["uid"])
+            return self._owners[name]
+
+    def _parts(self, launch: Launch, owner: Json, packed: dict[str, list[str]]) -> list[str]:
+        """Names of the ConfigMaps with its directory, made once for all who share it."""
+        where = launch.working_dir
+        if not render.copied(launch, self.config):
+            return []
+        if where not in packed:
+            out = io.BytesIO()
+            bundle.pack(Path(where), out, self.config.copy_limit, self.site.owner)
+            maps = render.config_maps(self.site, launch.key, gzip.compress(out.getvalue(), 6, mtime=0), owner)
+            for one in maps:
+                with suppress(Exists):
+                    self.api.create(f"{self._base}/configmaps", one)
+            packed[where] = [one["metadata"]["name"] for one in maps]
+        return packed[where]
+
+    def _start_one(self, replica: Replica, launch: Launch, parts: list[str], owner: Json) -> None:
+        key, path = launch.key, f"{self._base}/pods"
+        try:
+            node = self.fleet.object(launch.node)
+            if replica.withdrawn or not replica.alive:
+                return
+            if node is None:
+                self._abandon(replica)
+                return
+            if self.layout.log(key).exists():
+                self._finish(replica, replace(replica.report, message="it ran before, and its pod is gone"))
+                return
+            request = render.pod(launch, self.site, node, owner, parts)
+            try:
+                made = self.api.create(path, request)
+            except Exists:
+                made = self.api.get(f"{path}/{request['metadata']['name']}")
+            self._make_log(replica)
+            with self.table.changed:
+                replica.pod, replica.uid = made["metadata"]["name"], made["metadata"]["uid"]
+                replica.made_at = replica.made_at or time.monotonic()
+                withdrawn = replica.withdrawn
+            if withdrawn:
+                self.api.delete(f"{path}/{replica.pod}", 0)
+        except CannotRender as error:
+            self._never_ran(replica, str(error), Reason.START_FAILED, 126)
+        except Refused as error:
+            self._refused(replica, error.status, str(error))
+        except Gone as error:
+            self._refused(replica, 404, str(error))
+        except BackendUnreachable:  # whether it was made, the informer tells; if not, the order comes again
+            self._abandon(replica)
+
+    def _refused(self, replica: Replica, status: int, text: str) -> None:
+        if status == 404 and text.startswith("services"):  # the attempt's Service was deleted behind our back
+            self._owners.pop(self._attempt(replica.key), None)
+        failure = render.refusal(status, text)
+        self._never_ran(replica, text, failure, 126 if failure is Reason.START_FAILED else None)
+
+    def _abandon(self, replica: Replica) -> None:
+        with self.table.changed:
+            if replica.alive and not replica.pod:
+                self.table.drop(replica)
+
+    def _make_log(self, replica: Replica) -> None:
+        """Its log file, which also says that the key was started."""
+        path = self.layout.log(replica.key)
+        if not path.parent.exists():
+            path.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
+            mark_kept(path.parent, replica.keep_ms)
+        os.close(replica_log.open_for_append(path))
+
+    # pods ---------------------------------------------------------------------------------------------------------
+
+    def _list_pods(self, found: list[Json]) -> None:
+        listed = {one["metadata"]["uid"] for one in found}
+        for one in found:
+            self._hear_pod("ADDED", one)
+        for replica in self.table.all():
+            if replica.alive and replica.uid and replica.uid not in listed and replica.made_at < self._pods.begun:
+                self._pod_gone(replica, None)
+        ending = [replica for replica in self.table.all() if replica.end is not None]
+        latest = time.monotonic() + ANSWER_S / 2
+        self.table.wait(lambda: not any(replica.alive for replica in ending), lambda: latest)  # told as ends at once
+
+    def _hear_pod(self, kind: str, found: Json) -> None:
+        key = render.key_of(found)
+        if key is None:
+            return
+        with self.table.changed:
+            replica = self.table.get(key)
+            if replica is None:
+                if kind == "DELETED":
+                    return
+                if self.table.started(key):  # forgotten: it should not be there any more
+                    self._submit(self._delete, found["metadata"]["name"], 0)
+                    return
+                replica = self._adopted(key, found)
+            if replica.uid and replica.uid != found["metadata"]["uid"]:
+                return
+            if not replica.pod:
+                replica.pod, replica.uid = found["metadata"]["name"], found["metadata"]["uid"]
+                replica.made_at = time.monotonic()
+            replica.bound = bool(found["spec"].get("nodeName"))
+            if kind == "DELETED":
+                self._pod_gone(replica, found)
+            elif replica.alive and replica.end is None:
+                self._take(replica, found)
+
+    def _adopted(self, key: LaunchKey, found: Json) -> Replica:
+        """A pod that an earlier server made."""
+        report = ReplicaReport(key, NodeName(found["metadata"]["annotations"].get(render.NODE, "")), Seen.STARTING)
+        replica = Replica(
+            report, render.token_of(found), found["metadata"]["annotations"].get(render.SIGNAL, ""),
+            gpus=render.gpus_of(found))
+        self.table.add(replica)
+        self._make_log(replica)
+        return replica
+
+    def _take(self, replica: Replica, found: Json) -> None:
+        """What a pod says of itself now (under the lock)."""
+        report = render.report_of(found, wanted_away=replica.stop is not None)
+        match report.state:
+            case Seen.STARTING:
+                if report.message:
+                    self.table.tell(replica, message=report.message, ident=report.ident)
+            case Seen.RUNNING:
+                self.table.tell(replica, state=Seen.RUNNING, ident=report.ident, message="")
+                self._attend(replica)
+            case Seen.EXITED if report.exit_code is None and report.signal is None and not replica.attended:
+                self._never_ran(replica, report.message, report.failure)  # it would go on trying
+                self._submit(self._delete, replica.pod, 0 if not replica.bound else 1)
+            case Seen.EXITED:
+                self._ends(replica, report)
+
+    def _ends(self, replica: Replica, report: ReplicaReport) -> None:
+        """Its container ended: once its log is whole, so does the replica."""
+        replica.end, replica.end_at = report, time.monotonic()
+        self.table.changed.notify_all()
+        self._attend(replica)
+
+    def _pod_gone(self, replica: Replica, found: Json | None) -> None:
+        """There is no such pod any more."""
+        with self.table.changed:
+            if not replica.alive or replica.end is not None:
+                return
+            last = render.report_of(found, replica.stop is not None) if found is not None else replica.report
+            if last.state is Seen.EXITED:
+                self._ends(replica, last)
+            elif replica.stop is not None:
+                number = signal.SIGKILL if replica.stop.now and replica.report.state is Seen.RUNNING else signal.SIGTERM
+                self._ends(replica, replace(replica.report, signal=int(number), message=""))
+            else:
+                self._ends(replica, replace(
+                    replica.report, failure=Reason.REPLICA_LOST, message="its pod was deleted"))
+
+    def _hear_warning(self, kind: str, found: Json) -> None:
+        """A warning about a pod that does not run yet: volumes, sandboxes, quotas."""
+        name = found.get("involvedObject", {}).get("name", "")
+        if kind == "DELETED" or not name.startswith(f"js-{self.site.instance}-"):
+            return
+        for replica in self.table.all():
+            if replica.pod == name and replica.report.state is Seen.STARTING:
+                self.table.tell(replica, message=f"{found.get('reason', '')}: {found.get('message', '')}")
+
+    # running and ending -------------------------------------------------------------------------------------------
+
+    def _attend(self, replica: Replica) -> None:
+        """Collect its log and tell its end, on a thread of its own."""
+        with self.table.lock:
+            free, replica.attended = not replica.attended, True
+        if free:
+            self._aside(self._collect_and_end, replica)
+
+    def _collect_and_end(self, replica: Replica) -> None:
+        pause = REOPEN_S[0]
+        try:
+            while not self._closing.is_set():
+                ended = replica.end is not None  # asked before reading: what is written before the end is read
+                heard = self._collect(replica, follow=not ended)
+                if ended:
+                    break
+                pause = REOPEN_S[0] if heard else min(pause * 2, REOPEN_S[1])
+                self._pause(replica, time.monotonic() + pause)
+            if replica.end is not None and not self._closing.is_set():
+                self._finish(replica, replica.end)
+        finally:
+            with self.table.changed:
+                replica.attended = False
+                if not replica.alive:
+                    self.table.mark(replica)
+
+    def _pause(self, replica: Replica, until: float) -> None:
+        self.table.wait(lambda: replica.end is not None or self._closing.is_set(), lambda: until)
+
+    def _collect(self, replica: Replica, follow: bool) -> bool:
+        """Read its log to the end; whether it could be opened."""
+        path = f"{self._base}/pods/{replica.pod}/log"
+        heard = False
+
+        def opened(since_s: int) -> Iterator[bytes]:
+            nonlocal heard
+            query = {"container": CONTAINER, "timestamps": "true"} | ({"follow": "true"} if follow else {})
+            if since_s:
+                query["sinceTime"] = datetime.fromtimestamp(since_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+            stream = replica.stream = self.api.stream(path, query, LOG_SILENCE_S if follow else 5.0)
+            heard = True
+            self._sees(replica)
+            yield from stream.lines()
+
+        try:
+            collect(self.layout.log(replica.key), opened, self._took, self.config.logs)
+        except (BackendUnreachable, Gone, Refused):
+            pass  # it is tried again, or it has ended
+        finally:
+            replica.stream = None
+            with self.table.lock:
+                replica.blind_since = replica.blind_since or time.monotonic()
+        return heard
+
+    def _took(self, data: Json) -> None:
+        self.table.take(data)
+
+    def _sees(self, replica: Replica) -> None:
+        """Its log is open (again): what it did not say meanwhile is not held against it."""
+        with self.table.lock:
+            blind_s = time.monotonic() - replica.blind_since if replica.blind_since else 0.0
+            replica.blind_since = 0.0
+            if replica.progress is not None:
+                replica.progress.step_at += blind_s
+                replica.progress.beat_at += blind_s
+
+    # removing -----------------------------------------------------------------------------------------------------
+
+    def _remove(self, ended: list[Replica]) -> None:
+        """Pods of replicas that are over; with the last of an attempt its Service, which owns the rest."""
+        for name in dict.fromkeys(self._attempt(replica.key) for replica in ended):
+            mine = [replica for replica in ended if self._attempt(replica.key) == name]
+            if any(self._attempt(other.key) == name for other in self.table.all()):
+                for replica in mine:
+                    if replica.pod:
+                        self._delete(replica.pod, 0)
+            else:
+                self._remove_attempt(name)
+
+    def _remove_attempt(self, service: str) -> None:
+        try:
+            self.api.delete(f"{self._base}/pods", 0, f"{render.ATTEMPT}={service}")
+            self.api.delete(f"{self._base}/services/{service}")
+            self._owners.pop(service, None)
+        except (BackendUnreachable, Refused) as error:
+            log.warning("not removed; a later server will", service=service, error=str(error))
+
+    def _delete(self, pod: str, grace_s: int) -> None:
+        with suppress(BackendUnreachable, Refused):
+            self.api.delete(f"{self._base}/pods/{pod}", grace_s)
+
+    def _reap(self) -> None:
+        """Services of attempts that have no pod: left by a server that ended while it made or removed them."""
+        with suppress(BackendUnreachable, Refused, Gone):
+            ours = {"labelSelector": f"{render.INSTANCE}={self.site.instance}"}
+            listing = self.api.get(f"{self._base}/services", ours)
+            names = {one["metadata"]["name"] for one in listing.get("items") or ()}
+            for name in sorted(names - {self._attempt(replica.key) for replica in self.table.all()}):
+                if name not in self._owners:
+                    self._remove_attempt(name)
+
+    # stopping -----------------------------------------------------------------------------------------------------
+
+    def _carry_out(self, replica: Replica, stop: Stop) -> None:
+        """Ask, terminate, kill, as far as the grace allows."""
+        wait = self.table.wait
+        try:
+            asked = False
+            if self._can_hear(replica) and not stop.now and (number := signal_number(replica.stop_signal)):
+                asked = self._signal(replica, number, "caught")
+            if asked:
+                wait(lambda: not replica.alive or stop.now or replica.acknowledged != stop.acknowledged_before,
+                     lambda: stop.until)
+            if replica.alive and self._can_hear(replica) and not stop.now:
+                answered = asked and replica.acknowledged != stop.acknowledged_before
+                least = time.monotonic() + KILL_AFTER_S
+
+
+                def until(least: float = least, answered: bool = answered) -> float:
+                    return least if answered else max(least, stop.until)
+
+                if not self._signal(replica, signal.SIGTERM, "all"):
+                    self.api.delete(f"{self._base}/pods/{replica.pod}", max(int(until() - time.monotonic()), 1))
+                wait(lambda: not replica.alive or replica.end is not None or stop.now, until)
+            if replica.alive and replica.end is None:
+                self._kill(replica)
+            begun = time.monotonic()
+            wait(lambda: not replica.alive, lambda: begun + KILL_AFTER_S)
+        except (BackendUnreachable, Refused):
+            pass  # the order comes again
+        finally:
+            with self.table.lock:
+                replica.stop = None if replica.alive else stop
+
+    def _kill(self, replica: Replica) -> None:
+        """By the kubelet, a second after its SIGTERM; where there is none to ask, from the API server's books."""
+        unasked = not replica.bound or self.fleet.is_lost(replica.report.node)
+        self.api.delete(f"{self._base}/pods/{replica.pod}", 0 if unasked else 1)
+
+    @staticmethod
+    def _can_hear(replica: Replica) -> bool:
+        return replica.report.state is Seen.RUNNING and replica.end is None
+
+    def _signal(self, replica: Replica, number: int, whom: str) -> bool:
+        """To processes in the container that catch it, or to all; whether there was one."""
+        path = f"{self._base}/pods/{replica.pod}/exec"
+        try:
+            return bool(self.api.exec(path, ["/bin/sh", "-c", SEND, "sh", str(int(number)), whom], CONTAINER))
+        except BackendUnreachable:
+            return False
+
+    def _take_stacks(self, replica: Replica) -> None:
+        """The training library answers SIGQUIT with the stacks of all threads, on stderr."""
+        path = self.layout.log(replica.key)
+        before = replica_log.size(path)
+        if not self._signal(replica, signal.SIGQUIT, "caught"):
+            self.table.tell(replica, stacks="no process in the container writes its stacks")
+            return
+        self._closing.wait(STACKS_AFTER_S)
+        with suppress(FileNotFoundError):
+            self.table.tell(replica, stacks=replica_log.read(path, before)[1].decode(errors="replace"))
+
+    # nodes --------------------------------------------------------------------------------------------------------
+
+    def _list_nodes(self, found: list[Json]) -> None:
+        for name in self.fleet.list_nodes(found):
+            self._node_removed(name)
+        self.table.hurry()
+
+    def _hear_node(self, kind: str, found: Json) -> None:
+        self.fleet.hear_node(kind, found)
+        if kind == "DELETED":
+            self._node_removed(found["metadata"]["name"])
+        self.table.hurry()
+
+    def _node_removed(self, name: str) -> None:
+        self._lose_replicas(name, f"node {name} was removed from the cluster")
+
+    def _look_for_lost_nodes(self) -> None:
+        """A Lease that is not renewed, and replicas that are silent: either alone proves nothing."""
+        if self._leases.problem:
+            return
+        now = time.monotonic()
+        for name, age_s, stamp in self.fleet.late(self.config.node_lost_after / 1000):
+            why = f"its kubelet has not renewed its Lease for {age_s:.0f} s"
+            there = [one for one in self.table.all() if one.alive and one.report.node == name]
+            if not there:
+                self.fleet.silence(name, why)
+            elif all(replica.silent(now) for replica in there) and self._still(name, stamp):
+                log.warning("node lost", node=name, lease_age_s=round(age_s, 1), replicas=len(there))
+                self.fleet.lose(name, stamp)
+                self._lose_replicas(name, f"node {name} is lost: {why}, and its replicas are silent")
+        self.table.hurry()
+
+    def _still(self, name: str, stamp: str) -> bool:
+        """Whether the Lease really was not renewed, by the API server's newest state."""
+        try:
+            found = self.api.get(f"{self._leases.path}/{name}", timeout_s=3.0)
+        except Gone:
+            return True
+        except (BackendUnreachable, Refused):
+            return False
+        return str(found.get("spec", {}).get("renewTime") or "") == stamp
+
+    def _lose_replicas(self, name: str, why: str) -> None:
+        """Nobody will tell their ends. Their pods go at once, names included; should the node come back, its kubelet
+        ends what it does not find any more, and what they still save carries an old attempt or restart."""
+        for replica in self.table.all():
+            if replica.alive and replica.report.node == name:
+                self._finish(replica, replace(replica.report, failure=Reason.NODE_LOST, message=why))
+                if (stream := replica.stream) is not None:
+                    stream.close()
+                if replica.pod:
+                    self._submit(self._delete, replica.pod, 0)
+
+    # time ---------------------------------------------------------------------------------------------------------
+
+    def _feel_pulse(self) -> None:
+        reap_at = time.monotonic() + REAP_AFTER_S
+        while not self._closing.wait(PULSE_S):
+            try:
+                self._look_for_lost_nodes()
+                self._take_back_unbound()
+                self._tend_streams()
+                if time.monotonic() >= reap_at and not self._pods.problem:
+                    reap_at = float("inf")
+                    self._submit(self._reap)
+                self._sweeper.step({"/".join(replica.key.split("/")[:2]) for replica in self.table.all()})
+            except Exception:
+                log.exception("a look at the cluster failed")
+
+    def _take_back_unbound(self) -> None:
+        """The first that is not bound in time ends, and with it the attempt: gangs start whole or not at all."""
+        if self._pods.problem:
+            return
+        patience_s = self.config.bind_timeout / 1000
+        for replica in self.table.all():
+            late = replica.alive and replica.made_at and time.monotonic() - replica.made_at >= patience_s
+            if late and not replica.bound and replica.stop is None:
+                why = replica.report.message or "the cluster's scheduler has not looked at it"
+                self._never_ran(replica, f"not bound to {replica.report.node} within {patience_s:g} s: {why}",
+                                Reason.START_TIMEOUT)
+                self._submit(self._delete, replica.pod, 0)
+
+    def _tend_streams(self) -> None:
+        now = time.monotonic()
+        with self.table.changed:
+            for replica in self.table.all():
+                if not replica.alive:
+                    continue
+                if replica.blind_since and replica.progress is not None:
+                    self.table.glance(replica)
+                if replica.end is not None and now - replica.end_at > OVERDUE_S and replica.stream is not None:
+                    replica.stream.close()
+
+    def _submit(self, target: Callable[..., None], *args: object) -> None:
+        with suppress(RuntimeError):  # we are closing
+            self._pool.submit(_reported, target, *args)
+
+    def _aside(self, target: Callable[..., None], *args: object) -> None:
+        threading.Thread(target=_reported, args=(target, *args), name=f"kubernetes-{target.__name__}",
+                         daemon=True).start()
+
+
+def _reported(target: Callable[..., None], *args: object) -> None:
+    try:
+        target(*args)
+    except Exception:
+        log.exception("unexpected", what=target.__name__)
+
+
+def _instance(path: Path) -> str:
+    """Tells this server's pods apart; made once."""
+    with suppress(FileNotFoundError):
+        return path.read_text().strip()
+    path.write_text(secrets.token_hex(3))
+    return path.read_text().strip()
