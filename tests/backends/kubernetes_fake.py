@@ -132,7 +132,8 @@ class FakeCluster:
                 "nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3", "nvidia.com/gpu.memory": "81559",
                 "topology.kubernetes.io/zone": "z1"}},
             "spec": fields,
-            "status": {"capacity": capacity, "allocatable": capacity, "conditions": [{"type": "Ready", "status": "True"}],
+            "status": {"capacity": capacity, "allocatable": capacity,
+                       "conditions": [{"type": "Ready", "status": "True"}],
                        "addresses": [{"type": "InternalIP", "address": "127.0.0.1"}]},
         })
         self.put("leases", "kube-node-lease", name, {"metadata": {"name": name}, "spec": {"renewTime": stamp()}})
