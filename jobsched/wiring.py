@@ -29,6 +29,7 @@ from jobsched.controller.loop import Controller
 from jobsched.core.answers import Check
 from jobsched.core.policies.health import Health
 from jobsched.core.policies.ordering import priority
+from jobsched.core.policies.placement import Score
 from jobsched.core.schedule import Policy
 from jobsched.errors import ConfigError, Conflict, MissingExtra
 from jobsched.ports import Backend, Store, Wake
@@ -191,6 +192,7 @@ def _policy(config: PolicyConfig) -> Policy:
     health = config.health
     return Policy(
         ordering=POLICIES[config.ordering],
+        score=Score(config.score),
         health=None if health is None else Health(
             threshold=health.threshold, half_life_ms=health.half_life, recheck_ms=health.recheck,
             preflight=health.preflight, image=health.image, timeout_ms=health.timeout,

@@ -19,13 +19,16 @@ from jobsched.core.job import Binding, Job, Phase, Replica, ReplicaId, RoleShape
 from jobsched.core.ledger import Ledger
 from jobsched.core.lifecycle import evolve_job
 from jobsched.core.node import Cordon, Node
+from jobsched.core.policies.fragmentation import Learned, Mix
 from jobsched.core.policies.quota import Amounts, Quotas, amounts_of
+from jobsched.core.policies.ranking import Pool
 from jobsched.core.resources import NOTHING, WHOLE_GPU, JobId, NodeName
 from jobsched.core.shape import shape_of_job
 from jobsched.core.suspicion import BY, PREFLIGHT_LABEL, Accusation, Checked, Suspicion, accusations, against_node
 from jobsched.spec.queue import CPU, GPUS, MEMORY, QueueSpec
 
 ENDED_KEPT = 10_000
+POOLS_KEPT = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +128,8 @@ class Cluster:
     dependents: dict[JobId, list[JobId]] = field(default_factory=dict)
     ended: dict[JobId, bool] = field(default_factory=dict)
     """Recently ended job -> whether it succeeded; what jobs that wait for it are told."""
+    mix: Mix = field(default_factory=Mix)
+    """What jobs usually ask for, learned from those that came."""
     quotas: Quotas = field(default_factory=Quotas)
     """What every queue holds and may still take."""
     rank: Rank = equal_rank
@@ -140,13 +145,14 @@ class Cluster:
     """Rises whenever a job joins a line."""
     ever_fits: dict[Shape, str] = field(default_factory=dict)
     """On an `emptied` cluster: shape -> why it does not fit even there ("" when it does)."""
+    _learned: Learned | None = None
     _emptied: Cluster | None = None
     _capacity: dict[str, int] | None = None
     _charged: dict[tuple[JobId, ReplicaId], Amounts] = field(default_factory=dict)
     """What each bound replica counts for in its queue; its GPUs' kind may be forgotten before it ends."""
     _place: dict[JobId, tuple[LineKey, Place]] = field(default_factory=dict)
     _shape: dict[JobId, Shape] = field(default_factory=dict)
-    _pools: dict[tuple[object, ...], frozenset[NodeName]] = field(default_factory=dict)
+    _pools: dict[tuple[object, ...], tuple[Shape, Pool]] = field(default_factory=dict)
 
     # ---- evolve ----
 
@@ -164,7 +170,7 @@ class Cluster:
                     self._accuse(name, accusation)
                 self.lost.add(name)
                 self.ledger.drop_node(name)
-                self._pools.clear()
+                self._repool(name)
                 self._capacity = None
             case ev.NodeCordoned(node=name):
                 self.cordoned[name] = cordon_of(event)
@@ -177,7 +183,7 @@ class Cluster:
                 self._reopen(name)
             case ev.QueueDefined(queue=queue):
                 self._put_queue(queue)
-                self._regroup()
+                self.ledger.unblock()
             case _:
                 before = self.jobs.get(event.job_id)
                 for name, accusation in accusations(before, event):
@@ -219,20 +225,13 @@ class Cluster:
                 self._leave_line(self.jobs[job_id])
                 self._line_up(self.jobs[job_id])
 
-    def _accuse(self, name: NodeName, accusation: Accusation) -> None:
-        self.suspicions.setdefault(name, Suspicion()).add(accusation)
-        self.accused[name] = None
-
     def _reopen(self, name: NodeName) -> None:
-        """Its cordon has changed."""
+        """Its cordon has changed: everything is worth another try."""
         if name in self.nodes and name not in self.lost:
             self._put_node(self.nodes[name])
-        self._regroup()
-
-    def _regroup(self) -> None:
-        """What may be bound where has changed: everything is worth another try."""
+        else:
+            self._repool(name)
         self.ledger.unblock()
-        self._pools.clear()
 
     def emptied(self) -> Cluster:
         """The same nodes, all healthy, ready and used by nobody; kept until a node changes. What could ever fit does
@@ -246,7 +245,6 @@ class Cluster:
 
     def _put_node(self, node: Node) -> None:
         self._emptied = self._capacity = None
-        self._pools.clear()
         self.nodes[node.name] = node
         self.lost.discard(node.name)
         cordon = self.cordoned.get(node.name)
@@ -254,6 +252,7 @@ class Cluster:
             gpus = tuple(replace(gpu, healthy=gpu.healthy and gpu.id not in cordon.gpus) for gpu in node.gpus)
             node = replace(node, gpus=gpus)
         self.ledger.put_node(node, self.on_node.get(node.name, {}).values())
+        self._repool(node.name)
 
     def _replace_job(self, before: Job | None, after: Job, at_ms: int) -> None:
         job_id = after.id
@@ -281,6 +280,8 @@ class Cluster:
                 self.dependents.setdefault(dependency, []).append(job_id)
         if before is None or before.wanted is not after.wanted:
             self._shape[job_id] = shape_of_job(after)
+        if before is None:
+            self.mix.learn(self._shape[job_id])
         if after.phase is Phase.QUEUED:
             self._join_line(after)
         if after.phase is Phase.RUNNING and missing_replicas(after):
@@ -427,6 +428,13 @@ class Cluster:
 
     # ---- questions ----
 
+    @property
+    def learned(self) -> Learned:
+        """The fragmentation score for the mix of this cluster."""
+        if self._learned is None:
+            self._learned = Learned(self.mix)
+        return self._learned
+
     def capacity(self) -> Mapping[str, int]:
         """Resource -> how much all healthy nodes have: GPUs of any kind, of each kind, CPUs, memory. Kept until a node
         changes."""
@@ -461,21 +469,33 @@ class Cluster:
         found = self._place.get(job_id)
         return None if found is None else self.lines[found[0]]
 
-    def pool(self, shape: Shape) -> frozenset[NodeName]:
+    def pool(self, shape: Shape) -> Pool:
         """Nodes that something of this shape may be bound on at all: usable, with its labels, without taints or
-        avoidance against it. Remembered until a node changes."""
+        avoidance against it. Kept true from one question to the next."""
         key = (shape.node_labels, shape.tolerate, shape.avoid)
-        pool = self._pools.get(key)
-        if pool is None:
-            pool = self._pools[key] = frozenset(
-                name
-                for name, node in self.nodes.items()
-                if self.usable(name)
-                and name not in shape.avoid
-                and all(node.label(k) == v for k, v in shape.node_labels)
-                and all(t in shape.tolerate or t.split("=")[0] in shape.tolerate for t in node.taints)
-            )
-        return pool
+        found = self._pools.get(key)
+        if found is None:
+            if len(self._pools) >= POOLS_KEPT:
+                self._pools.clear()
+            found = self._pools[key] = (shape, Pool(name for name in self.nodes if self._may_use(shape, name)))
+        return found[1]
+
+    def _may_use(self, shape: Shape, name: NodeName) -> bool:
+        if not self.usable(name) or name in shape.avoid:
+            return False
+        node = self.nodes[name]
+        return all(node.label(k) == v for k, v in shape.node_labels) and all(
+            t in shape.tolerate or t.split("=")[0] in shape.tolerate for t in node.taints
+        )
+
+    def _repool(self, name: NodeName) -> None:
+        """A node changed: it may belong to other pools now."""
+        for shape, pool in self._pools.values():
+            if self._may_use(shape, name):
+                pool[name] = None
+            else:
+                pool.pop(name, None)
+        self.ledger.note_change(name)
 
     def usable(self, name: NodeName) -> bool:
         """Whether something new may be bound on the node."""

@@ -1,31 +1,34 @@
-"""The ledger: what is free on every node, indexed so that finding a best fit costs what the answer costs.
+"""The ledger: what is free on every node, indexed so that finding a fit costs what the answer costs.
 
 `Cluster` owns one and keeps it true through `take` and `give`. A scheduling pass works on the same ledger inside
 `trial()`: everything taken there is put back at the end, so a pass costs what it places, not what exists (the
 checkpoint/rollback of KAI-Scheduler's statement.go).
 
-Index: GPU class (kind, memory) -> count of wholly free devices -> sorted node names; class "" holds every node by its
-count of free devices of all kinds, for replicas without GPUs. A class with shared devices also keeps
-(free thousandths, node, gpu) in order.
+Indexes: GPU class (kind, memory) -> count of wholly free devices -> sorted node names, where class `ANY` holds every
+node by its free devices of all kinds, for replicas without GPUs; a class with shared devices also keeps (free
+thousandths, node, gpu) in order; a topology level that someone asked for keeps the free devices of each of its domains.
+`changes` names the nodes that were touched, for rankings that keep up (`policies/ranking.py`).
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from jobsched.core.job import Binding, RoleShape
-from jobsched.core.node import Node, kind_matches
+from jobsched.core.node import Node, domain, kind_matches
 from jobsched.core.resources import WHOLE_GPU, GpuId, GpuShare, NodeName, Resources
 
 GpuClass = tuple[str, int]
 """(kind, memory in bytes)"""
 ANY: GpuClass = ("", 0)
+GpuState = tuple[tuple[GpuClass, tuple[int, ...]], ...]
 FEW = 3
 """Looking at each allowed node is cheaper than walking the index when they are less than one in this many."""
+CHANGES_KEPT = 50_000
 _Item = TypeVar("_Item", NodeName, tuple[int, NodeName, GpuId])
 
 
@@ -39,16 +42,78 @@ class Space:
     gpu_free: dict[GpuId, int]
     """Thousandths left of each healthy GPU."""
     gpu_class: dict[GpuId, GpuClass]
+    island: dict[GpuId, str]
+    """NVLink island of each GPU, where a node has several."""
     whole: dict[GpuClass, int] = field(default_factory=dict)
+    whole_total: int = 0
+    """Wholly free GPUs of all classes."""
     ports_used: set[int] = field(default_factory=set)
     next_port: int = 0
     """Rolls through the node's range, so that a port is not handed out again soon after its release."""
     bound: int = 0
     """How many replicas are bound here."""
+    _levels: dict[GpuClass, tuple[int, ...]] = field(default_factory=dict)
+    _state: GpuState | None = None
 
-    @property
-    def whole_total(self) -> int:
-        return sum(self.whole.values())
+    def gpu_state(self) -> GpuState:
+        """Every class with its levels: nodes that agree in this, CPUs and memory are alike."""
+        if self._state is None:
+            self._state = tuple([(cls, self.levels(cls)) for cls in self.whole])
+        return self._state
+
+    def levels(self, cls: GpuClass) -> tuple[int, ...]:
+        """Thousandths left of each GPU of a class, sorted."""
+        found = self._levels.get(cls)
+        if found is None:
+            free = self.gpu_free
+            found = self._levels[cls] = tuple(sorted([free[g] for g, c in self.gpu_class.items() if c == cls]))
+        return found
+
+    def capacity(self, role: RoleShape, cls: GpuClass, most: int) -> int:
+        """How many replicas of the role fit here, with GPUs of one class; counts to `most` only."""
+        if role.gpu_milli >= WHOLE_GPU:
+            most = min(most, self.whole.get(cls, 0) // (role.gpu_milli // WHOLE_GPU))
+        elif role.gpu_milli:
+            most = min(most, sum(level // role.gpu_milli for level in self.levels(cls)))
+        if role.cpu_milli:
+            most = min(most, self.cpu_milli // role.cpu_milli)
+        if role.memory_bytes:
+            most = min(most, self.memory_bytes // role.memory_bytes)
+        node = self.node
+        if node.port_lo and role.ports:
+            most = min(most, (node.port_hi - node.port_lo + 1 - len(self.ports_used)) // role.ports)
+        return max(0, most)
+
+    def pick(self, cls: GpuClass, count: int) -> tuple[GpuShare, ...]:
+        """Wholly free GPUs of a class, of one NVLink island where one has as many: of the fullest such; else of the
+        emptiest islands first, so that few take part."""
+        if count == 0:
+            return ()
+        free = [g for g, left in self.gpu_free.items() if left == WHOLE_GPU and self.gpu_class[g] == cls]
+        if self.island and len(free) > count:
+            islands: dict[str, list[GpuId]] = {}
+            for gpu in free:
+                islands.setdefault(self.island[gpu], []).append(gpu)
+            by_size = sorted(islands.values(), key=len)
+            enough = [gpus for gpus in by_size if len(gpus) >= count]
+            free = enough[0] if enough else [gpu for gpus in reversed(by_size) for gpu in gpus]
+        return tuple([GpuShare(g) for g in free[:count]])
+
+    def pick_share(self, cls: GpuClass, milli: int, level: int) -> tuple[GpuShare, ...]:
+        """A share of the first GPU of a class that has exactly `level` thousandths left."""
+        for gpu, left in self.gpu_free.items():
+            if left == level and self.gpu_class[gpu] == cls:
+                return (GpuShare(gpu, milli),)
+        raise AssertionError(f"no GPU of {self.node.name} has {level} thousandths left")
+
+
+@dataclass(slots=True)
+class Level:
+    """The domains of one topology level."""
+
+    members: dict[str, dict[NodeName, None]] = field(default_factory=dict)
+    free: dict[str, int] = field(default_factory=dict)
+    """Wholly free GPUs of each domain."""
 
 
 class Ledger:
@@ -56,11 +121,16 @@ class Ledger:
         self.spaces: dict[NodeName, Space] = {}
         self.freed = 0
         """Rises whenever something becomes free: shapes that did not fit are worth another try."""
+        self.changes: list[NodeName] = []
+        """Nodes touched, in order; `changes_from` were dropped from its front."""
+        self.changes_from = 0
         self._freed_everywhere = 0
         self._freed_with: dict[tuple[str, str], int] = {}
         """Node label -> `freed` when something last became free on a node that carries it."""
         self._whole: dict[GpuClass, dict[int, list[NodeName]]] = {}
         self._shared: dict[GpuClass, list[tuple[int, NodeName, GpuId]]] = {}
+        self._levels: dict[str, Level] = {}
+        self._matching: dict[tuple[object, ...], tuple[tuple[GpuClass, ...], ...]] = {}
         self._undo: list[tuple[Binding, RoleShape, int, int]] | None = None
         """What a trial did: (binding, role, +1 taken or -1 lent, the node's next port before)."""
 
@@ -76,6 +146,7 @@ class Ledger:
             memory_bytes=node.memory_bytes - node.foreign.memory_bytes,
             gpu_free={g.id: WHOLE_GPU for g in usable},
             gpu_class={g.id: (g.kind.lower(), g.memory_bytes) for g in usable},
+            island={g.id: g.island for g in usable} if any(g.island for g in usable) else {},
             next_port=node.port_from or node.port_lo,
         )
         for share in node.foreign_gpus:
@@ -83,28 +154,60 @@ class Ledger:
                 space.gpu_free[share.gpu] = max(0, space.gpu_free[share.gpu] - share.milli)
         for gpu, free in space.gpu_free.items():
             cls = space.gpu_class[gpu]
+            if cls not in self._whole:
+                self._matching.clear()
             space.whole[cls] = space.whole.get(cls, 0) + (free == WHOLE_GPU)
+        space.whole_total = sum(space.whole.values())
         self.spaces[node.name] = space
-        self._index(space)
+        for cls, count in (*space.whole.items(), (ANY, space.whole_total)):
+            insort(self._whole.setdefault(cls, {}).setdefault(count, []), node.name)
         for gpu, free in space.gpu_free.items():
             if 0 < free < WHOLE_GPU:
                 insort(self._shared.setdefault(space.gpu_class[gpu], []), (free, node.name, gpu))
+        for name, level in self._levels.items():
+            _join(level, domain(node, name), space)
         for binding, role in bound:
             self.take(binding, role)
         self._note_free(node)
+        self.note_change(node.name)
 
     def drop_node(self, name: NodeName) -> None:
         space = self.spaces.pop(name, None)
         if space is None:
             return
-        self._unindex(space)
+        for cls, count in (*space.whole.items(), (ANY, space.whole_total)):
+            self._leave_bucket(cls, count, name)
         for gpu, free in space.gpu_free.items():
             if 0 < free < WHOLE_GPU:
                 _remove(self._shared[space.gpu_class[gpu]], (free, name, gpu))
+        for level_name, level in self._levels.items():
+            key = domain(space.node, level_name)
+            del level.members[key][name]
+            level.free[key] -= space.whole_total
+            if not level.members[key]:
+                del level.members[key], level.free[key]
+        self.note_change(name)
 
     def classes(self) -> tuple[GpuClass, ...]:
         """Every GPU class present, sorted."""
         return tuple(sorted(c for c in self._whole if c != ANY))
+
+    def level(self, name: str) -> Level:
+        """The domains of a topology level. O(nodes) when first asked for, kept true from then on."""
+        level = self._levels.get(name)
+        if level is None:
+            level = self._levels[name] = Level()
+            for space in self.spaces.values():
+                _join(level, domain(space.node, name), space)
+        return level
+
+    def note_change(self, name: NodeName) -> None:
+        """Something about the node is different: rankings look at it again."""
+        self.changes.append(name)
+        if len(self.changes) > CHANGES_KEPT:
+            dropped = CHANGES_KEPT // 2
+            del self.changes[:dropped]
+            self.changes_from += dropped
 
     # ---- taking and giving ----
 
@@ -159,9 +262,12 @@ class Ledger:
                 space.next_port = max(binding.ports) + 1
         else:
             space.ports_used.difference_update(binding.ports)
+        self.note_change(binding.node)
         if not binding.gpus:
             return
-        self._unindex(space)
+        space._levels.clear()
+        space._state = None
+        gained: dict[GpuClass, int] = {}
         for share in binding.gpus:
             before = space.gpu_free.get(share.gpu)
             if before is None:
@@ -169,13 +275,23 @@ class Ledger:
             after = before - sign * share.milli
             cls = space.gpu_class[share.gpu]
             space.gpu_free[share.gpu] = after
-            space.whole[cls] += (after == WHOLE_GPU) - (before == WHOLE_GPU)
-            shared = self._shared.setdefault(cls, [])
+            gained[cls] = gained.get(cls, 0) + (after == WHOLE_GPU) - (before == WHOLE_GPU)
             if 0 < before < WHOLE_GPU:
-                _remove(shared, (before, space.node.name, share.gpu))
+                _remove(self._shared[cls], (before, space.node.name, share.gpu))
             if 0 < after < WHOLE_GPU:
-                insort(shared, (after, space.node.name, share.gpu))
-        self._index(space)
+                insort(self._shared.setdefault(cls, []), (after, space.node.name, share.gpu))
+        total = 0
+        for cls, gain in gained.items():
+            if gain:
+                count = space.whole[cls]
+                space.whole[cls] = count + gain
+                self._move(cls, count, count + gain, space.node.name)
+                total += gain
+        if total:
+            self._move(ANY, space.whole_total, space.whole_total + total, space.node.name)
+            space.whole_total += total
+            for name, level in self._levels.items():
+                level.free[domain(space.node, name)] += total
 
     @contextmanager
     def trial(self) -> Iterator[Ledger]:
@@ -204,99 +320,126 @@ class Ledger:
 
     def matching(self, role: RoleShape) -> tuple[GpuClass, ...]:
         """GPU classes that satisfy the role, best first (order of its kinds, then smaller memory, then name)."""
-        found = [c for c in self.classes() if kind_matches(c[0], role.gpu_kinds) and _memory_fits(c[1], role)]
-        return tuple(sorted(found, key=lambda c: (_preference(c[0], role.gpu_kinds), c[1], c[0])))
+        return tuple([cls for tier in self.tiers(role) for cls in tier])
 
-    def best_fit(
-        self,
-        role: RoleShape,
-        classes: tuple[GpuClass, ...],
-        allowed: Callable[[Node], bool],
-        among: Collection[NodeName] | None = None,
-        emptiest: bool = False,
-    ) -> tuple[NodeName, tuple[GpuShare, ...]] | None:
-        """The feasible node that is left fullest: fewest free GPUs first, then name. `allowed` filters nodes; `among`
-        names the few that are worth a look. `emptiest`: most free GPUs first (a whole GPU or more per replica only).
+    def tiers(self, role: RoleShape) -> tuple[tuple[GpuClass, ...], ...]:
+        """The same in groups between which the role's order of kinds does not decide, best group first."""
+        key = (role.gpu_kinds, role.gpu_memory_min_bytes, role.gpu_memory_max_bytes)
+        tiers = self._matching.get(key)
+        if tiers is None:
+            found = [c for c in self.classes() if kind_matches(c[0], role.gpu_kinds) and _memory_fits(c[1], role)]
+            groups: dict[int, list[GpuClass]] = {}
+            for cls in sorted(found, key=lambda c: (_preference(c[0], role.gpu_kinds), c[1], c[0])):
+                groups.setdefault(_preference(cls[0], role.gpu_kinds), []).append(cls)
+            tiers = self._matching[key] = tuple(tuple(group) for group in groups.values())
+        return tiers
 
-        O(nodes in the buckets tried, or among); a bucket's first node usually fits."""
-        if role.gpu_milli == 0:
-            return self._fit_whole(ANY, 0, role, allowed, among, emptiest)
-        for cls in classes:
-            if role.gpu_milli < WHOLE_GPU:
-                found = self._fit_share(cls, role, allowed)
-            else:
-                found = self._fit_whole(cls, role.gpu_milli // WHOLE_GPU, role, allowed, among, emptiest)
-            if found is not None:
-                return found
-        return None
+    def best_fit(self, role: RoleShape, cls: GpuClass, among: Collection[NodeName], wanted: int) -> Fit | None:
+        """Where as many of `wanted` like replicas as possible go together: the fullest node (fewest free GPUs, then
+        name) that holds all of them, else the one that holds most. A share goes alone: to the fullest GPU that has it.
 
-    def _fit_whole(
-        self,
-        cls: GpuClass,
-        count: int,
-        role: RoleShape,
-        allowed: Callable[[Node], bool],
-        among: Collection[NodeName] | None = None,
-        emptiest: bool = False,
-    ) -> tuple[NodeName, tuple[GpuShare, ...]] | None:
-        if among is not None and len(among) * FEW < len(self.spaces):
-            return self._fit_among(cls, count, role, allowed, among, emptiest)
-        buckets = self._whole.get(cls, {})
-        for free in sorted(buckets, reverse=emptiest):
-            if free < count:
-                continue
+        O(nodes in the buckets looked at, or among); the first node of a bucket usually fits."""
+        if 0 < role.gpu_milli < WHOLE_GPU:
+            shared = self._fullest_share(role, cls, among)
+            if shared is not None:
+                return shared
+            wanted = 1
+        per = max(1, role.gpu_milli // WHOLE_GPU) if role.gpu_milli else 0
+        best: Fit | None = None
+        if _few(among, self.spaces):
+            found: list[tuple[int, NodeName, int]] = []
+            for name in among:
+                space = self.spaces.get(name)
+                if space is None:
+                    continue
+                free = space.whole.get(cls, 0) if per else space.whole_total
+                if free >= per and (holds := space.capacity(role, cls, wanted)):
+                    found.append((free, name, holds))
+            if not found:
+                return None
+            free, name, holds = min(found, key=lambda entry: (-entry[2], entry[0], entry[1]))
+            return Fit(name, holds, WHOLE_GPU)
+        buckets = self._whole.get(cls if per else ANY, {})
+        order = sorted(buckets)
+        for free in order:
+            if free >= per * wanted:
+                for name in buckets[free]:
+                    if name in among and self.spaces[name].capacity(role, cls, wanted) == wanted:
+                        return Fit(name, wanted, WHOLE_GPU)
+        if wanted == 1:
+            return None
+        for free in reversed(order):
+            most = min(wanted, free // per) if per else wanted
+            if most <= (best.count if best else 0):
+                break
             for name in buckets[free]:
-                space = self.spaces[name]
-                if _has_room(space, role) and allowed(space.node):
-                    return name, self._pick(space, cls, count)
+                if name in among:
+                    holds = self.spaces[name].capacity(role, cls, most)
+                    if holds > (best.count if best else 0):
+                        best = Fit(name, holds, WHOLE_GPU)
+                        if holds == most:
+                            break
+        return best
+
+    def emptiest(self, role: RoleShape, cls: GpuClass, among: Collection[NodeName], wanted: int) -> Fit | None:
+        """The node with most free GPUs, then by name, and how many of `wanted` like replicas it holds."""
+        if 0 < role.gpu_milli < WHOLE_GPU:
+            return self.best_fit(role, cls, among, 1)
+        per = role.gpu_milli // WHOLE_GPU
+        if _few(among, self.spaces):
+            best: tuple[int, NodeName] | None = None
+            for name in among:
+                space = self.spaces.get(name)
+                if space is None:
+                    continue
+                key = (-(space.whole.get(cls, 0) if per else space.whole_total), name)
+                if (best is None or key < best) and space.capacity(role, cls, 1):
+                    best = key
+            return None if best is None else Fit(best[1], self.spaces[best[1]].capacity(role, cls, wanted), WHOLE_GPU)
+        buckets = self._whole.get(cls if per else ANY, {})
+        for free in sorted(buckets, reverse=True):
+            if free < per:
+                break
+            for name in buckets[free]:
+                if name in among and (holds := self.spaces[name].capacity(role, cls, wanted)):
+                    return Fit(name, holds, WHOLE_GPU)
         return None
 
-    def _fit_among(
-        self,
-        cls: GpuClass,
-        count: int,
-        role: RoleShape,
-        allowed: Callable[[Node], bool],
-        among: Collection[NodeName],
-        emptiest: bool,
-    ) -> tuple[NodeName, tuple[GpuShare, ...]] | None:
-        """The same answer as from the index, by looking at each of these few nodes."""
-        best: tuple[int, NodeName] | None = None
-        for name in among:
-            space = self.spaces.get(name)
-            if space is None:
-                continue
-            free = space.whole_total if cls == ANY else space.whole.get(cls, -1)
-            key = (-free if emptiest else free, name)
-            if free >= count and (best is None or key < best) and _has_room(space, role) and allowed(space.node):
-                best = key
-        return None if best is None else (best[1], self._pick(self.spaces[best[1]], cls, count))
-
-    def _fit_share(
-        self, cls: GpuClass, role: RoleShape, allowed: Callable[[Node], bool]
-    ) -> tuple[NodeName, tuple[GpuShare, ...]] | None:
+    def _fullest_share(self, role: RoleShape, cls: GpuClass, among: Collection[NodeName]) -> Fit | None:
+        if _few(among, self.spaces):
+            found = [
+                (level, name)
+                for name in among
+                if name in self.spaces and self.spaces[name].capacity(role, cls, 1)
+                for level in self.spaces[name].levels(cls)
+                if role.gpu_milli <= level < WHOLE_GPU
+            ]
+            return Fit(min(found)[1], 1, min(found)[0]) if found else None
         shared = self._shared.get(cls, [])
-        for _, name, gpu in shared[bisect_left(shared, role.gpu_milli, key=lambda entry: entry[0]) :]:
-            space = self.spaces[name]
-            if _has_room(space, role) and allowed(space.node):
-                return name, (GpuShare(gpu, role.gpu_milli),)
-        found = self._fit_whole(cls, 1, role, allowed)
-        return None if found is None else (found[0], (GpuShare(found[1][0].gpu, role.gpu_milli),))
+        for at in range(bisect_left(shared, role.gpu_milli, key=lambda entry: entry[0]), len(shared)):
+            level, name, _ = shared[at]
+            if name in among and self.spaces[name].capacity(role, cls, 1):
+                return Fit(name, 1, level)
+        return None
 
-    @staticmethod
-    def _pick(space: Space, cls: GpuClass, count: int) -> tuple[GpuShare, ...]:
-        if count == 0:
-            return ()
-        free = [g for g, left in space.gpu_free.items() if left == WHOLE_GPU and space.gpu_class[g] == cls]
-        return tuple(GpuShare(g) for g in free[:count])
+    def by_free(self, among: Collection[NodeName], at_least: int) -> Iterator[NodeName]:
+        """Nodes with so many wholly free GPUs of whatever kind, fullest first."""
+        buckets = self._whole.get(ANY, {})
+        for free in sorted(buckets):
+            if free >= at_least:
+                for name in tuple(buckets.get(free, ())):
+                    if name in among:
+                        yield name
 
     def ports(self, name: NodeName, count: int) -> tuple[int, ...] | None:
         """`count` free ports of a node; () when the node hands out none (replicas have addresses of their own)."""
         space = self.spaces[name]
         low, high = space.node.port_lo, space.node.port_hi
-        if low == 0:
+        if low == 0 or count == 0:
             return ()
         size = high - low + 1
+        if size - len(space.ports_used) < count:
+            return None
         found: list[int] = []
         for offset in range(size):
             port = low + (space.next_port - low + offset) % size
@@ -312,26 +455,43 @@ class Ledger:
 
     # ---- index ----
 
-    def _index(self, space: Space) -> None:
-        for cls, count in (*space.whole.items(), (ANY, space.whole_total)):
-            insort(self._whole.setdefault(cls, {}).setdefault(count, []), space.node.name)
+    def _move(self, cls: GpuClass, before: int, after: int, name: NodeName) -> None:
+        self._leave_bucket(cls, before, name)
+        bucket = self._whole[cls].get(after)
+        if bucket is None:
+            self._whole[cls][after] = [name]
+        else:
+            insort(bucket, name)
 
-    def _unindex(self, space: Space) -> None:
-        for cls, count in (*space.whole.items(), (ANY, space.whole_total)):
-            bucket = self._whole[cls][count]
-            _remove(bucket, space.node.name)
-            if not bucket:
-                del self._whole[cls][count]
+    def _leave_bucket(self, cls: GpuClass, count: int, name: NodeName) -> None:
+        bucket = self._whole[cls][count]
+        _remove(bucket, name)
+        if not bucket:
+            del self._whole[cls][count]
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A node for `count` like replicas; `level`: thousandths left of the GPU that a share is to come from."""
+
+    node: NodeName
+    count: int
+    level: int
+
+
+def _few(among: Collection[NodeName], spaces: Collection[NodeName]) -> bool:
+    return len(among) * FEW < len(spaces)
+
+
+def _join(level: Level, key: str, space: Space) -> None:
+    level.members.setdefault(key, {})[space.node.name] = None
+    level.free[key] = level.free.get(key, 0) + space.whole_total
 
 
 def _remove(items: list[_Item], item: _Item) -> None:
     at = bisect_left(items, item)
     assert items[at] == item, "the ledger's index has lost track"
     del items[at]
-
-
-def _has_room(space: Space, role: RoleShape) -> bool:
-    return space.cpu_milli >= role.cpu_milli and space.memory_bytes >= role.memory_bytes
 
 
 def _memory_fits(memory_bytes: int, role: RoleShape) -> bool:

@@ -15,6 +15,8 @@ class Gpu:
     kind: str
     memory_bytes: int = 0
     healthy: bool = True
+    island: str = ""
+    """NVLink island within its node, where there are several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,11 @@ class Node:
             if name == key:
                 return value
         return ""
+
+
+def domain(node: Node, level: str) -> str:
+    """Name of the node's domain at a topology level; a node without the label is a domain of its own."""
+    return str(node.name) if level == "node" else node.label(level) or f"node {node.name}"
 
 
 def kind_matches(kind: str, wanted: tuple[str, ...]) -> bool:

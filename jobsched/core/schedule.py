@@ -39,7 +39,7 @@ class Policy:
     """Preemption: running jobs may be stopped for better ones."""
     pass_every_ms: int = 0
     """Passes only at multiples of this; 0: whenever something happened."""
-    score: Score = Score.PACK
+    score: Score = Score.AUTO
     health: Health | None = None
     """When nodes are doubted; None: never."""
     batch: int = 1_000
@@ -255,7 +255,7 @@ def grow(run: Pass, job: Job) -> None:
         role = next(r for r in shape.roles if r.role == name)
         kind = next((cluster.kind_of(b) for b in taken if b.role == name and b.gpus), "")
         count = more(cluster, job, role, lacking, kind, run.now_ms)
-        bindings = place_more(cluster, shape, role, _free_indices(job, name)[:count], taken)
+        bindings = place_more(cluster, shape, role, _free_indices(job, name)[:count], taken, run.policy.score)
         if bindings:
             run.decisions.append(ev.ReplicasBound(run.now_ms, job.id, job.attempt, bindings))
             cluster.charge(job, bindings, starts=False)

@@ -458,6 +458,10 @@ class PolicyConfig(SpecModel):
 
     ordering: Literal["priority"] = "priority"
     """Who goes first within a queue: higher priority, then earlier submission."""
+    score: Literal["auto", "pack", "spread", "fragmentation"] = "auto"
+    """Which of several nodes is taken. pack: the one left fullest. spread: the emptiest. fragmentation: where the free
+    GPUs stay most useful to what is usually submitted. auto: fragmentation once a job asks for part of a GPU, else
+    pack."""
 
 
 class Timers(SpecModel):

@@ -13,10 +13,6 @@ def role(gpu_milli: int = 1_000, cpu_milli: int = 1_000, **fields: object) -> Ro
     return RoleShape("worker", 1, 1, cpu_milli, 0, gpu_milli, **fields)  # type: ignore[arg-type]
 
 
-def anywhere(node: Node) -> bool:
-    return True
-
-
 def ledger(*nodes: Node) -> Ledger:
     made = Ledger()
     for node in nodes:
@@ -25,12 +21,15 @@ def ledger(*nodes: Node) -> Ledger:
 
 
 def bind(book: Ledger, shape: RoleShape) -> Binding | None:
-    found = book.best_fit(shape, book.matching(shape), anywhere)
-    if found is None:
-        return None
-    binding = Binding("worker", 0, found[0], found[1], book.ports(found[0], 1) or ())
-    book.take(binding, shape)
-    return binding
+    for cls in book.matching(shape):
+        fit = book.best_fit(shape, cls, book.spaces, 1)
+        if fit is not None:
+            space, milli = book.spaces[fit.node], shape.gpu_milli
+            gpus = space.pick_share(cls, milli, fit.level) if milli < 1_000 else space.pick(cls, milli // 1_000)
+            binding = Binding("worker", 0, fit.node, gpus, book.ports(fit.node, 1) or ())
+            book.take(binding, shape)
+            return binding
+    return None
 
 
 def test_best_fit_leaves_whole_nodes_free() -> None:

@@ -1,23 +1,29 @@
 """Where the replicas of a gang go: plain functions from a ledger and a shape to bindings.
 
-Best fit by free GPUs (the "pack" of every GPU scheduler; Tetris, SIGCOMM'14, calls it alignment): a replica goes to the
-feasible node that is left fullest, so that whole nodes stay free for large gangs. Topology and fragmentation scores
-belong here too.
+Whole GPUs are packed (the "pack" of every GPU scheduler; Tetris, SIGCOMM'14, calls it alignment): a gang goes to the
+fullest node that holds all of it, else to the fewest nodes, so that whole nodes stay free for large gangs and peers are
+near each other. Shares and CPU-only replicas among them go where they fragment least (`fragmentation`).
+
+Replicas of one role are alike, so for a gang of one role greedy placement fits whenever anything does. Roles of
+different shapes may be in each other's way: when greedy placement falls short although the sum of free resources would
+do, `_search` tries other arrangements, within `SEARCH_STEPS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from jobsched.core.cluster import Cluster
 from jobsched.core.job import Binding, RoleShape, Shape
-from jobsched.core.ledger import GpuClass
-from jobsched.core.node import Node
-from jobsched.core.resources import NodeName
+from jobsched.core.ledger import ANY, Fit, GpuClass
+from jobsched.core.node import domain
+from jobsched.core.policies.ranking import NodeScore, best
+from jobsched.core.resources import WHOLE_GPU, GpuShare, NodeName
 
-Allowed = Callable[[Node], bool]
+SEARCH_STEPS = 2_000
+"""Bindings tried by the search behind greedy placement, at most, per gang."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,137 +45,172 @@ class Short:
 class Score(StrEnum):
     """Which of several feasible nodes is taken."""
 
+    AUTO = "auto"
+    """`fragmentation` once anybody has asked for part of a GPU, else `pack`."""
     PACK = "pack"
     """The one that is left fullest: whole nodes stay free for large gangs."""
     SPREAD = "spread"
     """The emptiest, and then on there while it lasts: fewest nodes per gang, least shared (Tiresias, Pollux)."""
+    FRAGMENTATION = "fragmentation"
+    """Where the free GPUs stay most useful to what is usually submitted; gangs of whole GPUs are packed."""
+
+
+Choice = Score | NodeScore
 
 
 def place_gang(
-    cluster: Cluster, shape: Shape, avoid: Collection[NodeName] = (), score: Score = Score.PACK
+    cluster: Cluster, shape: Shape, avoid: Collection[NodeName] = (), score: Choice = Score.AUTO
 ) -> Gang | Short:
     """Place every role at its `min`, then grow elastic roles towards `prefer`; all or nothing. Must run inside
     `ledger.trial()`; what was taken for the gang stays taken when it fits.
 
     Tries without the nodes in `avoid` first, and the preferred domain before the whole cluster.
     """
-    best: Short | None = None
-    for allowed in _candidates(cluster, shape, avoid):
+    how = _resolve(cluster, score)
+    best_short: Short | None = None
+    for among in _candidates(cluster, shape, avoid):
         mark = cluster.ledger.mark()
-        result = _place(cluster, shape, allowed, score)
+        result = _place(cluster, shape, among, how)
         if isinstance(result, Gang):
             return result
         cluster.ledger.rollback(mark)
-        if best is None or result.placed > best.placed:
-            best = result
-    assert best is not None
-    return best
+        if best_short is None or result.placed > best_short.placed:
+            best_short = result
+    return best_short or Short(shape.roles[0], 0)
 
 
 def place_more(
-    cluster: Cluster, shape: Shape, role: RoleShape, indices: Collection[int], taken: Collection[Binding]
+    cluster: Cluster,
+    shape: Shape,
+    role: RoleShape,
+    indices: Collection[int],
+    taken: Collection[Binding],
+    score: Choice = Score.AUTO,
 ) -> tuple[Binding, ...]:
-    """Bindings for as many more replicas of a running gang as fit, in the GPU class that its role already uses."""
+    """Bindings for as many more replicas of a running gang as fit, in the GPU class that its role already uses, on the
+    nodes that it already has if they have room."""
     ledger = cluster.ledger
-    classes = ledger.matching(role)
-    for sibling in taken:
+    classes = ledger.matching(role) if role.gpu_milli else (ANY,)
+    siblings = [b for b in taken if b.role == role.role]
+    for sibling in siblings:
         space = ledger.spaces.get(sibling.node)
-        if sibling.role == role.role and sibling.gpus and space is not None and sibling.gpus[0].gpu in space.gpu_class:
+        if sibling.gpus and space is not None and sibling.gpus[0].gpu in space.gpu_class:
             classes = (space.gpu_class[sibling.gpus[0].gpu],)
             break
-    base = _allowed(cluster, shape)
+    among: Collection[NodeName] = cluster.pool(shape)
     if shape.within and taken:
         names = {domain(cluster.nodes[b.node], shape.within) for b in taken if b.node in cluster.nodes}
-        base = _both(base, _inside(shape.within, names))
-    found: list[Binding] = []
-    for index in indices:
-        binding = _place_one(cluster, shape, role, index, classes, base)
-        if binding is None:
-            break
-        found.append(binding)
-    return tuple(found)
+        among = dict.fromkeys([name for name in among if domain(cluster.nodes[name], shape.within) in names])
+    seen = [domain(cluster.nodes[b.node], shape.spread) for b in siblings if shape.spread and b.node in cluster.nodes]
+    near = dict.fromkeys(b.node for b in siblings if b.node in among)
+    return tuple(_place_role(cluster, shape, role, list(indices), classes, among, _resolve(cluster, score), near, seen))
 
 
-def domain(node: Node, level: str) -> str:
-    """Name of the node's domain at a level; a node without the label is a domain of its own."""
-    return str(node.name) if level == "node" else node.label(level) or f"node {node.name}"
+def _resolve(cluster: Cluster, score: Choice) -> Choice:
+    if score is Score.AUTO:
+        score = Score.FRAGMENTATION if cluster.mix.shares else Score.PACK
+    return cluster.learned if score is Score.FRAGMENTATION else score
 
 
-def _allowed(cluster: Cluster, shape: Shape) -> Allowed:
+def _candidates(cluster: Cluster, shape: Shape, avoid: Collection[NodeName]) -> Iterator[Collection[NodeName]]:
+    """Sets of nodes to try in turn."""
     pool = cluster.pool(shape)
-    return lambda node: node.name in pool
-
-
-def _both(first: Allowed, second: Allowed) -> Allowed:
-    return lambda node: first(node) and second(node)
-
-
-def _inside(level: str, names: Collection[str]) -> Allowed:
-    return lambda node: domain(node, level) in names
-
-
-def _candidates(cluster: Cluster, shape: Shape, avoid: Collection[NodeName]) -> Iterator[Allowed]:
-    base = _allowed(cluster, shape)
-    filters = [_both(base, lambda node: node.name not in avoid), base] if avoid else [base]
-    for allowed in filters:
-        level = shape.within or shape.prefer
+    pools: list[Collection[NodeName]] = [pool]
+    if any(name in pool for name in avoid):
+        pools.insert(0, dict.fromkeys([name for name in pool if name not in avoid]))
+    level = shape.within or shape.prefer
+    for among in pools:
         if level:
-            for name in _domains(cluster, level, allowed):
-                yield _both(allowed, _inside(level, {name}))
+            yield from _domains(cluster, level, shape, among)
         if not shape.within:
-            yield allowed
-    if shape.within and not cluster.nodes:
-        yield base
+            yield among
 
 
-def _domains(cluster: Cluster, level: str, allowed: Allowed) -> list[str]:
-    """Domains of a level, fullest first, so that the smallest hole that holds the gang is used."""
-    free: dict[str, int] = {}
-    for name, space in cluster.ledger.spaces.items():
-        node = cluster.nodes[name]
-        if allowed(node):
-            key = domain(node, level)
-            free[key] = free.get(key, 0) + space.whole_total
-    return sorted(free, key=lambda key: (free[key], key)) or [""]
-
-
-def _place(cluster: Cluster, shape: Shape, allowed: Allowed, score: Score) -> Gang | Short:
+def _domains(
+    cluster: Cluster, level: str, shape: Shape, among: Collection[NodeName]
+) -> Iterator[Collection[NodeName]]:
+    """Domains of a level that have enough wholly free GPUs, fullest first: the smallest hole that holds the gang."""
     ledger = cluster.ledger
-    bindings: list[Binding] = []
-    used: dict[str, GpuClass] = {}
-    for role in shape.roles:
-        classes = ledger.matching(role) if role.gpu_milli else ()
-        tries: list[tuple[GpuClass, ...]] = [(c,) for c in classes]
-        if len(classes) != 1:
-            tries.append(classes)
-        placed: list[Binding] = []
-        most = 0
-        for attempt in tries:
-            mark = ledger.mark()
-            placed = _place_role(cluster, shape, role, attempt, allowed, 0, role.min, score)
-            if len(placed) == role.min:
-                if len(attempt) == 1:
-                    used[role.role] = attempt[0]
-                break
-            most = max(most, len(placed))
-            ledger.rollback(mark)
-            placed = []
-        if not placed:
-            return Short(role, most)
-        bindings += placed
+    need = sum(role.min * (role.gpu_milli // WHOLE_GPU) for role in shape.roles)
+    if level == "node":
+        for name in ledger.by_free(among, need):
+            yield {name: None}
+        return
+    known = ledger.level(level)
+    for _, key in sorted([(free, key) for key, free in known.free.items() if free >= need]):
+        names = dict.fromkeys([name for name in known.members[key] if name in among])
+        if names:
+            yield names
+
+
+def _place(cluster: Cluster, shape: Shape, among: Collection[NodeName], how: Choice) -> Gang | Short:
+    ledger = cluster.ledger
+    mark = ledger.mark()
+    bindings, short = _place_minimum(cluster, shape, among, how)
+    if short is not None:
+        if len(shape.roles) == 1:
+            return short
+        ledger.rollback(mark)
+        found = _search(cluster, shape, among)
+        if found is None:
+            return short
+        bindings = found
     coordinator = ledger.ports(bindings[0].node, 1)
     if coordinator is None:
         return Short(shape.roles[0], 0)
     if coordinator:
         first = bindings[0]
-        with_port = Binding(first.role, first.index, first.node, first.gpus, first.ports + coordinator)
         ledger.take(Binding(first.role, first.index, first.node, (), coordinator), _NOTHING)
-        bindings[0] = with_port
+        bindings[0] = Binding(first.role, first.index, first.node, first.gpus, first.ports + coordinator)
     for role in shape.roles:
         if role.prefer > role.min:
-            classes = (used[role.role],) if role.role in used else ledger.matching(role)
-            bindings += _place_role(cluster, shape, role, classes, allowed, role.min, role.prefer, score)
+            mine = [b for b in bindings if b.role == role.role]
+            classes = _used(cluster, mine) or ledger.matching(role) if role.gpu_milli else (ANY,)
+            near = dict.fromkeys(b.node for b in mine)
+            seen = [domain(cluster.nodes[b.node], shape.spread) for b in mine] if shape.spread else []
+            more = list(range(role.min, role.prefer))
+            bindings += _place_role(cluster, shape, role, more, classes, among, how, near, seen)
     return Gang(tuple(bindings), coordinator[0] if coordinator else 0)
+
+
+def _used(cluster: Cluster, bindings: Sequence[Binding]) -> tuple[GpuClass, ...]:
+    """GPU classes that these replicas have, in order of first use."""
+    spaces = cluster.ledger.spaces
+    return tuple(dict.fromkeys([spaces[b.node].gpu_class[share.gpu] for b in bindings for share in b.gpus]))
+
+
+def _place_minimum(
+    cluster: Cluster, shape: Shape, among: Collection[NodeName], how: Choice
+) -> tuple[list[Binding], Short | None]:
+    """Every role at its `min`, greedily, in order. A role's replicas share a GPU class if any single one holds them."""
+    ledger = cluster.ledger
+    bindings: list[Binding] = []
+    for role in shape.roles:
+        placed: list[Binding] = []
+        most = 0
+        for classes in _class_choices(cluster, role, how):
+            mark = ledger.mark()
+            placed = _place_role(cluster, shape, role, list(range(role.min)), classes, among, how, (), ())
+            if len(placed) == role.min:
+                break
+            most = max(most, len(placed))
+            ledger.rollback(mark)
+            placed = []
+        if len(placed) < role.min:
+            return bindings, Short(role, most)
+        bindings += placed
+    return bindings, None
+
+
+def _class_choices(cluster: Cluster, role: RoleShape, how: Choice) -> list[tuple[GpuClass, ...]]:
+    """GPU classes to try for a role, in turn: each alone, best first, then all together. A score compares the classes
+    between which the role's order of kinds does not decide, for replicas that have no peer to be alike with."""
+    if not role.gpu_milli:
+        return [(ANY,)]
+    if not isinstance(how, Score) and role.min == 1:
+        return list(cluster.ledger.tiers(role))
+    classes = cluster.ledger.matching(role)
+    return [*((cls,) for cls in classes), *([classes] if len(classes) != 1 else [])]
 
 
 _NOTHING = RoleShape("", 0, 0, 0, 0, 0)
@@ -179,51 +220,158 @@ def _place_role(
     cluster: Cluster,
     shape: Shape,
     role: RoleShape,
+    indices: Sequence[int],
     classes: tuple[GpuClass, ...],
-    allowed: Allowed,
-    low: int,
-    high: int,
-    score: Score,
+    among: Collection[NodeName],
+    how: Choice,
+    near: Collection[NodeName],
+    seen: Collection[str],
 ) -> list[Binding]:
-    """Replicas low..high-1 of a role, as many as fit. Stops at the first that does not."""
+    """Replicas of a role, as many as fit: on the nodes `near` first, in no domain that was `seen` where the shape
+    spreads. Stops at the first that does not fit."""
     placed: list[Binding] = []
-    seen: set[str] = set()
-    for index in range(low, high):
-        fresh = allowed
+    met = dict.fromkeys(seen)
+    while len(placed) < len(indices):
+        left = len(indices) - len(placed)
+        where = among
         if shape.spread:
-            fresh = _both(allowed, lambda node: domain(node, shape.spread) not in seen)
-        binding = None
-        if score is Score.SPREAD and placed and not shape.spread:
-            here = placed[-1].node
-            binding = _place_one(cluster, shape, role, index, classes, lambda node: node.name == here, (here,))  # noqa: B023
-        if binding is None:
-            binding = _place_one(cluster, shape, role, index, classes, fresh, None, score)
-        if binding is None:
+            left = 1
+            if met:
+                nodes = cluster.nodes
+                where = dict.fromkeys([name for name in among if domain(nodes[name], shape.spread) not in met])
+        found = _find(cluster, role, classes, near, left, Score.PACK) if near and not shape.spread else None
+        near = near if found is not None else ()
+        if found is None:
+            found = _find(cluster, role, classes, where, left, how)
+        if found is None:
             break
+        fit, cls = found
+        for index in indices[len(placed) : len(placed) + fit.count]:
+            placed.append(_bind(cluster, role, index, cls, fit))
         if shape.spread:
-            seen.add(domain(cluster.nodes[binding.node], shape.spread))
-        placed.append(binding)
+            met[domain(cluster.nodes[fit.node], shape.spread)] = None
     return placed
 
 
-def _place_one(
+def _find(
     cluster: Cluster,
-    shape: Shape,
     role: RoleShape,
-    index: int,
     classes: tuple[GpuClass, ...],
-    allowed: Allowed,
-    among: Collection[NodeName] | None = None,
-    score: Score = Score.PACK,
-) -> Binding | None:
+    among: Collection[NodeName],
+    wanted: int,
+    how: Choice,
+) -> tuple[Fit, GpuClass] | None:
+    """A node for as many of `wanted` like replicas as go together there."""
     ledger = cluster.ledger
-    found = ledger.best_fit(role, classes, allowed, among or cluster.pool(shape), score is Score.SPREAD)
-    if found is None:
-        return None
-    node, gpus = found
-    ports = ledger.ports(node, role.ports)
-    if ports is None:
-        return None
-    binding = Binding(role.role, index, node, gpus, ports)
+    if not isinstance(how, Score) and (wanted == 1 or 0 < role.gpu_milli < WHOLE_GPU):
+        fit = best(ledger, how, role, classes, among)
+        return None if fit is None else (fit, _class_at(cluster, fit, role, classes))
+    look = ledger.emptiest if how is Score.SPREAD else ledger.best_fit
+    for cls in classes:
+        fit = look(role, cls, among, wanted)
+        if fit is not None:
+            return fit, cls
+    return None
+
+
+def _class_at(cluster: Cluster, fit: Fit, role: RoleShape, classes: tuple[GpuClass, ...]) -> GpuClass:
+    space = cluster.ledger.spaces[fit.node]
+    if len(classes) == 1:
+        return classes[0]
+    whole = role.gpu_milli // WHOLE_GPU
+    return next(c for c in classes if (space.whole.get(c, 0) >= whole if whole else fit.level in space.levels(c)))
+
+
+def _bind(cluster: Cluster, role: RoleShape, index: int, cls: GpuClass, fit: Fit) -> Binding:
+    ledger = cluster.ledger
+    space = ledger.spaces[fit.node]
+    gpus: tuple[GpuShare, ...] = ()
+    if role.gpu_milli >= WHOLE_GPU:
+        gpus = space.pick(cls, role.gpu_milli // WHOLE_GPU)
+    elif role.gpu_milli:
+        gpus = space.pick_share(cls, role.gpu_milli, fit.level)
+    ports = ledger.ports(fit.node, role.ports)
+    assert ports is not None, "a node's capacity counts its ports"
+    binding = Binding(role.role, index, fit.node, gpus, ports)
     ledger.take(binding, role)
     return binding
+
+
+# ---- the search behind greedy placement ----
+
+
+def _search(cluster: Cluster, shape: Shape, among: Collection[NodeName]) -> list[Binding] | None:
+    """Depth first over replicas, biggest first, and nodes of distinct state; None when nothing fits or the steps ran
+    out. Leaves the ledger as it was in that case."""
+    if not _sums_suffice(cluster, shape, among):
+        return None
+    ledger = cluster.ledger
+    order = sorted(shape.roles, key=lambda r: (-r.gpu_milli, -r.cpu_milli, -r.memory_bytes, r.role))
+    todo = [(role, index) for role in order for index in range(role.min)]
+    names = sorted([name for name in among if name in ledger.spaces])
+    placed: list[Binding] = []
+    steps = 0
+
+    def descend(at: int) -> bool:
+        nonlocal steps
+        if at == len(todo):
+            return True
+        role, index = todo[at]
+        last = placed[-1].node if at and todo[at - 1][0] is role else NodeName("")
+        for fit, cls in _distinct(cluster, shape, role, names, last, placed):
+            steps += 1
+            if steps > SEARCH_STEPS:
+                return False
+            mark = ledger.mark()
+            placed.append(_bind(cluster, role, index, cls, fit))
+            if descend(at + 1):
+                return True
+            placed.pop()
+            ledger.rollback(mark)
+        return False
+
+    if not descend(0):
+        return None
+    by_role = {role.role: place for place, role in enumerate(shape.roles)}
+    return sorted(placed, key=lambda b: (by_role[b.role], b.index))
+
+
+def _distinct(
+    cluster: Cluster, shape: Shape, role: RoleShape, names: Sequence[NodeName], last: NodeName, placed: list[Binding]
+) -> list[tuple[Fit, GpuClass]]:
+    """Every place for one replica, one of those that are alike. Replicas of a role are alike too, so they go in the
+    order of nodes, from the `last` on."""
+    ledger = cluster.ledger
+    met = [domain(cluster.nodes[b.node], shape.spread) for b in placed if b.role == role.role] if shape.spread else []
+    found: dict[object, tuple[Fit, GpuClass]] = {}
+    for name in names:
+        space = ledger.spaces[name]
+        own = domain(space.node, shape.spread) if shape.spread else ""
+        if name < last or (own and own in met):
+            continue
+        free_ports = space.node.port_hi - space.node.port_lo - len(space.ports_used) if space.node.port_lo else 0
+        state = (own, space.cpu_milli, space.memory_bytes, free_ports, space.gpu_state(), name == last)
+        for cls in ledger.matching(role) if role.gpu_milli else (ANY,):
+            if space.capacity(role, cls, 1):
+                share = 0 < role.gpu_milli < WHOLE_GPU
+                for level in dict.fromkeys(space.levels(cls)) if share else (WHOLE_GPU,):
+                    if level >= role.gpu_milli or not share:
+                        found.setdefault((state, cls, level), (Fit(name, 1, level), cls))
+    return list(found.values())
+
+
+def _sums_suffice(cluster: Cluster, shape: Shape, among: Collection[NodeName]) -> bool:
+    """Whether free CPUs, memory and GPUs, summed over the nodes, are enough, and each role fits by itself."""
+    ledger = cluster.ledger
+    spaces = [ledger.spaces[name] for name in among if name in ledger.spaces]
+    if sum(r.min * r.cpu_milli for r in shape.roles) > sum(max(0, s.cpu_milli) for s in spaces):
+        return False
+    if sum(r.min * r.memory_bytes for r in shape.roles) > sum(max(0, s.memory_bytes) for s in spaces):
+        return False
+    if sum(r.min * r.gpu_milli for r in shape.roles) > sum(sum(s.gpu_free.values()) for s in spaces):
+        return False
+    for role in shape.roles:
+        classes = ledger.matching(role) if role.gpu_milli else (ANY,)
+        if sum(min(role.min, sum(s.capacity(role, c, role.min) for c in classes)) for s in spaces) < role.min:
+            return False
+    return True
