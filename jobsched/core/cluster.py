@@ -225,6 +225,10 @@ class Cluster:
                 self._leave_line(self.jobs[job_id])
                 self._line_up(self.jobs[job_id])
 
+    def _accuse(self, name: NodeName, accusation: Accusation) -> None:
+        self.suspicions.setdefault(name, Suspicion()).add(accusation)
+        self.accused[name] = None
+
     def _reopen(self, name: NodeName) -> None:
         """Its cordon has changed: everything is worth another try."""
         if name in self.nodes and name not in self.lost:
