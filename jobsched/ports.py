@@ -154,6 +154,25 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    """What one user's jobs in one queue used and waited, over some span of time."""
+
+    queue: str
+    owner: str
+    jobs: int = 0
+    succeeded: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    gpu_milli_ms: int = 0
+    """GPU time held, in thousandths of a GPU times milliseconds."""
+    placed: int = 0
+    """Jobs that were placed at least once."""
+    waited_ms: int = 0
+    """Sum of their waits, from submission to first placement."""
+    longest_wait_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Rejected:
     """A job of an append whose version had moved on; its events were not written, the others were."""
 
@@ -198,6 +217,10 @@ class Store(Protocol):
         """Jobs per phase (all), or live jobs per queue."""
         ...
 
+    def usage(self, since_ms: int, now_ms: int) -> Sequence[Usage]:
+        """Of the jobs that live or ended at `since_ms` or later, by queue and owner. O(jobs)."""
+        ...
+
     def add_samples(self, samples: Sequence[Sample]) -> None: ...
 
     def samples(self, job_id: JobId, limit: int = 1_000) -> Sequence[Sample]:
@@ -239,5 +262,5 @@ class Clock(Protocol):
 
 __all__ = [
     "Addressing", "Appended", "Backend", "Capabilities", "Clock", "Job", "JobQuery", "Lease", "Loaded", "LogChunk",
-    "Rejected", "Sample", "Store", "Wake",
+    "Rejected", "Sample", "Store", "Usage", "Wake",
 ]

@@ -31,6 +31,7 @@ from jobsched.core.answers import (
     NodeState,
     PlanAnswer,
     QueueAnswer,
+    UsageAnswer,
     Verdict,
     Verification,
     WhyAnswer,
@@ -41,6 +42,7 @@ from jobsched.core.job import Job, Phase
 from jobsched.core.lifecycle import Illegal, evolve_job
 from jobsched.core.node import Cordon
 from jobsched.core.observation import Sight
+from jobsched.core.policies.quota import HOUR_MS
 from jobsched.core.resources import JobId, NodeName, Resources
 from jobsched.core.suspicion import BY
 from jobsched.errors import Conflict, JobschedError, NotFound, Problem, SpecError, Unplaceable, Unreachable, UsageError
@@ -278,10 +280,34 @@ class Service:
             known = {job_id: cluster.jobs.get(job_id) for job_id in ids}
         return self._answers([job for job_id in ids if (job := known[job_id] or self._store.job(job_id))])
 
-    def why(self, ref: str, *, owner: str = "") -> WhyAnswer:
-        """The present in a sentence, the verdict, and the story so far."""
+    def why(self, ref: str, *, owner: str = "", at_ms: int = 0) -> WhyAnswer:
+        """The present in a sentence, the verdict, and the story so far. `at_ms`: as it was at that instant, computed
+        again from the log: O(events until then). Raises `NotFound` when the job was not there yet."""
+        if at_ms:
+            return self._why_then(self.resolve(ref, owner=owner), at_ms)
         answer = self.get(ref, owner=owner)
         return WhyAnswer(answer.job, answer.headline, answer.verdict, explain.story(self.events(answer.job.id)))
+
+    def _why_then(self, job: Job, at_ms: int) -> WhyAnswer:
+        cluster, seq = Cluster(), 0
+        while page := self._store.read(seq, 5_000):
+            for item in page:
+                if item.event.at_ms > at_ms:
+                    break
+                cluster.evolve(item.event, item.seq)
+            if cluster.seq != page[-1].seq:
+                break
+            seq = cluster.seq
+        told = [item for item in self.events(job.id) if item.seq <= cluster.seq]
+        if not told:
+            raise NotFound(f"job {job.name!r} ({job.id}) was not there yet", hint="give a later time")
+        then: Job | None = None
+        for item in told:
+            then = evolve_job(then, item.event)  # type: ignore[arg-type]
+        assert then is not None
+        cluster.unpark(at_ms)
+        verdict = explain.verdict(cluster, then, at_ms) if then.phase is Phase.QUEUED else None
+        return WhyAnswer(then, explain.headline(then, verdict), verdict, explain.story(told))
 
     def events(self, ref: str, *, after: int = 0, limit: int = 10_000, owner: str = "") -> Sequence[Stored]:
         return self._store.history(self.resolve(ref, owner=owner).id, after, max(1, min(limit, 10_000)))
@@ -475,6 +501,18 @@ class Service:
             QueueAnswer(q, waiting[q.name], active[q.name], gpu_milli.get(q.name, 0) / 1_000)
             for q in sorted(queues, key=lambda q: q.name)
         )
+
+    def usage(self, since_ms: int = 0) -> tuple[UsageAnswer, ...]:
+        """GPU time and waits by queue and user, of the jobs that live or ended at `since_ms` or later."""
+        return tuple(
+            UsageAnswer(
+                u.queue, u.owner, u.jobs, u.succeeded, u.failed, u.cancelled,
+                gpu_hours=round(u.gpu_milli_ms / 1_000 / HOUR_MS, 3),
+                mean_wait_s=round(u.waited_ms / u.placed / 1_000, 3) if u.placed else 0.0,
+                longest_wait_s=u.longest_wait_ms / 1_000,
+            )
+            for u in self._store.usage(since_ms, self._clock.now_ms())
+        )  # fmt: skip
 
     def count_by_phase(self) -> Mapping[str, int]:
         return self._store.count("phase")

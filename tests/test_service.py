@@ -250,7 +250,36 @@ def test_a_wish_is_tried_again_when_the_job_moves_meanwhile(stage: Stage, monkey
     assert stage.job(job.id).cancel_by
 
 
+def test_why_as_it_was_then(stage: Stage) -> None:
+    began = stage.clock.time_ms
+    first = stage.run(stage.submit(roles={"worker": {"command": "x", "gpu": "any:4"}}))
+    stage.clock.time_ms += 10_000
+    second = stage.submit(roles={"worker": {"command": "x", "gpu": "any:2"}})
+    stage.clock.time_ms += 10_000
+    stage.end(first)
+    stage.run(second)
+    then = stage.service.why(second.id, at_ms=began + 15_000)
+    assert then.job.phase is Phase.QUEUED
+    assert then.verdict is not None
+    assert then.verdict.reasons[0].message.startswith("role worker needs 1 × (2 any GPU, 1 CPU); 0 of 4")
+    assert len(then.story) == 1
+    assert stage.service.why(second.id).job.phase is Phase.RUNNING
+    with pytest.raises(NotFound, match="not there yet"):
+        stage.service.why(second.id, at_ms=began + 5_000)
+
+
 # ---- nodes, queues, inside ----
+
+
+def test_usage_in_gpu_hours(stage: Stage) -> None:
+    stage.clock.time_ms += 1
+    job = stage.submit(roles={"worker": {"command": "x", "gpu": "any:2"}})
+    stage.clock.time_ms += 60_000
+    stage.run(job)
+    stage.clock.time_ms += 1_800_000
+    (used,) = stage.service.usage()
+    assert (used.queue, used.owner, used.jobs, used.gpu_hours) == ("default", "ann", 1, 1.0)
+    assert (used.mean_wait_s, used.longest_wait_s) == (60.0, 60.0)
 
 
 def test_nodes_tell_what_is_free_and_who_is_there(stage: Stage) -> None:

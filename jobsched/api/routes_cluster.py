@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Response
+from fastapi import APIRouter, Body, Query, Response
 from fastapi.responses import PlainTextResponse, StreamingResponse
 from pydantic import JsonValue
 from starlette.concurrency import run_in_threadpool
@@ -19,7 +19,7 @@ from jobsched.api import openmetrics
 from jobsched.api.routes_jobs import Body as Model
 from jobsched.api.routes_jobs import WishBody
 from jobsched.api.wire import dump, reply
-from jobsched.core.answers import Check, NodeAnswer, QueueAnswer, Verification
+from jobsched.core.answers import Check, NodeAnswer, QueueAnswer, UsageAnswer, Verification
 from jobsched.errors import SpecError
 from jobsched.load import load_job_dict, warnings
 from jobsched.service import Service
@@ -75,6 +75,11 @@ def cluster_routes(service: Service, version: str, shutdown: Callable[[], None])
     @router.get("/v1/queues")
     def queues() -> Response:
         return reply(tuple[QueueAnswer, ...], service.queues())
+
+    @router.get("/v1/usage")
+    def usage(since_ms: Annotated[int, Query(ge=0, le=1 << 60)] = 0) -> Response:
+        """GPU-hours and waits by queue and user, of the jobs that live or ended since."""
+        return reply(tuple[UsageAnswer, ...], service.usage(since_ms))
 
     @router.get("/v1/doctor")
     def doctor() -> Response:

@@ -119,9 +119,9 @@ def job_routes(service: Service, feed: Feed) -> APIRouter:
         return reply(JobAnswer, service.get(ref, owner=owner))
 
     @router.get("/jobs/{ref}/why")
-    def why(ref: str, owner: Owner = "") -> Response:
-        """Why the job is where it is, and its story."""
-        return reply(WhyAnswer, service.why(ref, owner=owner))
+    def why(ref: str, owner: Owner = "", at_ms: Seq = 0) -> Response:
+        """Why the job is where it is, and its story; with `at_ms`, as it was at that instant."""
+        return reply(WhyAnswer, service.why(ref, owner=owner, at_ms=at_ms))
 
     @router.get("/jobs/{ref}/events")
     def job_events(

@@ -20,6 +20,7 @@ from jobsched.core.answers import (
     NodeAnswer,
     PlanAnswer,
     QueueAnswer,
+    UsageAnswer,
     Verification,
     WhyAnswer,
 )
@@ -46,6 +47,7 @@ ANSWERS: Mapping[str, Any] = {
     "cordon": NodeAnswer,
     "uncordon": NodeAnswer,
     "queues": tuple[QueueAnswer, ...],
+    "usage": tuple[UsageAnswer, ...],
     "doctor": tuple[Check, ...],
     "verify": Verification,
 }

@@ -151,6 +151,43 @@ def queues(ctx: click.Context, view: View) -> None:
     render.show_list(view, QUEUE_COLUMNS, rows, name="queues", key="name")
 
 
+USAGE_COLUMNS = (
+    Column("QUEUE", lambda u: u["queue"]),
+    Column("USER", lambda u: u["owner"]),
+    Column("JOBS", lambda u: u["jobs"]),
+    Column("SUCCEEDED", lambda u: u["succeeded"]),
+    Column("FAILED", lambda u: u["failed"]),
+    Column("CANCELLED", lambda u: u["cancelled"], wide=True),
+    Column("GPU-HOURS", lambda u: f"{u['gpu_hours']:.2f}"),
+    Column("MEAN-WAIT", lambda u: f"{u['mean_wait_s']:.1f}s"),
+    Column("LONGEST-WAIT", lambda u: f"{u['longest_wait_s']:.1f}s"),
+)
+
+
+@click.command()
+@click.option("--since", metavar="TIME", default="30d", show_default=True,
+              help="Jobs that live, or ended after this RFC 3339 time or within so long (90s, 7d).")
+@click.option("--user", "-u", metavar="NAME", help="Only this user's.")
+@click.option("--queue", metavar="NAME", help="Only this queue's.")
+@output_options
+@click.pass_context
+def usage(ctx: click.Context, since: str, user: str | None, queue: str | None, view: View) -> None:
+    """Sum up GPU-hours and waits by queue and user.
+
+    \b
+    Examples:
+      jobsched usage --since 7d
+      jobsched usage --queue research -o csv
+    """
+    with connected(ctx) as remote:
+        answers = remote.documents("usage", since_ms=max(0, render.instant_ms(since)))
+    rows = [
+        {**a, "name": f"{a['queue']}/{a['owner']}"} for a in answers
+        if user in (None, a["owner"]) and queue in (None, a["queue"])
+    ]  # fmt: skip
+    render.show_list(view, USAGE_COLUMNS, rows, name="usage", key="name")
+
+
 # ---- doctor ----
 
 CHECK_COLUMNS = (

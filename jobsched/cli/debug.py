@@ -150,14 +150,11 @@ def _past(seq: int, at_ms: int, at: str | None) -> bool:
 
 
 def _instant_ms(text: str) -> int:
-    from datetime import UTC, datetime
-
-    try:
-        found = datetime.fromisoformat(text)
-    except ValueError as exc:
+    found = render.rfc3339_ms(text)
+    if found is None:
         raise UsageError(f"{text!r} is neither an event number nor an RFC 3339 time",
-                         hint="--at 42, or --at 2026-01-31T12:00:00Z") from exc
-    return round((found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp() * 1_000)
+                         hint="--at 42, or --at 2026-01-31T12:00:00Z")
+    return found
 
 
 def _as_of(document: Document) -> str:

@@ -279,18 +279,21 @@ def _known(live: dict[tuple[str, int], Document], replica: Document, name: str) 
 
 @click.command()
 @click.argument("job")
+@click.option("--at", metavar="TIME", help="As it was at this RFC 3339 time, or so long ago (90s, 2h).")
 @output_options
 @click.pass_context
-def why(ctx: click.Context, job: str, view: View) -> None:
+def why(ctx: click.Context, job: str, at: str | None, view: View) -> None:
     """Explain a job: every reason why it waits, with numbers and what would help; or the root cause of its end, with
     the last log lines and the stacks of a hang; and its story so far.
 
     \b
-    Example:
+    Examples:
       jobsched why @last
+      jobsched why @last --at 10m
     """
+    at_ms = None if at is None else render.instant_ms(at)
     with connected(ctx) as remote:
-        answer = remote.documents(f"{path_of(remote, job)}/why")
+        answer = remote.documents(f"{path_of(remote, job)}/why", at_ms=at_ms)
     document = {**answer, "id": answer["job"]["id"]}
     render.show_one(view, document, lambda: explanation(answer))
 

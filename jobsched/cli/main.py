@@ -47,6 +47,7 @@ COMMANDS = {
     "nodes": ("cluster", "nodes", "List nodes and what is free on them."),
     "node": ("cluster", "node", "Describe, cordon, uncordon or drain a node."),
     "queues": ("cluster", "queues", "List queues, their jobs and GPUs in use."),
+    "usage": ("cluster", "usage", "Sum up GPU-hours and waits by queue and user."),
     "doctor": ("cluster", "doctor", "Check this machine and the server."),
     "serve": ("server", "serve", "Run the server."),
     "server": ("server", "server", "Stop the local server, or ask how it is."),

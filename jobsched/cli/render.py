@@ -313,6 +313,27 @@ def seconds(text: str | None) -> float | None:
         raise UsageError(str(exc)) from exc
 
 
+def rfc3339_ms(text: str) -> int | None:
+    """An RFC 3339 time in milliseconds since the epoch, UTC where it names no zone; None for anything else."""
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return round((found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp() * 1_000)
+
+
+def instant_ms(text: str) -> int:
+    """A point in time option: RFC 3339, or a duration ("10m") before now. Raises `UsageError`."""
+    found = rfc3339_ms(text)
+    if found is not None:
+        return found
+    try:
+        return round(1_000 * (time.time() - (seconds(text) or 0.0)))
+    except UsageError as exc:
+        raise UsageError(f"{text!r} is neither an RFC 3339 time nor a duration",
+                         hint="--at 2026-01-31T12:00:00Z, or --at 10m") from exc
+
+
 def styled(stream: IO[str]) -> bool:
     """Whether colour and live lines may go to this stream: a terminal, unless NO_COLOR, TERM=dumb or TTY_COMPATIBLE=0
     say otherwise; FORCE_COLOR says yes."""

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -31,6 +32,7 @@ from jobsched.core.answers import (
     PlanAnswer,
     QueueAnswer,
     ReplicaProgress,
+    UsageAnswer,
     WhyAnswer,
 )
 from jobsched.core.events import Stored
@@ -125,6 +127,13 @@ class Client:
 
     def queues(self) -> notebook.Listing[QueueAnswer]:
         return notebook.Listing(_adapter(tuple[QueueAnswer, ...]).validate_json(self.remote.get("queues")))
+
+    def usage(self, since: float = 30 * 86_400.0) -> notebook.Listing[UsageAnswer]:
+        """GPU-hours and waits by queue and user, of the jobs that live or ended within `since` seconds."""
+        since_ms = max(0, round(1_000 * (time.time() - since)))
+        return notebook.Listing(
+            _adapter(tuple[UsageAnswer, ...]).validate_json(self.remote.get("usage", since_ms=since_ms))
+        )
 
     def doctor(self) -> notebook.Listing[Check]:
         return notebook.Listing(_adapter(tuple[Check, ...]).validate_json(self.remote.get("doctor")))
@@ -271,9 +280,10 @@ class JobHandle:
         body = self._client.remote.get(f"jobs/{self.id}/samples", limit=limit)
         return notebook.Listing(_adapter(tuple[Sample, ...]).validate_json(body))
 
-    def why(self) -> WhyAnswer:
-        """Why it waits, or why it ended; and its story."""
-        return _adapter(WhyAnswer).validate_json(self._client.remote.get(f"jobs/{self.id}/why"))
+    def why(self, at: datetime | None = None) -> WhyAnswer:
+        """Why it waits, or why it ended; and its story. `at`: as it was then."""
+        at_ms = None if at is None else round(1_000 * at.timestamp())
+        return _adapter(WhyAnswer).validate_json(self._client.remote.get(f"jobs/{self.id}/why", at_ms=at_ms))
 
     def cancel(self) -> JobHandle:
         return self._do("cancel")

@@ -131,6 +131,22 @@ class QueueAnswer:
 
 
 @dataclass(frozen=True, slots=True)
+class UsageAnswer:
+    """What one user's jobs in one queue used and waited."""
+
+    queue: str
+    owner: str
+    jobs: int
+    succeeded: int
+    failed: int
+    cancelled: int
+    gpu_hours: float
+    mean_wait_s: float
+    """From submission to first placement, of those that were placed."""
+    longest_wait_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class RolePlan:
     role: str
     replicas: int

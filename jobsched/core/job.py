@@ -238,6 +238,12 @@ class Job:
     array_index: int = -1
     avoid: tuple[NodeName, ...] = ()
     """Nodes that just failed this job."""
+    first_placed_at_ms: int = 0
+    gpu_milli: int = 0
+    """GPUs held now, in thousandths."""
+    gpu_milli_ms: int = 0
+    """GPU time held up to `gpu_since_ms`, in thousandths of a GPU times milliseconds; see `gpu_time`."""
+    gpu_since_ms: int = 0
     first_started_at_ms: int = 0
     attempt_started_at_ms: int = 0
     ran_ms: int = 0
@@ -250,6 +256,10 @@ class Job:
     @property
     def holds_resources(self) -> bool:
         return self.phase.active
+
+    def gpu_time(self, now_ms: int) -> int:
+        """GPU time held so far, in thousandths of a GPU times milliseconds."""
+        return self.gpu_milli_ms + self.gpu_milli * max(0, now_ms - self.gpu_since_ms)
 
     def wanted_count(self, role: str) -> int:
         return self.wanted.get(role, self.spec.roles[role].replicas.prefer)

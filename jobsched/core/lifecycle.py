@@ -59,6 +59,9 @@ LEGAL: Final[Mapping[type, tuple[Phase, ...]]] = {
 }  # fmt: skip
 """Terminal phases allow nothing: an ended job never changes again."""
 
+REBINDS: Final = (ev.AttemptPlaced, ev.AttemptEnded, ev.ReplicasBound, ev.ReplicasUnbound, ev.ReplicasGone)
+"""Events after which a job may hold other GPUs than before."""
+
 COUNTED: Final = (FailureClass.USER, FailureClass.OOM, FailureClass.HANG)
 """Failures that use up the restart budget."""
 
@@ -100,6 +103,9 @@ def _fold(job: Job | None, event: ev.JobEvent) -> Job:
         raise Illegal(f"{event.kind} names attempt {attempt}, job {job.id} is at {job.attempt}")
     step: Callable[[Job, ev.JobEvent], Job] = _STEPS[type(event)]
     after = step(job, event)
+    if isinstance(event, REBINDS):
+        held = sum(share.milli for r in after.replicas.values() if r.binding is not None for share in r.binding.gpus)
+        after = changed(after, gpu_milli_ms=job.gpu_time(event.at_ms), gpu_milli=held, gpu_since_ms=event.at_ms)
     return numbered(after if after is not job else changed(job), job.version + 1)
 
 
@@ -177,6 +183,7 @@ def _placed(job: Job, e: ev.AttemptPlaced) -> Job:
         replicas=replicas,
         coordinator_port=e.coordinator_port,
         attempt_started_at_ms=e.at_ms,
+        first_placed_at_ms=job.first_placed_at_ms or e.at_ms,
         not_before_ms=0,
     )
 

@@ -14,9 +14,9 @@ from itertools import islice
 from typing import Literal
 
 from jobsched.core.events import Event, Stored, job_id_of
-from jobsched.core.job import Job
+from jobsched.core.job import Job, Phase
 from jobsched.core.resources import JobId
-from jobsched.ports import Appended, JobQuery, Lease, Loaded, Sample
+from jobsched.ports import Appended, JobQuery, Lease, Loaded, Sample, Usage
 from jobsched.store.projections import SAMPLES_KEPT, Projections, assert_fenced, check_fence, loaded, next_lease
 
 
@@ -108,6 +108,16 @@ class MemoryStore:
                 return dict(+self._phases)
             return dict(Counter(job.spec.queue for job in self._live.values()))
 
+    def usage(self, since_ms: int, now_ms: int) -> Sequence[Usage]:
+        found: dict[tuple[str, str], Usage] = {}
+        with self._lock:
+            jobs = tuple(self._now.jobs.values())
+        for job in jobs:
+            if job.ended_at_ms == 0 or job.ended_at_ms >= since_ms:
+                key = (job.spec.queue, job.owner)
+                found[key] = _used(found.get(key, Usage(*key)), job, now_ms)
+        return tuple(found[key] for key in sorted(found))
+
     def add_samples(self, samples: Sequence[Sample]) -> None:
         with self._lock:
             for sample in samples:
@@ -136,6 +146,22 @@ class MemoryStore:
 
     def close(self) -> None:
         """Nothing to let go of."""
+
+
+def _used(usage: Usage, job: Job, now_ms: int) -> Usage:
+    placed = job.first_placed_at_ms > 0
+    waited = job.first_placed_at_ms - job.submitted_at_ms if placed else 0
+    return replace(
+        usage,
+        jobs=usage.jobs + 1,
+        succeeded=usage.succeeded + (job.phase is Phase.SUCCEEDED),
+        failed=usage.failed + (job.phase is Phase.FAILED),
+        cancelled=usage.cancelled + (job.phase is Phase.CANCELLED),
+        gpu_milli_ms=usage.gpu_milli_ms + job.gpu_time(now_ms),
+        placed=usage.placed + placed,
+        waited_ms=usage.waited_ms + waited,
+        longest_wait_ms=max(usage.longest_wait_ms, waited),
+    )
 
 
 def _selected(job: Job, query: JobQuery) -> bool:

@@ -28,7 +28,7 @@ from sqlalchemy import (
 
 from jobsched.errors import StoreUnavailable
 
-HEAD: Final = "0002"
+HEAD: Final = "0003"
 """The newest migration; a database that says so is opened without importing alembic (0.6 s)."""
 
 metadata = MetaData()
@@ -61,6 +61,10 @@ jobs = Table(
     Column("priority", Integer, nullable=False),
     Column("submitted_at_ms", BigInteger, nullable=False),
     Column("ended_at_ms", BigInteger, nullable=False),
+    Column("first_placed_at_ms", BigInteger, nullable=False),
+    Column("gpu_milli", BigInteger, nullable=False),
+    Column("gpu_milli_ms", BigInteger, nullable=False),
+    Column("gpu_since_ms", BigInteger, nullable=False),
     Column("array_id", _Key),
     Column("spec", Text, nullable=False),
     Column("doc", Text, nullable=False),

@@ -24,6 +24,7 @@ from typing import Any, Final, Literal
 from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import (
     URL,
+    BigInteger,
     ColumnElement,
     Connection,
     Executable,
@@ -31,6 +32,7 @@ from sqlalchemy import (
     Select,
     Table,
     bindparam,
+    case,
     create_engine,
     delete,
     event,
@@ -50,7 +52,7 @@ from jobsched.core.job import Job, Phase
 from jobsched.core.node import Cordon, Node
 from jobsched.core.resources import JobId, NodeName
 from jobsched.errors import StoreUnavailable
-from jobsched.ports import Appended, JobQuery, Lease, Loaded, Sample
+from jobsched.ports import Appended, JobQuery, Lease, Loaded, Sample, Usage
 from jobsched.spec.job import ArraySpec, JobSpec
 from jobsched.spec.queue import QueueSpec
 from jobsched.store import schema
@@ -137,6 +139,10 @@ def _job_row(job: Job) -> dict[str, object]:
         "phase": job.phase.value,
         "priority": job.priority,
         "ended_at_ms": job.ended_at_ms,
+        "first_placed_at_ms": job.first_placed_at_ms,
+        "gpu_milli": job.gpu_milli,
+        "gpu_milli_ms": job.gpu_milli_ms,
+        "gpu_since_ms": job.gpu_since_ms,
         "doc": _JOB.dump_json(job, exclude=_IN_SPEC, exclude_defaults=True).decode(),
     }
 
@@ -211,7 +217,11 @@ _INSERT_REQUEST: Final = insert(schema.requests)
 _UPDATE_JOB: Final = (
     update(schema.jobs)
     .where(schema.jobs.c.id == bindparam("key"))
-    .values({name: bindparam(name) for name in ("version", "phase", "priority", "ended_at_ms", "doc")})
+    .values({
+        name: bindparam(name)
+        for name in ("version", "phase", "priority", "ended_at_ms", "first_placed_at_ms", "gpu_milli", "gpu_milli_ms",
+                     "gpu_since_ms", "doc")
+    })
 )
 _PLACE: Final = (schema.jobs.c.submitted_at_ms, schema.jobs.c.id)
 """What listings are ordered by."""
@@ -224,6 +234,32 @@ _INSERT_SAMPLE: Final = insert(schema.samples)
 _PRUNE_SAMPLES: Final = delete(schema.samples).where(
     schema.samples.c.job_id == bindparam("key"), schema.samples.c.n <= bindparam("last") - SAMPLES_KEPT
 )
+
+
+def _usage() -> Select[*tuple[Any, ...]]:
+    """Sums by queue and owner; parameters `since_ms` and `now_ms`."""
+    jobs = schema.jobs.c
+    placed = jobs.first_placed_at_ms > 0
+    waited = jobs.first_placed_at_ms - jobs.submitted_at_ms
+    gpu_time = jobs.gpu_milli_ms + jobs.gpu_milli * (bindparam("now_ms", type_=BigInteger) - jobs.gpu_since_ms)
+
+    def number(condition: ColumnElement[bool]) -> ColumnElement[int]:
+        return func.sum(case((condition, 1), else_=0))
+
+    return (
+        select(
+            jobs.queue, jobs.owner, func.count(),
+            *(number(jobs.phase == phase.value) for phase in (Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED)),
+            func.sum(gpu_time), number(placed),
+            func.sum(case((placed, waited), else_=0)), func.max(case((placed, waited), else_=0)),
+        )
+        .where((jobs.ended_at_ms == 0) | (jobs.ended_at_ms >= bindparam("since_ms")))
+        .group_by(jobs.queue, jobs.owner)
+        .order_by(jobs.queue, jobs.owner)
+    )  # fmt: skip
+
+
+_USAGE: Final = _usage()
 
 
 def _put(table: Table, dialect: str) -> Executable:
@@ -550,6 +586,11 @@ class SqlStore:
             statement = statement.where(schema.jobs.c.phase.in_(LIVE))
         with self._transaction("read") as connection:
             return {name: number for name, number in connection.execute(statement)}  # noqa: C416
+
+    def usage(self, since_ms: int, now_ms: int) -> Sequence[Usage]:
+        with self._transaction("read") as connection:
+            rows = connection.execute(_USAGE, {"since_ms": since_ms, "now_ms": now_ms})
+            return tuple(Usage(queue, owner, *map(int, sums)) for queue, owner, *sums in rows)
 
     # ---- samples ----
 

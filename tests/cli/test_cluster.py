@@ -41,6 +41,18 @@ def test_queues(cli: Cli) -> None:
     assert cli("queues", "--no-headers").out.split() == ["default", "1", "open", "3", "1", "2.5", "-"]
 
 
+def test_usage(cli: Cli, server: FakeServer) -> None:
+    server.replies["GET usage"] = 200, [
+        {"queue": "research", "owner": "ann", "jobs": 3, "succeeded": 2, "failed": 1, "cancelled": 0,
+         "gpu_hours": 12.5, "mean_wait_s": 61.0, "longest_wait_s": 90.0},
+    ]
+    assert cli("usage", "--no-headers").out.split() == ["research", "ann", "3", "2", "1", "12.50", "61.0s", "90.0s"]
+    assert cli("usage", "-u", "bob", "--json").json["usage"] == []
+    refused = cli("usage", "--since", "soon")
+    assert refused.code == 2
+    assert "neither an RFC 3339 time nor a duration" in refused.err
+
+
 def test_doctor_with_a_server(cli: Cli) -> None:
     checks = {c["name"]: c for c in cli("doctor", "-o", "json").json["checks"]}
     assert {"python", "torch", "gpus", "cgroup", "disk", "server", "server store"} <= checks.keys()

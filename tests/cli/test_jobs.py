@@ -143,6 +143,12 @@ def test_why_a_job_waits(cli: Cli, server: FakeServer) -> None:
     assert cli("why", "@last", "--json").json["verdict"]["position"] == 2
 
 
+def test_why_at_a_time(cli: Cli, server: FakeServer) -> None:
+    assert cli("why", "bert", "--at", "2026-01-01T00:00:05Z").code == 0
+    assert server.requests[-1].url.params["at_ms"] == "1767225605000"
+    assert cli("why", "bert", "--at", "yesterday").code == 2
+
+
 def test_why_a_job_failed(cli: Cli, server: FakeServer) -> None:
     cause = Cause(
         Reason.HANG, role="worker", index=1, rank=1, stacks=(("worker/1", "File train.py, line 3"),), tail=("step 9",)

@@ -20,7 +20,7 @@ from jobsched.core.lifecycle import evolve_job
 from jobsched.core.node import Cordon, Gpu, Node
 from jobsched.core.resources import GpuId, GpuShare, JobId, NodeName
 from jobsched.errors import StaleFence
-from jobsched.ports import Appended, JobQuery, Rejected, Sample, Store
+from jobsched.ports import Appended, JobQuery, Rejected, Sample, Store, Usage
 from jobsched.spec.job import JobSpec
 from jobsched.spec.queue import QueueSpec
 
@@ -47,6 +47,12 @@ def held(job_id: str, at_ms: int = 2_000) -> ev.JobHeld:
 
 def cancelled(job_id: str, at_ms: int = 3_000) -> ev.JobEnded:
     return ev.JobEnded(at_ms, JobId(job_id), Phase.CANCELLED, Cause(Reason.CANCELLED))
+
+
+def placed(job_id: str, at_ms: int) -> ev.AttemptPlaced:
+    """On three quarters of a GPU."""
+    binding = Binding("worker", 0, NODE.name, (GpuShare(GpuId("g1"), 750),), (4_000,))
+    return ev.AttemptPlaced(at_ms, JobId(job_id), 1, (binding,))
 
 
 def story(rng: random.Random, job_id: str, length: int) -> Iterator[ev.JobEvent]:
@@ -423,6 +429,18 @@ class StoreContract:
         append(store, [submitted("a", queue="q1"), submitted("b", queue="q1"), submitted("c"), cancelled("a")])
         assert store.count("phase") == {"QUEUED": 2, "CANCELLED": 1}
         assert store.count("queue") == {"q1": 1, "default": 1}
+
+    def test_usage_sums_gpu_time_and_waits_by_queue_and_user(self, store: Store) -> None:
+        append(store, [submitted("a", queue="q1"), submitted("b", queue="q1"), submitted("c", owner="bob")])
+        append(store, [placed("a", 3_000), placed("b", 6_000)])
+        outcome = Outcome(Phase.SUCCEEDED, Reason.COMPLETED)
+        append(store, [ev.AttemptStopping(8_000, JobId("a"), 1, outcome)])
+        append(store, [ev.AttemptEnded(9_000, JobId("a"), 1, Phase.SUCCEEDED)])
+        assert list(store.usage(0, 10_000)) == [
+            Usage("default", "bob", 1),
+            Usage("q1", "ada", 2, 1, 0, 0, 750 * (6_000 + 4_000), 2, 2_000 + 5_000, 5_000),
+        ]
+        assert [(u.jobs, u.gpu_milli_ms) for u in store.usage(9_001, 11_000)] == [(1, 0), (1, 750 * 5_000)]
 
     # ---- samples ----
 
