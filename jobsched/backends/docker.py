@@ -61,8 +61,9 @@ STREAM_PAUSE_S = 0.2
 """Pause before a log stream that broke off is opened again."""
 OVERDUE_S = 2.0
 """A log stream that goes on this long after its container's end is cut off."""
-INIT_CPU_NS = 5_000_000
-"""CPU time that the init process of an idle container may use between two looks."""
+IDLE_PER_MILLE = 5
+"""A container that uses less of one CPU than this is idle: its init process and the kernel's accounts of interrupts are
+never quite still (0.03 measured)."""
 AT_ONCE = 8
 """Containers that one engine makes at the same time."""
 
@@ -93,6 +94,8 @@ class Replica:
     died_at: float = 0.0
     """When the engine told its end; its log may still be on its way."""
     died_with: int | None = None
+    died_in: int = 0
+    """The touch (see `Station`) in which the engine told it."""
     killed_by_engine: bool = False
     """It ended when the engine was restarted."""
     ended_at: float = 0.0
@@ -100,7 +103,10 @@ class Replica:
     log: Any = None
     """The stream that is being read, to be closed by others."""
     cpu_ns: int = -1
+    """CPU time used up to `looked_at`."""
+    looked_at: float = 0.0
     cpu_at: float = 0.0
+    """When it was last found to use the CPU."""
 
     @property
     def key(self) -> LaunchKey:
@@ -114,6 +120,14 @@ class Replica:
     def acknowledged(self) -> object:
         return self.progress.acknowledged if self.progress is not None else None
 
+    def take_look(self, cpu_ns: int, now: float) -> None:
+        """Its CPU time used so far (-1: not known). By share, not by change: see `IDLE_PER_MILLE`."""
+        if cpu_ns < 0:
+            return
+        if self.cpu_ns < 0 or cpu_ns - self.cpu_ns > (now - self.looked_at) * IDLE_PER_MILLE * 10**6:
+            self.cpu_at = now
+        self.cpu_ns, self.looked_at = cpu_ns, now
+
 
 @dataclass(slots=True)
 class Station:
@@ -125,6 +139,9 @@ class Station:
     node: Node | None = None
     """None while it does not answer."""
     problem: str = ""
+    touch: int = 0
+    """How often it was lost. What was heard in an earlier touch may have been the last words of an engine that has been
+    restarted since."""
     last_event: str = ""
     """`seconds.nanoseconds` of the newest event seen, by its own clock."""
     gpus: tuple[Gpu, ...] = ()
@@ -569,12 +586,18 @@ class DockerBackend:
         return None
 
     def _end_of(self, replica: Replica, inspected: Json) -> ReplicaReport:
-        """Waits for the engine's word on it: an end that is no event was the engine's own."""
-        latest = time.monotonic() + WORD_S
+        """Waits for the engine's word on it: an end that is no event was the engine's own. Raises BackendUnreachable
+        where only another listing can tell why it ended."""
+        station, latest = replica.engine, time.monotonic() + WORD_S
         self._wait(lambda: replica.died_at > 0, lambda: latest)
+        if not replica.died_at:
+            station.engine.interrupt()
+            raise BackendUnreachable("the engine has not told the end of a container that has ended")
         if replica.stop is None:
-            replica.engine.engine.knock()  # one that is shutting down ends its containers: the next listing tells that
-        report = render.ended(replace(replica.report, message=""), inspected, replica.engine.now())
+            station.engine.knock()  # one that is shutting down ends its containers
+            if replica.died_in != station.touch:
+                raise BackendUnreachable("the engine may have been restarted meanwhile")
+        report = render.ended(replace(replica.report, message=""), inspected, station.now())
         if replica.killed_by_engine and report.failure is Reason.NONE and replica.stop is None:
             text = f"the engine was restarted while it ran (status {inspected['State']['ExitCode']})"
             return replace(report, failure=Reason.REPLICA_LOST, message=text)
@@ -677,7 +700,7 @@ class DockerBackend:
 
     def _lost_touch(self, station: Station, problem: str) -> None:
         with self._changed:
-            station.node, station.problem = None, problem
+            station.node, station.problem, station.touch = None, problem, station.touch + 1
             station.listed.set()
             self._changed.notify_all()
 
@@ -736,7 +759,7 @@ class DockerBackend:
             replica.container = container
             if not state["Running"]:
                 replica.died_at, replica.died_with = time.monotonic(), int(state["ExitCode"])
-                replica.killed_by_engine = restarted
+                replica.died_in, replica.killed_by_engine = station.touch, restarted
             self._mark(replica)
         self._make_log(key, 0)
 
@@ -763,7 +786,7 @@ class DockerBackend:
             if replica is None or replica.container != actor.get("ID"):
                 return
             if action == "die":
-                replica.died_at = time.monotonic()
+                replica.died_at, replica.died_in = time.monotonic(), station.touch
                 replica.died_with = int(labels.get("exitCode", -1))
                 self._changed.notify_all()
 
@@ -805,6 +828,7 @@ class DockerBackend:
                 continue
             try:
                 station.engine.ping()
+                self._attend_to_all(station)
                 self._sample_silent(station)
                 if station.gpus and time.monotonic() - station.gpus_at >= GPU_REFRESH_S:
                     self._look_around(station)
@@ -816,6 +840,14 @@ class DockerBackend:
                     live = {"/".join(key.split("/")[:2]) for key in self._replicas}
                 self._sweeper.step(live)
 
+    def _attend_to_all(self, station: Station) -> None:
+        """Whoever collected a log and lost touch just after a listing has left it to nobody."""
+        with self._lock:
+            alone = [r for r in self._replicas.values() if r.engine is station and r.alive and not r.attended
+                     and (r.report.state is Seen.RUNNING or r.died_at)]
+        for replica in alone:
+            self._attend(replica)
+
     def _sample_silent(self, station: Station) -> None:
         """Whether replicas that have stopped reporting still use the CPU: the sign that tells hung from busy."""
         now = time.monotonic()
@@ -826,8 +858,7 @@ class DockerBackend:
         for replica in silent:
             used = station.engine.cpu_ns(replica.container)
             with self._changed:
-                if used - replica.cpu_ns > INIT_CPU_NS:
-                    replica.cpu_ns, replica.cpu_at = used, time.monotonic()
+                replica.take_look(used, time.monotonic())
                 self._mark(replica)
 
     def _cut_overdue(self, station: Station) -> None:

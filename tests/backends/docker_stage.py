@@ -20,6 +20,8 @@ import pytest
 
 import jobsched
 
+PATIENCE_S = 120
+"""For what takes a second or two on a machine that has nothing else to do."""
 IMAGE = "jobsched-test/tiny:1"
 CHANGES = ["ENV PATH=/usr/local/bin:/usr/bin:/bin", "ENV PYTHONPATH=/opt/jobsched"]
 TOOLS = ("sh", "sleep", "echo", "true", "false", "seq", "date", "setsid", "cat", "env", "ls", "id", "touch", "kill",
@@ -139,49 +141,50 @@ def freeze(container: str) -> None:
 
 class SecondEngine:
     """Another engine on this machine, with the tiny image, in a network namespace of its own: two would fight over
-    docker0."""
+    docker0; and with a containerd of its own, not the machine's, which would not see its mounts."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.url = f"unix://{directory}/docker.sock"
 
     def __enter__(self) -> SecondEngine:
-        self._start()
+        self.start()
         client = self._client()
         repository, tag = IMAGE.split(":")
         client.import_image_from_data(rootfs(), repository=repository, tag=tag, changes=CHANGES)
         return self
 
     def __exit__(self, *_: object) -> None:
-        client = self._client()
-        for entry in client.containers(all=True):
-            client.remove_container(entry["Id"], force=True)
-        self._stop()
+        try:
+            client = self._client()
+            for entry in client.containers(all=True):
+                client.remove_container(entry["Id"], force=True)
+        finally:
+            self.stop()
 
-    def restart(self) -> None:
-        self._stop()
-        self._start()
-
-    def _start(self) -> None:
+    def start(self) -> None:
         at = self.directory
         with open(at / "dockerd.log", "ab") as log:
             self._process = subprocess.Popen(
-                ["unshare", "--net", "--mount", "dockerd", "-H", self.url, "--data-root", at / "data", "--exec-root",
-                 at / "exec", "--pidfile", at / "pid"], stdout=log, stderr=log)
-        deadline = time.monotonic() + 30
+                ["unshare", "--net", "--mount", "sh", "-c",
+                 '[ ! -d /run/containerd ] || mount -t tmpfs none /run/containerd; exec dockerd "$@"', "dockerd",
+                 "-H", self.url, "--data-root", at / "data", "--exec-root", at / "exec", "--pidfile", at / "pid"],
+                stdout=log, stderr=log)
+        deadline = time.monotonic() + PATIENCE_S
         while True:
             try:
                 self._client().ping()
                 return
             except Exception:
-                assert time.monotonic() < deadline, (at / "dockerd.log").read_text()[-2_000:]
+                alive = self._process.poll() is None and time.monotonic() < deadline
+                assert alive, (at / "dockerd.log").read_text()[-2_000:]
                 time.sleep(0.1)
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
         self._process.terminate()
-        self._process.wait(30)
+        self._process.wait(PATIENCE_S)
 
     def _client(self) -> Any:
         import docker
 
-        return docker.APIClient(base_url=self.url, version="auto", timeout=30)
+        return docker.APIClient(base_url=self.url, version="auto", timeout=PATIENCE_S)

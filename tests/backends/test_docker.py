@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -20,7 +21,7 @@ from jobsched.core.resources import NodeName
 from jobsched.errors import BackendUnreachable
 from jobsched.spec.server import DockerBackend as Config
 from tests.backends import docker_stage
-from tests.contracts.backend import ProcessBackendContract, Watcher, a_key, a_launch
+from tests.contracts.backend import PATIENCE_S, ProcessBackendContract, Watcher, a_key, a_launch
 
 if TYPE_CHECKING:
     from jobsched.backends.docker import DockerBackend
@@ -170,7 +171,7 @@ def test_peers_find_each_other_by_name_and_nothing_is_left_over(start: Start) ->
     assert watcher.backend.capabilities.name_template == "{role}-{index}"
     node = next(iter(watcher.sight.nodes.values()))
     serve = "import socket; s = socket.create_server(('', 2222)); c, _ = s.accept(); c.sendall(b'hello')"
-    call = ("import socket, time\nfor _ in range(100):\n  try: s = socket.create_connection(('worker-0', 2222))\n"
+    call = ("import socket, time\nfor _ in range(600):\n  try: s = socket.create_connection(('worker-0', 2222))\n"
             "  except OSError: time.sleep(0.1)\n  else: print(s.recv(9).decode()); break")
     launches = [a_launch(node, ("python", "-c", text), a_key(index=index)) for index, text in enumerate((serve, call))]
     peers = {"worker": ("worker-0:2222", "worker-1:2222")}
@@ -181,7 +182,7 @@ def test_peers_find_each_other_by_name_and_nothing_is_left_over(start: Start) ->
     assert len(docker_stage.leftovers(engine.label)) == 3
     watcher.backend.forget([one.key for one in launches])
     watcher.until(lambda s: not s.replicas)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     while docker_stage.leftovers(engine.label) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert docker_stage.leftovers(engine.label) == []
@@ -280,7 +281,7 @@ def test_a_log_is_collected_whole_across_servers(start: Start) -> None:
 
 def test_stacks_come_from_replicas_that_use_the_library(start: Start) -> None:
     watcher = watch(start())
-    script = LIBRARY + "def the_odd_place():\n  context.report(step=1)\n  time.sleep(60)\nthe_odd_place()"
+    script = LIBRARY + "def the_odd_place():\n  context.report(step=1)\n  time.sleep(300)\nthe_odd_place()"
     launch = run(watcher, "python", "-c", script)
     watcher.until(lambda s: launch.key in s.replicas and s.replicas[launch.key].progress)
     watcher.backend.ask_stacks([launch.key])
@@ -291,7 +292,7 @@ def test_stacks_come_from_replicas_that_use_the_library(start: Start) -> None:
 def test_a_stopped_interpreter_is_seen_to_be_idle(start: Start) -> None:
     engine = start()
     watcher = watch(engine)
-    script = LIBRARY + "context.report(step=1)\ntime.sleep(60)"
+    script = LIBRARY + "context.report(step=1)\ntime.sleep(300)"
     launch = run(watcher, "python", "-c", script)
     watcher.until(lambda s: launch.key in s.replicas and s.replicas[launch.key].progress)
     docker_stage.freeze(watcher.sight.replicas[launch.key].ident)
@@ -329,10 +330,39 @@ def test_no_engine_is_unreachable_and_not_empty(tmp_path: Path) -> None:
     backend.close()
 
 
+def _late(monkeypatch: pytest.MonkeyPatch, back: threading.Event) -> None:
+    """The rest of a log is read only when the engine is back, and the engine is listed only after that."""
+    from jobsched.backends.docker_engine import Engine
+
+    log, knock, past_events, asked = Engine.log, Engine.knock, Engine.past_events, threading.Event()
+
+    def late_log(engine: Engine, container: str, since_s: int, follow: bool) -> Any:
+        if not follow:
+            back.wait(PATIENCE_S)
+        return log(engine, container, since_s, follow)
+
+    def late_listing(engine: Engine, until: str) -> Any:
+        if engine.config.name == "two":
+            asked.wait(PATIENCE_S)
+        return past_events(engine, until)
+
+    def heard_knock(engine: Engine) -> None:
+        knock(engine)
+        asked.set()
+
+    monkeypatch.setattr(Engine, "log", late_log)
+    monkeypatch.setattr(Engine, "past_events", late_listing)
+    monkeypatch.setattr(Engine, "knock", heard_knock)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.getuid() != 0, reason="a second engine needs root")
-def test_of_several_engines_one_is_restarted_and_one_is_away(start: Start, tmp_path: Path) -> None:
-    """Containers that an engine ended while it was restarted are lost, not failed; the others do not notice."""
+@pytest.mark.parametrize("late", [False, True])
+def test_of_several_engines_one_is_restarted_and_one_is_away(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """Containers that an engine ended while it was restarted are lost, not failed; the others do not notice. `late`:
+    the thread that would ask why a container ended sleeps until the engine is back."""
     with docker_stage.SecondEngine(tmp_path) as second:
         engine = start(
             checkpoints=str(tmp_path / "checkpoints"),
@@ -344,12 +374,20 @@ def test_of_several_engines_one_is_restarted_and_one_is_away(start: Start, tmp_p
         watcher = watch(engine)
         assert set(watcher.sight.nodes) == {"one", "two"}
         assert watcher.backend.capabilities.name_template == ""
-        launches = [a_launch(watcher.sight.nodes[NodeName(name)], ("/bin/sleep", "300"), a_key(index=index))
+        command = ("/bin/sh", "-c", "echo on; exec sleep 300")
+        launches = [a_launch(watcher.sight.nodes[NodeName(name)], command, a_key(index=index))
                     for index, name in enumerate(("one", "two"))]
         watcher.backend.start(launches)
         here, there = watcher.running(*(one.key for one in launches))
-        second.restart()
+        watcher.until(lambda _: the_log(watcher, launches[1]) == "on\n")
+        back = threading.Event()
+        if late:
+            _late(monkeypatch, back)
+        second.stop()
+        second.start()
+        back.set()
         end = watcher.end(there.key)
+        monkeypatch.undo()
         assert (end.failure, end.node) == (Reason.REPLICA_LOST, "two")
         assert "restarted" in end.message
         watcher.until(lambda s: "two" in s.nodes)
