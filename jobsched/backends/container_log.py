@@ -25,7 +25,8 @@ NOTE_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """The file was `size` bytes long after the `count`-th piece of the engine's instant `at`."""
+    """The file was `size` bytes long after the `count`-th piece of the engine's instant `at`, the newest until then.
+    The engine copies stdout and stderr apart, so a piece may come a little after one that is newer."""
 
     size: int = 0
     at: str = ""
@@ -38,22 +39,26 @@ def collect(
     """Until the stream that `opened(second)` gives ends; `took` hears the reports."""
     noted = position = read_position(path)
     size, skip = noted.size, replica_log.size(path) - noted.size
-    lines, note_at, cut, at, count = LineFilter(), time.monotonic() + NOTE_S, 0, "", 0
+    lines, note_at, cut, newest, count, passed = LineFilter(), time.monotonic() + NOTE_S, 0, "", 0, not noted.at
+    since_s = int(instant(noted.at).timestamp()) - 1 if noted.at else 0
     with open(replica_log.open_for_append(path), "ab", buffering=0) as out:
-        for piece in opened(int(instant(noted.at).timestamp()) if noted.at else 0):
+        for piece in opened(since_s):
             stamp, _, text = piece.partition(b" ")
-            before, at = at, stamp.decode(errors="replace")
-            count = count + 1 if at == before else 1
-            if (at, count) <= (noted.at, noted.count):
+            at = stamp.decode(errors="replace")
+            if at >= newest:
+                newest, count = at, count + 1 if at == newest else 1
+            if not passed and (newest, count) <= (noted.at, noted.count):
+                passed = (newest, count) == (noted.at, noted.count)
                 continue
+            passed = True
             shown, found = lines.feed(text)
             if fresh := shown[skip:]:
                 out.write(fresh)
             size, skip = size + len(shown), max(skip - len(shown), 0)
             for report in found:
                 took(report)
-            if not lines.held:
-                position = Position(size, at, count)
+            if not lines.held and at == newest:
+                position = Position(size, newest, count)
             if time.monotonic() >= note_at:
                 cut = replica_log.cut(path, limits.size * (limits.rotations + 1), cut)
                 note_position(path, position)

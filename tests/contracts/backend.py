@@ -323,7 +323,7 @@ class ProcessBackendContract(BackendContract):
         assert (end.exit_code, end.signal) in [(None, signal.SIGSEGV), (128 + signal.SIGSEGV, None)]
 
     def test_a_failed_end_has_its_last_lines(self, watcher: Watcher, node: Node) -> None:
-        launch = a_launch(node, ("/bin/sh", "-c", "for i in $(seq 50); do echo line $i; done; echo why >&2; exit 9"))
+        launch = a_launch(node, ("/bin/sh", "-c", "(for i in $(seq 50); do echo line $i; done; echo why) >&2; exit 9"))
         watcher.backend.start([launch])
         tail = watcher.end(launch.key).tail
         assert tail[-2:] == ("line 50", "why")
