@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobsched.backends import reports
@@ -93,6 +93,7 @@ class Broken(Exception):
     pass
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, len(PIECES)), st.booleans()), max_size=6))
 def test_a_log_is_whole_wherever_its_collector_was_ended(breaks: list[tuple[int, bool]]) -> None:
     import tempfile
