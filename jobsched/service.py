@@ -21,6 +21,7 @@ from ulid import ULIDGenerator
 
 from jobsched.core import events as ev
 from jobsched.core import explain, invariants
+from jobsched.core.alternatives import sooner
 from jobsched.core.answers import (
     Check,
     JobAnswer,
@@ -286,7 +287,13 @@ class Service:
         if at_ms:
             return self._why_then(self.resolve(ref, owner=owner), at_ms)
         answer = self.get(ref, owner=owner)
-        return WhyAnswer(answer.job, answer.headline, answer.verdict, explain.story(self.events(answer.job.id)))
+        verdict = answer.verdict
+        if verdict is not None and answer.job.phase is Phase.QUEUED:
+            with self.live.view() as (cluster, _):
+                known = cluster.jobs.get(answer.job.id)
+                if known is not None and cluster.line_of(known.id) is not None:
+                    verdict = replace(verdict, sooner=sooner(cluster, known, self._clock.now_ms()))
+        return WhyAnswer(answer.job, answer.headline, verdict, explain.story(self.events(answer.job.id)))
 
     def _why_then(self, job: Job, at_ms: int) -> WhyAnswer:
         cluster, seq = Cluster(), 0

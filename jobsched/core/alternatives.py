@@ -1,0 +1,125 @@
+"""What would let a waiting job start sooner: the same request with one thing changed, tried on the cluster as it is.
+
+Asked by `why` and `plan`. Read-only; a handful of placements per answer, whatever the size of the cluster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from jobsched.core.cluster import Cluster
+from jobsched.core.job import Job, Shape, changed
+from jobsched.core.node import kind_matches
+from jobsched.core.policies.admission import admit
+from jobsched.core.policies.placement import Gang, place_gang
+from jobsched.core.resources import WHOLE_GPU, JobId
+from jobsched.spec.job import GpuRequest, JobSpec, Replicas, RoleSpec
+
+NOBODY = JobId("")
+QUEUES_TRIED = 8
+KINDS_TRIED = 8
+
+
+def starts_now(cluster: Cluster, job: Job, spec: JobSpec, now_ms: int) -> bool:
+    """Whether the job could start this very moment, were it written like `spec`. O(one placement)."""
+    probe = changed(job, id=NOBODY, spec=spec, wanted={})
+    with cluster.trial():
+        shape = admit(cluster, probe, now_ms)
+        return isinstance(shape, Shape) and isinstance(place_gang(cluster, shape, job.avoid), Gang)
+
+
+def sooner(cluster: Cluster, job: Job, now_ms: int) -> tuple[str, ...]:
+    """Changes with which it would start now, in words: the least painful of each sort."""
+
+    def now(spec: JobSpec) -> bool:
+        return starts_now(cluster, job, spec, now_ms)
+
+    return tuple(f"{text}: now" for text in (
+        *_other_queues(cluster, job.spec, now), *_anywhere(job.spec, now), *_other_kinds(cluster, job.spec, now),
+        *_smaller(job.spec, now), *_split(job.spec, now),
+    ))  # fmt: skip
+
+
+def _hungriest(spec: JobSpec) -> tuple[str, RoleSpec] | None:
+    """The role that asks for most GPUs; None: no role asks for any."""
+    sizes = {name: role.replicas.min * role.gpu.milli for name, role in spec.roles.items() if role.gpu}
+    if not sizes:
+        return None
+    name = max(sizes, key=lambda each: sizes[each])
+    return name, spec.roles[name]
+
+
+def _with(spec: JobSpec, name: str, **fields: object) -> JobSpec:
+    return spec.model_copy(update={"roles": {**spec.roles, name: spec.roles[name].model_copy(update=fields)}})
+
+
+def _fixed(count: int) -> Replicas:
+    return Replicas(min=count, max=count, prefer=count)
+
+
+def _gpu(request: GpuRequest, **fields: object) -> GpuRequest:
+    return request.model_copy(update=fields)
+
+
+def _other_queues(cluster: Cluster, spec: JobSpec, now: Callable[[JobSpec], bool]) -> Iterator[str]:
+    others = sorted(name for name, queue in cluster.queues.items() if name != spec.queue and not queue.paused)
+    for name in others[:QUEUES_TRIED]:
+        if now(spec.model_copy(update={"queue": name})):
+            yield f"queue {name} instead of {spec.queue}"
+            return
+
+
+def _anywhere(spec: JobSpec, now: Callable[[JobSpec], bool]) -> Iterator[str]:
+    within, spread = spec.placement.within, spec.placement.spread
+    if within and now(spec.model_copy(update={"placement": spec.placement.model_copy(update={"within": ""})})):
+        yield f"not all within one {within}"
+    if spread and now(spec.model_copy(update={"placement": spec.placement.model_copy(update={"spread": ""})})):
+        yield f"not one replica per {spread}"
+
+
+def _other_kinds(cluster: Cluster, spec: JobSpec, now: Callable[[JobSpec], bool]) -> Iterator[str]:
+    hungriest = _hungriest(spec)
+    if hungriest is None:
+        return
+    name, role = hungriest
+    assert role.gpu is not None
+    others = dict.fromkeys(k for k, _ in cluster.ledger.classes() if not kind_matches(k, role.gpu.kinds))
+    for kind in list(others)[:KINDS_TRIED]:
+        if now(_with(spec, name, gpu=_gpu(role.gpu, kinds=(kind,)))):
+            yield f"{kind} instead of {'|'.join(role.gpu.kinds) or 'any'}"
+            return
+
+
+def _smaller(spec: JobSpec, now: Callable[[JobSpec], bool]) -> Iterator[str]:
+    """The largest gang that would start, found by halving the gap: whatever fits, a smaller one fits as well."""
+    hungriest = _hungriest(spec)
+    if hungriest is None:
+        return
+    name, role = hungriest
+    assert role.gpu is not None
+    low, high = 0, role.replicas.min
+    while high - low > 1:
+        middle = (low + high) // 2
+        if now(_with(spec, name, replicas=_fixed(middle))):
+            low = middle
+        else:
+            high = middle
+    if low:
+        gpus = low * role.gpu.milli / WHOLE_GPU
+        yield f"{low} instead of {role.replicas.min} {name} replicas ({gpus:g} GPU{'s' if gpus != 1 else ''})"
+
+
+def _split(spec: JobSpec, now: Callable[[JobSpec], bool]) -> Iterator[str]:
+    """The same number of GPUs in more and smaller replicas."""
+    hungriest = _hungriest(spec)
+    if hungriest is None:
+        return
+    name, role = hungriest
+    assert role.gpu is not None
+    size = role.gpu.milli // WHOLE_GPU
+    count = role.replicas.min
+    while size % 2 == 0 and size > 1:
+        size, count = size // 2, count * 2
+        if now(_with(spec, name, replicas=_fixed(count), gpu=_gpu(role.gpu, milli=size * WHOLE_GPU))):
+            yield f"{count} × {size} GPUs instead of {role.replicas.min} × {role.gpu.milli // WHOLE_GPU}"
+            return
