@@ -7,9 +7,6 @@ new one sees everything the old one saw. Two connections, so that a long `observ
 from __future__ import annotations
 
 import os
-import select
-import socket
-import subprocess
 import sys
 import threading
 import time
@@ -19,8 +16,9 @@ from pathlib import Path
 from jobsched.backends import local_render
 from jobsched.backends.followed_log import chunks
 from jobsched.backends.local_nodes import NodeSource, overlaid
-from jobsched.backends.supervisor import processes, replica_log
-from jobsched.backends.supervisor.protocol import VERSION, Layout, Lines, Message, Settings, encode
+from jobsched.backends.supervisor import processes
+from jobsched.backends.supervisor.client import Line, command, dial, inherited
+from jobsched.backends.supervisor.protocol import VERSION, Layout, Message, Settings
 from jobsched.backends.supervisor.stacks import find_py_spy
 from jobsched.core.launch import Launch, LaunchKey
 from jobsched.core.node import Node
@@ -29,11 +27,6 @@ from jobsched.core.resources import NodeName
 from jobsched.errors import BackendUnreachable
 from jobsched.ports import Addressing, Capabilities, LogChunk
 
-ANSWER_S = 10.0
-"""Longest wait for an answer of the supervisor."""
-START_S = 15.0
-"""Longest wait for a new supervisor to be there."""
-RETRY_S = 0.01
 NODE_LOOK_S = 0.25
 
 
@@ -57,11 +50,11 @@ class LocalBackend:
         self._nodes = nodes
         self._settings = settings or Settings()
         self._warm = tuple(warm)
-        self._base = local_render.inherited(os.environ if environ is None else environ, sys.executable)
+        self._base = inherited(os.environ if environ is None else environ, sys.executable)
         self._orders = threading.Lock()
         self._watching = threading.Lock()
-        self._control: _Line | None = None
-        self._watch: _Line | None = None
+        self._control: Line | None = None
+        self._watch: Line | None = None
         self._known_nodes: dict[NodeName, Node] = {}
         with self._orders:
             hello = self._connect_control()
@@ -176,9 +169,9 @@ class LocalBackend:
     def _hello(self) -> Message:
         return {"do": "hello", "version": VERSION, "settings": self._settings.to_wire()}
 
-    def _upgraded(self, line: _Line, hello: Message) -> tuple[_Line, Message]:
+    def _upgraded(self, line: Line, hello: Message) -> tuple[Line, Message]:
         """The supervisor is of another version: let it become ours, with its replicas."""
-        answer = line.ask({"do": "upgrade", "argv": self._command()})
+        answer = line.ask({"do": "upgrade", "argv": command(self.layout)})
         if not answer["ok"]:
             raise BackendUnreachable(
                 f"a supervisor of another version ({hello['version']}) is at work: {answer['why']}", hint="try again")
@@ -196,87 +189,5 @@ class LocalBackend:
         self._watch, listing = self._dial({"do": "watch"})
         return [listing]
 
-    def _dial(self, first: Message) -> tuple[_Line, Message]:
-        """A new connection and the answer to its first request. The supervisor is started if need be; one that is just
-        coming or going (it may take a call and then hang up) is tried again for a while."""
-        deadline = time.monotonic() + START_S
-        while True:
-            line = None
-            try:
-                line = _Line(self.layout.control_socket)
-                return line, line.ask(first)
-            except OSError as error:
-                if line is not None:
-                    line.close()
-                if time.monotonic() >= deadline:
-                    raise BackendUnreachable(f"the supervisor does not answer: {error}") from error
-                if line is None:
-                    self._start_supervisor()
-                time.sleep(RETRY_S)
-
-    def _start_supervisor(self) -> None:
-        log = self.layout.own_log
-        try:
-            self.layout.make()
-            with open(log, "ab") as out:
-                done = subprocess.run(
-                    self._command(), stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd="/",
-                    env=self._base, timeout=START_S, check=False,
-                )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise BackendUnreachable(f"the supervisor cannot be started: {error}") from error
-        if done.returncode:
-            last = " | ".join(replica_log.tail(log, 3))
-            raise BackendUnreachable(f"the supervisor ended at once: {last}", hint=f"see {log}")
-
-    def _command(self) -> list[str]:
-        return [sys.executable, "-P", "-m", "jobsched.backends.supervisor", str(self.layout.home)]
-
-
-class _Line:
-    """One connection. OSError (timeouts included) when the other side is gone."""
-
-    def __init__(self, path: Path) -> None:
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._sock.settimeout(ANSWER_S)
-        self._lines = Lines()
-        self._poll = select.poll()
-        self._poll.register(self._sock, select.POLLIN)
-        try:
-            self._sock.connect(str(path))
-        except OSError:
-            self._sock.close()
-            raise
-
-    def ask(self, message: Message) -> Message:
-        self._sock.sendall(encode(message))
-        while not (found := self._read()):
-            pass
-        return found[0]
-
-    def receive(self, wait_s: float) -> list[Message]:
-        """Messages that have come, waiting up to `wait_s` for the first, and longer for the rest of one."""
-        found: list[Message] = []
-        while self._poll.poll(0 if found else wait_s * 1000):
-            found += self._read()
-            if not found:
-                wait_s = ANSWER_S
-        return found
-
-    def wait_for_end(self) -> None:
-        """Until the other side has closed its end."""
-        try:
-            while self._sock.recv(1 << 16):
-                pass
-        except ConnectionResetError:
-            pass
-        self.close()
-
-    def _read(self) -> list[Message]:
-        data = self._sock.recv(1 << 20)
-        if not data:
-            raise ConnectionResetError("it hung up")
-        return list(self._lines.feed(data))
-
-    def close(self) -> None:
-        self._sock.close()
+    def _dial(self, first: Message) -> tuple[Line, Message]:
+        return dial(self.layout, first, self._base)

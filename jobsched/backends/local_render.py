@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -30,16 +29,6 @@ def order(launch: Launch, layout: Layout, base: Mapping[str, str]) -> Order:
         cpu_milli=launch.cpu_milli, memory_bytes=launch.memory_bytes, stop_signal=launch.stop_signal,
         preload=launch.preload, keep_ms=launch.keep_ms, clean_up=launch.clean_up,
     )
-
-
-def inherited(environ: Mapping[str, str], python: str) -> dict[str, str]:
-    """What replicas inherit from the server: all but jobsched's own variables, with `python` being the server's own
-    interpreter unless PATH names that one already."""
-    env = {name: value for name, value in environ.items() if not name.startswith("JOBSCHED_")}
-    folder, path = os.path.dirname(python), env.get("PATH", os.defpath)
-    if folder not in path.split(os.pathsep):
-        path = folder + os.pathsep + path
-    return env | {"PATH": path}
 
 
 def report(data: Message) -> ReplicaReport:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import importlib
 import zlib
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
 from jobsched.errors import MissingExtra
 from jobsched.ports import Backend
-from jobsched.spec.server import BackendConfig, DockerBackend, KubernetesBackend, LocalBackend
+from jobsched.spec.server import BackendConfig, DockerBackend, KubernetesBackend, LocalBackend, RayBackend
 
 
 def make_backend(config: BackendConfig, home: Path) -> Backend:
@@ -21,6 +22,8 @@ def make_backend(config: BackendConfig, home: Path) -> Backend:
         return make_docker(config.docker, home)
     if config.kubernetes is not None:
         return make_kubernetes(config.kubernetes, home)
+    if config.ray is not None:
+        return make_ray(config.ray, home)
     return make_local(config.local, home)
 
 
@@ -60,6 +63,14 @@ def make_kubernetes(config: KubernetesBackend, home: Path) -> Backend:
     return kubernetes.KubernetesBackend(home, config)
 
 
+def make_ray(config: RayBackend, home: Path) -> Backend:
+    if find_spec("ray") is None:  # not imported here: a driver of its own does that, in a process of its own
+        raise _missing("ray", "ray")
+    from jobsched.backends import ray
+
+    return ray.RayBackend(home, config)
+
+
 def load_engine(module: str, extra: str) -> ModuleType:
     """An engine's client library. MissingExtra, with the line to install it, when it is not there."""
     try:
@@ -67,6 +78,9 @@ def load_engine(module: str, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
             raise
-        raise MissingExtra(
-            f"the {extra} backend needs the package {module.split('.')[0]!r}", hint=f'pip install "jobsched[{extra}]"'
-        ) from error
+        raise _missing(module, extra) from error
+
+
+def _missing(module: str, extra: str) -> MissingExtra:
+    package = module.split(".")[0]
+    return MissingExtra(f"the {extra} backend needs the package {package!r}", hint=f'pip install "jobsched[{extra}]"')

@@ -421,6 +421,41 @@ class KubernetesBackend(SpecModel):
     """Size of the logs."""
 
 
+class RayBackend(SpecModel):
+    """Replicas are actors on a Ray cluster, each of which runs its command beside it."""
+
+    address: Annotated[Text, Field(pattern=r"^(auto|([A-Za-z0-9._-]{1,253}|\[[0-9a-fA-F:]+\]):[0-9]{1,5})$")] = "auto"
+    """`HOST:PORT` of the cluster's head, or `auto`: `RAY_ADDRESS`, else the one that runs on this machine. The server
+    itself must be on a node of it."""
+    start: bool = False
+    """Whether one is started on this machine when `auto` finds none; it outlives the server, `ray stop` ends it."""
+    namespace: Name = "jobsched"
+    """Ray namespace of the actors; `ray list actors` shows them as jobsched:SERVER:JOB/ATTEMPT/ROLE/INDEX/RESTART."""
+    gpu_kinds: Mapping[Text, Text] = Field(default={})
+    """What Ray's accelerator types are called here, for example `{A100: a100-80gb}`; default: by Ray's own list."""
+    working_dir: Literal["copy", "shared"] = "copy"
+    """How a job's directory comes to the nodes: packed and copied, or they see it under the same path."""
+    copy_limit: Annotated[Bytes, Field(ge=1_024)] = 256 * 2**20
+    """Largest directory that is copied; `.jobschedignore` (else `.gitignore`) says what to leave out."""
+    scratch: Annotated[Text, Field(pattern=r"^(/.*)?$")] = ""
+    """Directory on the nodes for scratch files and copied directories; default: the system's temporary one."""
+    checkpoints: Annotated[Text, Field(pattern=r"^(/.*)?$")] = ""
+    """Directory for checkpoints that all nodes see under the same path; default: in the home, for a single machine."""
+    bind_timeout: Annotated[DurationMs, Field(ge=1_000)] = 20_000
+    """How long Ray may take to reserve what a gang needs, before the gang is taken back."""
+    limits: Literal["auto", "cgroup", "rlimit", "none"] = "auto"
+    """How CPU and memory limits are enforced on the nodes; auto: cgroup when writable, else rlimit."""
+    logs: LogLimits = LogLimits()
+    """Size of the logs."""
+    ports: PortRange = PortRange()
+    """Ports for replicas; the same range on every node."""
+
+    @field_validator("gpu_kinds")
+    @classmethod
+    def _kinds(cls, value: Mapping[str, str]) -> Mapping[str, str]:
+        return {name: GpuStock(kind=kind).kind for name, kind in value.items()}
+
+
 class BackendConfig(SpecModel):
     """Where replicas run: one field per kind of engine."""
 
@@ -430,6 +465,8 @@ class BackendConfig(SpecModel):
     """Containers on Docker engines."""
     kubernetes: KubernetesBackend | None = None
     """Pods of a Kubernetes cluster."""
+    ray: RayBackend | None = None
+    """Actors on a Ray cluster."""
 
 
 class HealthConfig(SpecModel):

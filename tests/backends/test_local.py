@@ -14,9 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from jobsched.backends import local
 from jobsched.backends.local import LocalBackend
-from jobsched.backends.supervisor import processes
+from jobsched.backends.supervisor import client, processes
 from jobsched.backends.supervisor.protocol import Settings
 from jobsched.core.job import Reason
 from jobsched.core.launch import LaunchKey
@@ -104,16 +103,16 @@ def test_an_upgraded_supervisor_keeps_its_children_and_their_exit_codes(
     (before,) = watcher.running(launch.key)
     pid = engine.backend.supervisor_pid
     asked: list[object] = []
-    original = local._Line.ask
+    original = client.Line.ask
 
-    def of_another_version(line: local._Line, message: dict[str, object]) -> dict[str, object]:
+    def of_another_version(line: client.Line, message: dict[str, object]) -> dict[str, object]:
         answer = original(line, message)
         if message["do"] == "hello" and "upgrade" not in asked:
             answer["version"] = 0
         asked.append(message["do"])
         return answer
 
-    monkeypatch.setattr(local._Line, "ask", of_another_version)
+    monkeypatch.setattr(client.Line, "ask", of_another_version)
     fresh = Watcher(engine.reconnect())
     assert "upgrade" in asked
     assert engine.backend.supervisor_pid == pid, "the same process with another program"

@@ -82,6 +82,20 @@ def test_backends_that_cannot_be(local: object, complaint: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("ray", "complaint"),
+    [
+        ({"address": "ray://head:10001"}, "pattern"),
+        ({"gpu_kinds": {"A100": "A100 80"}}, "not a GPU kind"),
+        ({"checkpoints": "here"}, "pattern"),
+        ({"bind_timeout": "1ms"}, "1000"),
+    ],
+)
+def test_ray_clusters_that_cannot_be(ray: object, complaint: str) -> None:
+    with pytest.raises(ValidationError, match=complaint):
+        ServerConfig.model_validate({"backend": {"ray": ray}})
+
+
+@pytest.mark.parametrize(
     "fields",
     [
         {"store": "mysql://x"},

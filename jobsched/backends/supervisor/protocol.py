@@ -6,6 +6,7 @@ happen, newest state per replica. `hello`, `upgrade` and `quit` keep their meani
 
     -> {"do": "hello", "settings": {…}}        <- {"version": 1, "pid": 12, "limits": "cgroup v2", "running": 3, …}
     -> {"do": "start", "orders": [Order, …]}   <- {"ok": true}
+    -> {"do": "hold", "keys": [k, …]}          these are killed when this connection ends, however it does
     -> {"do": "stop", "keys": [k, …], "grace_ms": 30000}
     -> {"do": "stacks" | "forget" | "state", "keys": [k, …]}
     -> {"do": "warm", "interpreter": …, "preload": […], "env": {…}}

@@ -34,6 +34,7 @@ class Connection:
         self._out = b""
         self._dirty: dict[Key, None] = {}
         self.watching = False
+        self.held: dict[Key, None] = {}
         sock.setblocking(False)
         server.loop.watch(sock, self._readable)
 
@@ -85,6 +86,7 @@ class Connection:
             self._server.connections.remove(self)
             self._server.loop.unwatch(self._sock)
             self._sock.close()
+            self._server.keeper.stop(list(self.held), 0)
 
 
 class Server:
@@ -125,6 +127,8 @@ class Server:
                 return {"full": True} | self.report(list(keeper.replicas))
             case "start":
                 keeper.start(Order.from_wire(order) for order in message["orders"])
+            case "hold":
+                connection.held |= dict.fromkeys(message["keys"])
             case "stop":
                 keeper.stop(message["keys"], message["grace_ms"] / 1000)
             case "forget":

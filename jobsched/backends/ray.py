@@ -1,0 +1,613 @@
+"""The Ray backend: replicas run beside detached actors on a Ray cluster, which reserves what jobsched has planned.
+
+Used by `wiring` through `registry`. The cluster knows everything: which actors there are, and each actor what it runs;
+a new server sees all that the old one saw. Ray itself is spoken to by `ray_driver`, a process of its own that is
+started anew after any trouble; one thread here listens to it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from jobsched.backends import bundle, local_render
+from jobsched.backends import ray_render as render
+from jobsched.backends.followed_log import chunks
+from jobsched.backends.ray_render import Bundle, CannotRender, Json, Place
+from jobsched.backends.supervisor import replica_log, secret_files
+from jobsched.backends.supervisor.protocol import Layout, Settings
+from jobsched.backends.supervisor.sweeper import Sweeper, mark_kept
+from jobsched.core.job import Reason
+from jobsched.core.launch import Launch, LaunchKey, parse_key
+from jobsched.core.node import Node
+from jobsched.core.observation import Observation, ReplicaReport, Seen
+from jobsched.core.resources import NOTHING, GpuId, GpuShare, NodeName, Resources
+from jobsched.errors import BackendUnreachable
+from jobsched.ports import Addressing, Capabilities, LogChunk
+from jobsched.spec.server import RayBackend as Config
+
+ANSWER_S = 30.0
+"""Longest wait for a driver's first listing: Ray takes its time to connect."""
+SILENT_S = 9.0
+"""A driver that has not polled the nodes for so long is stuck, and ended."""
+RETRY_S, RETRY_MAX_S = 0.5, 5.0
+CLOSE_S = 8.0
+"""How long a driver may take to end what it was told."""
+GLANCE_S = 0.1
+"""How long news of mere progress may wait."""
+
+
+@dataclass(slots=True)
+class Replica:
+    """One actor, or what shall become one."""
+
+    report: ReplicaReport
+    node_id: str = ""
+    gpus: tuple[GpuShare, ...] = ()
+    keep_ms: int = 0
+    made: bool = False
+    """It has an actor."""
+    drained: bool = False
+    """Its log is here, to the last byte."""
+    ended_at: float = 0.0
+
+    @property
+    def key(self) -> LaunchKey:
+        return self.report.key
+
+    @property
+    def alive(self) -> bool:
+        return self.report.state is not Seen.EXITED
+
+
+@dataclass(slots=True)
+class Nodes:
+    """The cluster's nodes as last polled."""
+
+    by_id: dict[str, Node] = field(default_factory=dict)
+    raw: dict[str, Json] = field(default_factory=dict)
+    foreign: dict[str, Resources] = field(default_factory=dict)
+    """At the last poll, before it is believed: what Ray tells of a reservation comes a little late."""
+
+
+class RayBackend:
+    """A `Backend`. `home` keeps logs, secrets and (unless configured) checkpoints; nothing in it is needed to go on."""
+
+    def __init__(self, home: Path, config: Config) -> None:
+        self.layout = Layout(home.absolute())
+        self.layout.make()
+        self.config = config
+        self.home_id = _home_id(self.layout.state / "ray-id")
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        """Told on every change that must not wait."""
+        self._replicas: dict[LaunchKey, Replica] = {}
+        self._groups: dict[str, list[Bundle]] = {}
+        self._past: dict[str, int] = {}
+        """`job/attempt/role/index` -> the highest restart that was forgotten."""
+        self._dirty: dict[LaunchKey, None] = {}
+        self._gone: dict[LaunchKey, None] = {}
+        self._urgent = False
+        self._nodes: Nodes | None = None
+        """None while the cluster does not answer."""
+        self._problem = ""
+        self._told_nodes: dict[NodeName, Node] | None = None
+        self._closing = threading.Event()
+        self._listed = threading.Event()
+        """The first listing came, or failed to."""
+        self.driver: subprocess.Popen[bytes] | None = None
+        self._line: Connection | None = None
+        self._sending = threading.Lock()
+        self._sweeper = Sweeper(self.layout)
+        self.capabilities = Capabilities(
+            name="ray",
+            addressing=Addressing.NODE,
+            absence_is_final=True,
+            stacks=True,
+            warm_start=True,
+            limits="cgroup or rlimit, as each node allows" if config.limits == "auto" else config.limits,
+            checkpoint_root=config.checkpoints or str(self.layout.home / "checkpoints"),
+        )
+        self._listener = threading.Thread(target=self._listen, name="ray-driver", daemon=True)
+        self._listener.start()
+
+    # the port -----------------------------------------------------------------------------------------------------
+
+    def observe(self, timeout_ms: int = 0) -> Observation:
+        deadline = time.monotonic() + timeout_ms / 1000
+        if self._told_nodes is None:
+            self._listed.wait(ANSWER_S)
+        with self._changed:
+            while True:
+                if self._nodes is None:
+                    raise BackendUnreachable(
+                        f"the Ray cluster does not answer: {self._problem or 'no listing yet'}",
+                        hint="is it running (ray status), and is this machine a node of it?")
+                left = deadline - time.monotonic()
+                if self._told_nodes is None or self._urgent or self._shown() != self._told_nodes or left <= 0:
+                    return self._observation()
+                self._changed.wait(min(left, GLANCE_S))
+                self._urgent = self._urgent or bool(self._dirty)
+
+    def start(self, launches: Sequence[Launch]) -> None:
+        with self._changed:
+            fresh = [launch for launch in launches if not self._knows(launch.key)]
+            ids = {node.name: node_id for node_id, node in (self._nodes or Nodes()).by_id.items()}
+            fresh = [launch for launch in fresh if launch.node in ids]  # unknown nodes: the order comes again
+            made = {}
+            for launch in fresh:
+                report = ReplicaReport(launch.key, launch.node, Seen.STARTING)
+                made[launch.key] = Replica(report, ids[launch.node], launch.gpus, launch.keep_ms)
+                self._dirty[launch.key] = None
+            self._replicas |= made
+        for job in dict.fromkeys(_attempt(launch.key) for launch in fresh):
+            gang = [launch for launch in fresh if _attempt(launch.key) == job]
+            threading.Thread(target=self._start_gang, args=(gang, made), name="ray-start", daemon=True).start()
+
+    def stop(self, keys: Sequence[LaunchKey], grace_ms: int) -> None:
+        with self._changed:
+            for replica in self._known(keys):
+                if not replica.alive:
+                    continue
+                if replica.made:
+                    self._order({"do": "stop", "key": replica.key, "grace_ms": grace_ms})
+                else:
+                    self._order({"do": "remove", "keys": [replica.key], "groups": [], "recorded": False})
+                    text = "stopped before it ran"
+                    self._finish(replica, replace(replica.report, signal=int(signal.SIGTERM), message=text))
+
+    def ask_stacks(self, keys: Sequence[LaunchKey]) -> None:
+        with self._lock:
+            for replica in self._known(keys):
+                if replica.alive and replica.made:
+                    self._order({"do": "stacks", "key": replica.key})
+
+    def forget(self, keys: Sequence[LaunchKey]) -> None:
+        with self._changed:
+            ended = [replica.key for replica in self._known(keys) if not replica.alive]
+            for key in ended:
+                self._drop(key)
+                self._past[_place(key)] = max(self._past.get(_place(key), 0), parse_key(key).restart)
+            if ended:
+                self._order({"do": "remove", "keys": ended, "groups": self._leave(ended), "recorded": True})
+
+    def logs(self, key: LaunchKey, offset: int = 0, follow: bool = False, timeout_ms: int = 0) -> Iterator[LogChunk]:
+        return chunks(self.layout.log(key), offset, lambda: follow and self._writes(key), timeout_ms)
+
+    def close(self) -> None:
+        self._closing.set()
+        with self._sending:
+            line, self._line = self._line, None
+        if line is not None:
+            with suppress(OSError):
+                line.send(None)
+        self._listener.join(CLOSE_S)
+
+    # what is told -------------------------------------------------------------------------------------------------
+
+    def _shown(self) -> dict[NodeName, Node]:
+        return {node.name: node for node in self._nodes.by_id.values()} if self._nodes is not None else {}
+
+    def _observation(self) -> Observation:
+        nodes, before = self._shown(), self._told_nodes
+        full = before is None
+        keys = list(self._replicas) if full else [key for key in self._dirty if key in self._replicas]
+        found = Observation(
+            full=full,
+            nodes=tuple(node for node in nodes.values() if before is None or before.get(node.name) != node),
+            replicas=tuple(self._told(self._replicas[key]) for key in keys),
+            gone=() if full else tuple(key for key in self._gone if key not in self._replicas),
+            gone_nodes=tuple(name for name in before or () if name not in nodes),
+        )
+        self._told_nodes, self._urgent = nodes, False
+        self._dirty.clear()
+        self._gone.clear()
+        return found
+
+    @staticmethod
+    def _told(replica: Replica) -> ReplicaReport:
+        if not replica.ended_at:
+            return replica.report
+        return replace(replica.report, ended_age_ms=int((time.monotonic() - replica.ended_at) * 1000))
+
+    def _known(self, keys: Sequence[LaunchKey]) -> list[Replica]:
+        return [self._replicas[key] for key in keys if key in self._replicas]
+
+    def _knows(self, key: LaunchKey) -> bool:
+        return key in self._replicas or parse_key(key).restart <= self._past.get(_place(key), -1)
+
+    def _writes(self, key: LaunchKey) -> bool:
+        with self._lock:
+            replica = self._replicas.get(key)
+            return replica is not None and not replica.drained
+
+    def _tell(self, replica: Replica, report: ReplicaReport) -> None:
+        """The newest report of a replica (under the lock); mere progress may wait a little."""
+        if not replica.alive:
+            return
+        before, replica.report = replica.report, report
+        self._dirty[replica.key] = None
+        acknowledged = report.progress is not None and (
+            before.progress is None or before.progress.saved_step != report.progress.saved_step)
+        if acknowledged or replace(before, progress=None, idle_age_ms=-1) != replace(
+            report, progress=None, idle_age_ms=-1
+        ):
+            self._urgent = True
+            self._changed.notify_all()
+
+    def _finish(self, replica: Replica, report: ReplicaReport) -> None:
+        """Its end, once and for all (under the lock)."""
+        replica.ended_at = time.monotonic() - report.ended_age_ms / 1000
+        failed = report.exit_code != 0 or report.failure is not Reason.NONE
+        tail = report.tail or (replica_log.tail(self.layout.log(replica.key)) if failed else ())
+        self._tell(replica, replace(report, state=Seen.EXITED, tail=tail))
+
+    def _end_unseen(self, replica: Replica, failure: Reason, text: str) -> None:
+        """Nobody saw how its command ended."""
+        replica.drained = True
+        if replica.alive:
+            self._finish(replica, replace(replica.report, failure=failure, message=text))
+
+    def _never_ran(self, key: LaunchKey, text: str, failure: Reason, code: int | None = None) -> None:
+        with self._changed:
+            replica = self._replicas.get(key)
+            if replica is None or not replica.alive:
+                return
+            replica.drained = True
+            self._make_log(replica)
+            replica_log.append(self.layout.log(key), f"jobsched: {text}\n")
+            self._finish(replica, replace(replica.report, exit_code=code, failure=failure, message=text))
+
+    def _drop(self, key: LaunchKey) -> None:
+        """As if it had never been (under the lock)."""
+        if self._replicas.pop(key, None) is not None:
+            self._gone[key] = None
+            self._urgent = True
+            self._changed.notify_all()
+
+    def _leave(self, keys: Sequence[LaunchKey]) -> list[str]:
+        """Their bundles are idle; returns the groups of which nobody is left."""
+        empty = []
+        for name, bundles in self._groups.items():
+            mine = [one for one in bundles if one.key in keys]
+            for one in mine:
+                one.key = ""
+            if mine and not any(one.key for one in bundles):
+                empty.append(name)
+        for name in empty:
+            del self._groups[name]
+        return empty
+
+    # starting -----------------------------------------------------------------------------------------------------
+
+    def _start_gang(self, gang: Sequence[Launch], replicas: Mapping[LaunchKey, Replica]) -> None:
+        """Reserve what is not reserved yet, and have the actors made."""
+        with ExitStack() as open_files:
+            ready: list[tuple[Launch, str]] = []
+            packed: dict[str, str] = {}
+            for launch in gang:
+                try:
+                    if self.layout.log(launch.key).exists():
+                        raise CannotRender("")
+                    secret = secret_files.resolved(launch.env, self.layout.secrets)
+                    archive = self._packed(launch, packed, open_files)
+                    render.order(launch, self.config, copied=bool(archive))
+                except (CannotRender, bundle.BundleError, secret_files.SecretError, OSError) as error:
+                    if str(error):
+                        self._never_ran(launch.key, str(error), Reason.START_FAILED, 126)
+                    else:
+                        self._ran_before(launch.key)
+                else:
+                    ready.append((replace(launch, env=secret), archive))
+            with self._changed:
+                ready = [(launch, archive) for launch, archive in ready if self._wanted(replicas[launch.key])]
+                order = self._reserved(ready)
+            if order is not None:
+                self._order(order)
+                self._await_start([launch.key for launch, _ in ready])
+
+    def _ran_before(self, key: LaunchKey) -> None:
+        with self._changed:
+            if (replica := self._replicas.get(key)) is not None:
+                self._end_unseen(replica, Reason.NONE, "it ran before, and its actor is gone")
+
+    def _wanted(self, replica: Replica) -> bool:
+        return replica.alive and self._replicas.get(replica.key) is replica
+
+    def _packed(self, launch: Launch, packed: dict[str, str], open_files: ExitStack) -> str:
+        """The archive of its directory, made once for all who share it."""
+        where = launch.working_dir
+        if not where or self.config.working_dir == "shared":
+            return ""
+        if where not in packed:
+            folder = open_files.enter_context(tempfile.TemporaryDirectory())
+            packed[where] = os.path.join(folder, "working_dir.tar")
+            with open(packed[where], "wb") as file:
+                owner = bundle.Owner(os.getuid(), os.getgid())
+                bundle.pack(Path(where), file, self.config.copy_limit, owner)
+        return packed[where]
+
+    def _reserved(self, ready: Sequence[tuple[Launch, str]]) -> Json | None:
+        """The order to the driver: idle bundles of the gang's groups are used again (under the lock)."""
+        if self._nodes is None or not ready:
+            for launch, _ in ready:  # the order comes again
+                self._drop(launch.key)
+            return None
+        places = {launch.key: place for launch, _ in ready if (place := self._idle(launch)) is not None}
+        addresses = {node_id: node.address for node_id, node in self._nodes.by_id.items()}
+        groups = []
+        for gang in render.gangs([launch for launch, _ in ready if launch.key not in places]):
+            name = render.prefix(self.home_id) + gang[0].key
+            bundles = [Bundle(self._replicas[one.key].node_id, render.needs(one), one.key) for one in gang]
+            self._groups[name] = bundles
+            groups.append(render.group_request(name, bundles, addresses))
+            places |= {one.key: Place(name, at) for at, one in enumerate(gang)}
+        actors = [
+            render.actor_request(
+                launch, places[launch.key], addresses[self._replicas[launch.key].node_id], archive, self.config)
+            for launch, archive in ready
+        ]
+        return {"do": "start", "groups": groups, "actors": actors}
+
+    def _idle(self, launch: Launch) -> Place | None:
+        """A bundle of an earlier restart, of the same size in the same place."""
+        replica = self._replicas[launch.key]
+        for name, bundles in self._groups.items():
+            if _attempt(LaunchKey(name.removeprefix(render.prefix(self.home_id)))) == _attempt(launch.key):
+                for at, one in enumerate(bundles):
+                    if not one.key and (one.node_id, one.resources) == (replica.node_id, render.needs(launch)):
+                        one.key = launch.key
+                        return Place(name, at)
+        return None
+
+    def _await_start(self, keys: Sequence[LaunchKey]) -> None:
+        """Until each has its actor or its end: so long the packed directories must stay."""
+        until = time.monotonic() + self.config.bind_timeout / 1000 + ANSWER_S
+        with self._changed:
+            while time.monotonic() < until and not self._closing.is_set() and self._nodes is not None and any(
+                replica.alive and not replica.made for replica in self._known(keys)
+            ):
+                self._changed.wait(1.0)
+
+    def _make_log(self, replica: Replica) -> None:
+        """Its log file, which also says that the key was started."""
+        log = self.layout.log(replica.key)
+        if not log.parent.exists():
+            log.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
+            mark_kept(log.parent, replica.keep_ms)
+        os.close(replica_log.open_for_append(log))
+
+    # the driver ---------------------------------------------------------------------------------------------------
+
+    def _order(self, message: Json) -> None:
+        """To the driver, if there is one: what gets lost with it is ordered again."""
+        with self._sending, suppress(OSError):
+            if self._line is not None:
+                self._line.send(message)
+
+    def _listen(self) -> None:
+        """Start a driver and heed it; another one after any trouble."""
+        pause = RETRY_S
+        while not self._closing.is_set():
+            ours, theirs = socket.socketpair()
+            log = self.layout.state / "ray-driver.log"
+            with theirs, open(log, "wb") as out:
+                process = self.driver = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "jobsched.backends.ray_driver", str(theirs.fileno())],
+                    stdin=subprocess.DEVNULL, stdout=out, stderr=out, pass_fds=[theirs.fileno()], cwd="/",
+                )
+            line = Connection(ours.detach())
+            try:
+                line.send(self._settings())
+                with self._sending:
+                    self._line = line
+                problem = self._heed(line)
+            except (OSError, EOFError):
+                last = replica_log.tail(log, 1)
+                problem = f"its driver ended: {last[0] if last else 'somebody killed it'}"
+            with self._sending:
+                self._line = None
+            process.kill()
+            process.wait()
+            line.close()
+            pause = RETRY_S if self._nodes is not None else min(2 * pause, RETRY_MAX_S)
+            self._lost_touch(problem)
+            self._closing.wait(pause)
+
+    def _settings(self) -> Json:
+        config, limits = self.config, self.config.logs
+        supervisor = Settings(log_bytes=limits.size * (limits.rotations + 1), limits=config.limits)
+        return {
+            "address": config.address, "start": config.start, "namespace": config.namespace,
+            "prefix": render.prefix(self.home_id), "owner": self.home_id, "place": config.scratch,
+            "bind_s": config.bind_timeout / 1000, "supervisor": supervisor.to_wire(),
+        }
+
+    def _heed(self, line: Connection) -> str:
+        """Messages until there is trouble, which is returned."""
+        patience = ANSWER_S
+        while line.poll(patience):
+            message = line.recv()
+            patience = SILENT_S
+            with self._changed:
+                match message["is"]:
+                    case "listing":
+                        self._take_listing(message)
+                    case "nodes":
+                        self._take_nodes(message["nodes"], message["available"])
+                        self._sweeper.step({"/".join(_attempt(key)) for key in self._replicas})
+                    case "made":
+                        self._made(LaunchKey(message["key"]), message["actor"])
+                    case "news":
+                        self._take_news(LaunchKey(message["key"]), message)
+                    case "dead":
+                        self._died(LaunchKey(message["key"]), message["text"])
+                    case "late":
+                        self._late(message["keys"], message["groups"])
+                    case "failed":
+                        text = f"Ray would not start it: {message['text']}"
+                        self._never_ran(LaunchKey(message["key"]), text, Reason.REPLICA_LOST)
+                    case "down":
+                        return str(message["text"])
+            if self._closing.is_set():
+                break
+        return f"its driver has said nothing for {patience:g} s"
+
+    def _lost_touch(self, problem: str) -> None:
+        with self._changed:
+            self._nodes, self._problem, self._told_nodes = None, problem, None
+            self._listed.set()
+            self._changed.notify_all()
+
+    def _take_listing(self, message: Json) -> None:
+        """All that there is: adopt what is ours, and tell what is gone."""
+        self._nodes = Nodes()
+        self._groups = {
+            name: [Bundle(node_id, render.resources(raw), "") for node_id, raw in bundles]
+            for name, bundles in message["groups"].items()
+        }
+        self._take_nodes(message["nodes"], message["available"])
+        found = {}
+        for one in message["actors"]:
+            with suppress(ValueError):
+                parse_key(one["key"])
+                found[LaunchKey(one["key"])] = one
+        for replica in list(self._replicas.values()):
+            if replica.key in found:
+                continue
+            if not replica.made:  # the order got lost with the driver, and comes again
+                self._drop(replica.key)
+            else:
+                lives = replica.node_id in self._nodes.by_id
+                text = "its actor was gone when the cluster answered again" if lives else "its Ray node died"
+                self._end_unseen(replica, Reason.NONE if lives else Reason.NODE_LOST, text)
+        for key, one in found.items():
+            self._adopt(key, one)
+        idle = [name for name, bundles in self._groups.items() if not any(bundle.key for bundle in bundles)]
+        for name in idle:
+            del self._groups[name]
+        self._order({"do": "remove", "keys": [], "groups": idle, "recorded": True})
+        self._listed.set()
+        self._changed.notify_all()
+
+    def _adopt(self, key: LaunchKey, one: Json) -> None:
+        assert self._nodes is not None
+        if parse_key(key).restart <= self._past.get(_place(key), -1):  # forgotten: the order got lost
+            self._order({"do": "remove", "keys": [key], "groups": [], "recorded": True})
+            return
+        node, note = self._nodes.by_id.get(one["node"]), one["note"]
+        replica = self._replicas.get(key)
+        if replica is None:
+            name = node.name if node else NodeName(one["node"][:12])
+            replica = self._replicas[key] = Replica(ReplicaReport(key, name, Seen.RUNNING))
+        replica.node_id, replica.made = one["node"], True
+        replica.gpus = tuple(GpuShare(GpuId(gpu), milli) for gpu, milli in note.get("gpus", ()))
+        replica.keep_ms = note.get("keep_ms", 0)
+        bundles = self._groups.get(note.get("group", ""), [])
+        if note.get("bundle", 0) < len(bundles):
+            bundles[note["bundle"]].key = key
+        if one["report"] is not None:
+            self._take_report(replica, one["report"], one["actor"])
+        self._make_log(replica)
+        if not replica.drained:
+            self._order({"do": "attend", "key": key, "offset": replica_log.size(self.layout.log(key))})
+
+    def _take_nodes(self, raws: Sequence[Json], available: Mapping[str, Json]) -> None:
+        """What there is and who holds it. Others' use is believed when two polls agree."""
+        assert self._nodes is not None
+        ours: dict[GpuId, int] = {}
+        for replica in self._replicas.values():
+            for share in replica.gpus if replica.alive else ():
+                ours[share.gpu] = ours.get(share.gpu, 0) + share.milli
+        seen, before = render.nodes(raws, self.config), self._nodes.foreign
+        foreign = {}
+        for raw in raws:
+            node_id = raw["NodeID"]
+            mine = [one for bundles in self._groups.values() for one in bundles if one.node_id == node_id]
+            free = render.resources(available.get(node_id, raw["Resources"]))
+            foreign[node_id] = render.foreign(render.resources(raw["Resources"]), free, mine)
+            used = render.least(foreign[node_id], before.get(node_id, NOTHING))
+            seen[node_id] = render.with_foreign(seen[node_id], used, ours)
+        self._nodes = Nodes(seen, {raw["NodeID"]: raw for raw in raws}, foreign)
+        if self._shown() != self._told_nodes:
+            self._changed.notify_all()
+
+    def _made(self, key: LaunchKey, actor: str) -> None:
+        replica = self._replicas.get(key)
+        if replica is not None and replica.alive:
+            replica.made = True
+            self._make_log(replica)
+            self._tell(replica, replace(replica.report, ident=actor))
+
+    def _take_news(self, key: LaunchKey, news: Json) -> None:
+        replica = self._replicas.get(key)
+        if replica is None:
+            return
+        self._append(replica, news["begin"], news["data"])
+        replica.drained = news["drained"]
+        if news["report"] is not None:
+            self._take_report(replica, news["report"], replica.report.ident)
+
+    def _take_report(self, replica: Replica, data: Json, actor: str) -> None:
+        report = replace(local_render.report(data), ident=actor)
+        if report.state is Seen.EXITED:
+            self._finish(replica, report)
+        else:
+            self._tell(replica, report)
+
+    def _append(self, replica: Replica, begin: int, data: bytes) -> None:
+        """Log bytes from their place on; what the node has cut off meanwhile becomes a hole."""
+        log = self.layout.log(replica.key)
+        have = replica_log.size(log)
+        if begin > have:
+            with open(log, "ab") as out:
+                out.truncate(begin)
+        elif begin < have:
+            data = data[have - begin:]
+        if data:
+            with open(replica_log.open_for_append(log), "ab") as out:
+                out.write(data)
+
+    def _died(self, key: LaunchKey, text: str) -> None:
+        replica = self._replicas.get(key)
+        if replica is None or self._nodes is None:
+            return
+        reason, words = render.death(text, node_lives=replica.node_id in self._nodes.by_id)
+        if reason is Reason.NODE_LOST:  # the next poll would say so; both are to be seen at once
+            self._nodes.by_id.pop(replica.node_id, None)
+        self._end_unseen(replica, Reason.NONE if reason is Reason.REPLICA_LOST else reason, words)
+
+    def _late(self, keys: Sequence[LaunchKey], groups: Sequence[str]) -> None:
+        for name in groups:
+            self._groups.pop(name, None)
+        for key in keys:
+            self._never_ran(key, render.late(keys, self.config.bind_timeout / 1000), Reason.START_TIMEOUT)
+
+
+def _place(key: LaunchKey) -> str:
+    return key.rpartition("/")[0]
+
+
+def _attempt(key: LaunchKey) -> tuple[str, str]:
+    job, attempt, *_ = key.split("/")
+    return job, attempt
+
+
+def _home_id(path: Path) -> str:
+    """Names this server's actors on a cluster that several servers may share; made once."""
+    with suppress(FileNotFoundError):
+        return path.read_text().strip()
+    path.write_text(secrets.token_hex(6))
+    return path.read_text().strip()
