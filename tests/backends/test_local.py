@@ -83,6 +83,20 @@ def test_a_restarted_supervisor_adopts_what_lives_and_never_starts_it_twice(
     assert end.signal in (None, signal.SIGKILL), "new kernels tell how a stranger ended, old ones do not"
 
 
+def test_a_replica_that_is_held_ends_with_the_connection_that_holds_it(
+    engine: LocalEngine, watcher: Watcher
+) -> None:
+    held, free = a_launch(NODE, engine.goes_on()), a_launch(NODE, engine.goes_on(), a_key(index=1))
+    watcher.backend.start([held, free])
+    watcher.running(held.key, free.key)
+    line = client.Line(engine.backend.layout.control_socket)
+    assert line.ask({"do": "hold", "keys": [held.key]})["ok"]
+    line.close()
+    assert watcher.end(held.key).signal == signal.SIGKILL
+    watcher.look()
+    assert watcher.sight.replicas[free.key].state is Seen.RUNNING
+
+
 def test_supervisor_and_replicas_killed_at_once_are_lost(engine: LocalEngine, watcher: Watcher) -> None:
     launches = [a_launch(NODE, engine.goes_on(), a_key(index=i)) for i in range(3)]
     watcher.backend.start(launches)
