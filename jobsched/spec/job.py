@@ -52,26 +52,31 @@ LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,251}[A-Za-z0-9])?")
 GPU_KIND = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}(:[0-9]{1,2}g\.[0-9]{1,4}gb(\+[a-z.]{1,8})?)?")
 """A kind, with its profile when it is a MIG slice (`h100-80gb:1g.10gb`)."""
 _COUNT = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
+_GPU_TEXT = (r"^\s*([A-Za-z0-9_. -]+(:[0-9]{1,2}[gG]\.[0-9]{1,4}[gG][bB](\+[A-Za-z.]{1,8})?)?\s*(\||$|(\([^()]+\))?\s*"
+             r"(:(0*[1-9][0-9]*(\.[0-9]+)?|0+\.0*[1-9][0-9]*))?\s*$))+$")
+"""What the notations of a GPU request look like, for schemas."""
 _BOUNDS = re.compile(r"\s*([0-9]{1,9})\s*(?:\.\.\s*([0-9]{1,9})\s*)?")
 
 DurationMs = Annotated[
     int,
     BeforeValidator(quantity.parse_duration_ms),
     PlainSerializer(quantity.format_duration, return_type=str, when_used="json"),
-    WithJsonSchema({"type": ["string", "number"], "examples": ["90s", "30m", "1h30m", "2d"]}),
+    WithJsonSchema({"type": ["string", "number"], "pattern": quantity.DURATION, "minimum": 0,
+                    "examples": ["90s", "30m", "1h30m", "2d"]}),
 ]
 """Milliseconds. What is validated is text or a number of seconds; only defaults and copies hold milliseconds."""
 Bytes = Annotated[
     int,
     BeforeValidator(quantity.parse_bytes),
     PlainSerializer(quantity.format_bytes, return_type=str, when_used="json"),
-    WithJsonSchema({"type": ["string", "number"], "examples": ["512Mi", "32Gi", "80GB"]}),
+    WithJsonSchema({"type": ["string", "number"], "pattern": quantity.SIZE, "minimum": 0,
+                    "examples": ["512Mi", "32Gi", "80GB"]}),
 ]
 CpuMilli = Annotated[
     int,
     BeforeValidator(quantity.parse_cpu_milli),
     PlainSerializer(quantity.format_cpu, return_type=str, when_used="json"),
-    WithJsonSchema({"type": ["string", "number"], "examples": [4, 0.5, "500m"]}),
+    WithJsonSchema({"type": ["string", "number"], "pattern": quantity.CPUS, "minimum": 0, "examples": [4, 0.5, "500m"]}),
 ]
 
 
@@ -150,7 +155,7 @@ class GpuRequest(SpecModel):
     """
 
     model_config = ConfigDict(json_schema_extra=lambda schema: _any_of(schema, [
-        {"type": "string", "examples": ["h100:8", "any:1", "any:0.5", "24GB..:2", "h100|a100:4"]},
+        {"type": "string", "pattern": _GPU_TEXT, "examples": ["h100:8", "any:1", "any:0.5", "24GB..:2", "h100|a100:4"]},
         {"type": "number", "exclusiveMinimum": 0, "maximum": 1_024},
         {"type": "array", "items": {"type": "string"}, "minItems": 1},
         {"type": "object", "additionalProperties": False, "minProperties": 1, "properties": {

@@ -33,6 +33,12 @@ _CLOCK = re.compile(r"(?:([0-9]{1,4})-)?([0-9]{1,4}):([0-5][0-9]):([0-5][0-9])")
 _BYTES = re.compile(rf"{_NUMBER}\s*([a-z]{{0,3}})", re.IGNORECASE)
 _CPU = re.compile(rf"{_NUMBER}(m?)")
 
+DURATION = (r"^\s*(([0-9]+(\.[0-9]+)?\s*([mM]?[sS]|[mMhHdDwW])\s*)+|[0-9]+(\.[0-9]+)?|"
+            r"([0-9]+-)?[0-9]+:[0-5][0-9]:[0-5][0-9])\s*$")
+SIZE = r"^\s*[0-9]+(\.[0-9]+)?\s*([kKmMgGtT]([iI][bB]?|[bB])?|[bB])?\s*$"
+CPUS = r"^\s*[0-9]+(\.[0-9]+)?m?\s*$"
+"""What the texts look like, for schemas; in the part of regular expressions that ECMA-262 and RE2 share."""
+
 
 def parse_duration_ms(value: object) -> int:
     """Milliseconds of "90s", "1h30m", "2d", of "1:30:00" or "2-12:00:00" (Slurm), or of a bare number of seconds."""

@@ -47,7 +47,8 @@ Amounts = Annotated[
     Mapping[str, int],
     BeforeValidator(_amounts),
     PlainSerializer(_written, return_type=dict[str, str], when_used="json"),
-    WithJsonSchema({"type": "object", "examples": [{"gpus": 16, "h100": 8, "cpu": 128, "memory": "1Ti"}]}),
+    WithJsonSchema({"type": "object", "additionalProperties": {"type": ["integer", "string"]}, "maxProperties": 64,
+                    "examples": [{"gpus": 16, "h100": 8, "cpu": 128, "memory": "1Ti"}]}),
 ]
 """Resource -> amount: GPUs and CPUs in thousandths, memory in bytes."""
 
