@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from jobsched.errors import ConfigError, Problem, SpecError, UsageError
 from jobsched.spec import document
 from jobsched.spec.document import MAX_CHARS, Malformed, Node, Place, join
-from jobsched.spec.job import API_VERSION, KIND, ROLE_ONLY, JobSpec, SpecModel
+from jobsched.spec.job import API_VERSION, KIND, ROLE_ONLY, JobSpec, Replicas, SpecModel
 from jobsched.spec.problems import called, did_you_mean, explained, ordered
 from jobsched.spec.quantity import format_duration, show
 from jobsched.spec.queue import QueueSpec, distinct_queues
@@ -263,7 +263,31 @@ def _unwrapped(root: Node, problems: list[Problem]) -> Node:
         elif key not in _KUBERNETES_METADATA:
             problems.append(node.key_at.problem(f"unknown field {show(key)}", path=node.path,
                                                 hint=did_you_mean(key, ("name", "labels"))))
+    _rescaled(spec, problems)
     return spec
+
+
+def _rescaled(spec: Node, problems: list[Problem]) -> None:
+    """`scale: {replicas: 4}`, which `kubectl scale` writes, is what role worker shall have now: its `prefer`."""
+    scale = spec.fields.pop("scale", None)
+    count = scale.fields.get("replicas") if scale is not None else None
+    if scale is None or count is None:
+        return
+    roles = spec.fields.get("roles")
+    role = spec if roles is None else roles.fields.get(ONE_ROLE)
+    replicas = role.fields.get("replicas") if role is not None else None
+    try:
+        bounds = Replicas.model_validate(replicas.plain if replicas is not None else 1)
+    except ValidationError:
+        return  # said of the field itself
+    fits = isinstance(count.value, int) and bounds.min <= count.value <= bounds.max
+    if role is None or not fits:
+        allowed = f"role 'worker' can have {bounds}" if role is not None else "there is no role 'worker'"
+        problems.append(count.at.problem(f"scale.replicas: {show(count.value)} replicas; {allowed}", path=count.path))
+    elif bounds.elastic:
+        fields = {"min": bounds.min, "max": bounds.max, "prefer": count.value}
+        at = count.at
+        role.fields["replicas"] = Node({key: Node(n, at, at, count.path, str(n)) for key, n in fields.items()}, at, at)
 
 
 def _one_role(job: Node) -> None:

@@ -196,6 +196,18 @@ def write_yaml(document: Mapping[str, Any]) -> None:
     writer.dump({"schema_version": SCHEMA_VERSION, **public(document)}, sys.stdout)
 
 
+def write_yaml_documents(documents: Sequence[Mapping[str, Any]], comment: str) -> None:
+    """As they are, for other programs; the same part twice is written out twice."""
+    from ruamel.yaml import YAML
+
+    writer: Any = YAML(typ="safe", pure=True)
+    writer.default_flow_style, writer.width = False, 10_000
+    writer.sort_base_mapping_type_on_output = False
+    writer.representer.ignore_aliases = lambda _: True
+    write(f"# {comment}\n")
+    writer.dump_all(documents, sys.stdout)
+
+
 def write_csv(view: View, columns: Sequence[Column], rows: Iterable[Document]) -> None:
     out = csv.writer(sys.stdout, lineterminator="\n")
     if view.headers:

@@ -185,13 +185,20 @@ def init(file: str, template: str, force: bool) -> None:
 
 
 @click.command()
-def schema() -> None:
-    """Print the JSON Schema of job files, for editors.
+@click.option("--crd", is_flag=True, help="The definitions of TrainingJob and TrainingQueue for Kubernetes instead.")
+def schema(crd: bool) -> None:
+    """Print the JSON Schema of job files, for editors; or the Kubernetes definitions made from the same models.
 
     \b
-    Example:
+    Examples:
       jobsched schema > job.v1.json     # then: # yaml-language-server: $schema=job.v1.json
+      jobsched schema --crd | kubectl apply --server-side -f -
     """
+    if crd:
+        from jobsched.spec.crd import manifests
+
+        render.write_yaml_documents(manifests(), "made by 'jobsched schema --crd'")
+        return
     from jobsched import load
 
     render.write(json.dumps(load.json_schema(), indent=2) + "\n")
