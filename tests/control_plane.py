@@ -36,7 +36,7 @@ def missing() -> str:
     assets = os.environ.get("KUBEBUILDER_ASSETS", "")
     lacking = [name for name in ("etcd", "kube-apiserver") if not os.access(Path(assets, name), os.X_OK)]
     if not assets or lacking:
-        return "no API server: set KUBEBUILDER_ASSETS (etcd, kube-apiserver), or USE_EXISTING_CLUSTER=true and KUBECONFIG"
+        return "no API server: set KUBEBUILDER_ASSETS (etcd, kube-apiserver), or USE_EXISTING_CLUSTER and KUBECONFIG"
     return ""
 
 

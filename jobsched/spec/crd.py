@@ -1,9 +1,10 @@
-"""The Kubernetes objects of jobsched as CustomResourceDefinitions: `TrainingJob` and `TrainingQueue`, made from the models.
+"""jobsched's Kubernetes objects, `TrainingJob` and `TrainingQueue`, as CustomResourceDefinitions made from the models.
 
 `jobsched schema --crd` prints them and `configs/manifests/base/crds.yaml` holds them. A structural schema has no type
-that is a number or a text or an object, so such notations are open there and hemmed in by what schemas can say of each
-kind of value; rules between fields are CEL, in the schema where it can see both fields, else in an admission policy.
-What neither can say, `jobsched.operator` says in the object's conditions. Pure; validation inside jobsched never uses it.
+that is a number or a text or an object, so such notations are open there and hemmed in by what schemas can say of
+each kind of value; rules between fields are CEL, in the schema where it can see both fields, else in an admission
+policy. What neither can say, `jobsched.operator` says in the object's conditions. Pure; jobsched itself never validates
+with it.
 
 Sources: https://kubernetes.io/docs/tasks/extend-kubernetes/custom-resources/custom-resource-definitions/ (structural
 schemas, rules), https://kubernetes.io/docs/reference/access-authn-authz/validating-admission-policy/.
@@ -15,10 +16,21 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, cast
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict
 from pydantic.alias_generators import to_camel
 
-from jobsched.spec.job import API_VERSION, ENV_NAME, GPU_KIND, KIND, LABEL, MAX_REPLICAS, NAME, ROLE_ONLY, GpuRequest, SpecModel
+from jobsched.spec.job import (
+    API_VERSION,
+    ENV_NAME,
+    GPU_KIND,
+    KIND,
+    LABEL,
+    MAX_REPLICAS,
+    NAME,
+    ROLE_ONLY,
+    GpuRequest,
+    SpecModel,
+)
 from jobsched.spec.queue import QueueSpec
 from jobsched.spec.schema import Schema, job_schema
 
@@ -28,7 +40,8 @@ JOBS, QUEUES = "trainingjobs", "trainingqueues"
 """Plural names, as in `kubectl get`."""
 ENDED = ("SUCCEEDED", "FAILED", "CANCELLED")
 
-MOST_ROLES, MOST_ENTRIES, LONGEST_KEY = 64, 1_000, 256
+MOST_ENTRIES = 1_000
+"""Of a map that has no limit of its own, so that rules over it have a bounded cost."""
 
 
 # ---- status ----
@@ -272,7 +285,7 @@ def _kinds(choice: Schema) -> list[str]:
 
 def _bounds(choice: Schema) -> Schema:
     """Limits of a number; in the OpenAPI of Kubernetes an exclusive bound is a flag beside the bound."""
-    found = {limit: choice[limit] for limit in ("minimum", "maximum", "multipleOf") if limit in choice}
+    found: Schema = {limit: choice[limit] for limit in ("minimum", "maximum", "multipleOf") if limit in choice}
     if "exclusiveMinimum" in choice:
         found |= {"minimum": choice["exclusiveMinimum"], "exclusiveMinimum": True}
     return found
@@ -309,8 +322,8 @@ _SCALE: Schema = {
     "properties": {"replicas": {"type": "integer", "minimum": 1, "maximum": MAX_REPLICAS,
                                 "description": "Between the role's min and max."}},
 }
-"""Its own field, because a path of the scale subresource must lead to a number in every object, and `replicas` of a role
-may be text or `{min, max, prefer}`; `jobsched.load` puts it there."""
+"""Its own field, because a path of the scale subresource must lead to a number in every object, and `replicas` of a
+role may be text or `{min, max, prefer}`; `jobsched.load` puts it there."""
 
 
 # ---- rules that the schema can see ----
@@ -318,7 +331,8 @@ may be text or `{min, max, prefer}`; `jobsched.load` puts it there."""
 
 def _rule(rule: str, message: str, words: str = "") -> Schema:
     """`words`: CEL that makes the message; `message` is for when it cannot."""
-    return {"rule": rule, "message": message} | ({"messageExpression": words} if words else {})
+    found: Schema = {"rule": rule, "message": message}
+    return found | ({"messageExpression": words} if words else {})
 
 
 def _keys(pattern: str, what: str) -> Schema:
@@ -352,8 +366,8 @@ _RULES: Mapping[str, Sequence[Schema]] = {
     ),
     "Placement": (
         _rule("!has(self.spread) || !has(self.within) || self.spread == '' || self.within == '' ||"
-              " self.within == 'zone' && self.spread in ['node', 'rack'] || self.within == 'rack' && self.spread == 'node'"
-              " || self.within == 'nvlink' && self.spread == 'node'",
+              " self.within == 'zone' && self.spread in ['node', 'rack'] ||"
+              " self.within in ['nvlink', 'rack'] && self.spread == 'node'",
               "replicas cannot be within one domain and spread over larger ones"),
     ),
     "Queue.quota": _AMOUNTS, "Queue.borrowing_limit": _AMOUNTS, "Queue.lending_limit": _AMOUNTS,

@@ -76,7 +76,8 @@ CpuMilli = Annotated[
     int,
     BeforeValidator(quantity.parse_cpu_milli),
     PlainSerializer(quantity.format_cpu, return_type=str, when_used="json"),
-    WithJsonSchema({"type": ["string", "number"], "pattern": quantity.CPUS, "minimum": 0, "examples": [4, 0.5, "500m"]}),
+    WithJsonSchema({"type": ["string", "number"], "pattern": quantity.CPUS, "minimum": 0,
+                    "examples": [4, 0.5, "500m"]}),
 ]
 
 

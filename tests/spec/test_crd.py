@@ -181,7 +181,8 @@ def test_the_loader_takes_it(what: str) -> None:
 def test_what_the_loader_takes_is_accepted(cluster: Kubectl) -> None:
     examples = {f"seed {n}": document.parse(text, "")[0].plain for n, text in enumerate(seeds())}
     specs = GOOD | {name: _spec_of(plain) for name, plain in examples.items() if isinstance(plain, dict)}
-    said = {what: cluster.run("apply", "--dry-run=server", "-f", "-", given=wrapped(spec)) for what, spec in specs.items()}
+    said = {what: cluster.run("apply", "--dry-run=server", "-f", "-", given=wrapped(spec))
+            for what, spec in specs.items()}
     assert not {what: done.stderr for what, done in said.items() if done.returncode}
 
 
