@@ -14,7 +14,7 @@ help:  ## Show the targets.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[torch,stacks,postgres,docker,ray,test]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[torch,stacks,postgres,docker,kubernetes,ray,sim,test]'
 	@touch $@
 
 demo: $(STAMP)  ## A real parameter-server job on four virtual GPU nodes; a worker and a server are killed; it recovers.

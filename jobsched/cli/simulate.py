@@ -31,7 +31,7 @@ FAULT_SPAN_MS = 30 * 86_400_000
 @click.option("--jobs", type=click.IntRange(0, 1_000_000), default=0, help="Only so many jobs; 0: all.")
 @click.option("--seed", type=int, default=0, show_default=True, help="All randomness.")
 @click.option("--report", "folder", metavar="DIR", type=click.Path(file_okay=False, path_type=Path),
-              help="Write report.html there.")  # fmt: skip
+              help="Write report.html and its plots there.")  # fmt: skip
 @click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True,
               help="Output format: table, or json with one line a figure.")
 def simulate(
@@ -47,8 +47,10 @@ def simulate(
       jobsched simulate muri trace3 --policy srsf --compare las
       jobsched simulate synthetic --faults all --seed 7
     """
-    from jobsched.sim.report import write_report
+    from jobsched.sim.report import plotting, write_report
 
+    if folder is not None:
+        plotting()  # better now than after hours
     results = []
     for name in dict.fromkeys((policy, *compare)):
         workload = _workload(fmt, trace, nodes, name, jobs, seed)

@@ -1,57 +1,76 @@
-"""A report of simulated runs as one HTML file: a table of figures and plots drawn as inline SVG. No plotting library.
+"""A report of simulated runs: one HTML file with a table of figures and plots, and each plot as a PNG beside it.
 
-Called by `jobsched simulate --report`.
+Called by `jobsched simulate --report`. Plots are drawn by matplotlib (extra `sim`), which is imported only here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+from collections.abc import Iterator, Sequence
 from html import escape
-from math import log10
+from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jobsched.core.accounting import Accounts
 from jobsched.core.resources import WHOLE_GPU
+from jobsched.errors import MissingExtra
 from jobsched.sim.run import Result
 
-WIDTH, HEIGHT, MARGIN = 760, 220, 48
-COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f")
-POINTS = 600
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+POINTS = 2_000
 """Most points per curve."""
 BARS = 400
 """Most jobs in a Gantt chart."""
-Curve = Sequence[tuple[float, float]]
+HOUR_MS = 3_600_000
+DPI = 110
 
-STYLE = """body{font:14px system-ui,sans-serif;margin:2em;max-width:60em;color:#222}table{border-collapse:collapse}
+STYLE = """body{font:14px system-ui,sans-serif;margin:2em;max-width:70em;color:#222}table{border-collapse:collapse}
 td,th{padding:.25em .8em;border-bottom:1px solid #ddd;text-align:right}th:first-child,td:first-child{text-align:left}
-svg{background:#fafafa;margin:.5em 0}text{font-size:11px;fill:#555}h2{margin-top:1.6em}"""
+img{max-width:100%;margin:.5em 0}h2{margin-top:1.6em}"""
 
 
 def write_report(results: Sequence[Result], folder: Path) -> Path:
-    """Write `report.html` into `folder`; returns its path."""
+    """Write `report.html` and a PNG per plot into `folder`; returns the path of the HTML file, which needs no other."""
     folder.mkdir(parents=True, exist_ok=True)
+    parts = [f"<h1>{escape(results[0].workload)}</h1>", _table(results)]
+    for title, name, figure in _figures(results):
+        png = BytesIO()
+        figure.savefig(png, format="png", dpi=DPI)
+        (folder / f"{name}.png").write_bytes(png.getvalue())
+        image = base64.b64encode(png.getvalue()).decode()
+        parts.append(f'<h2>{escape(title)}</h2><img alt="{escape(title)}" src="data:image/png;base64,{image}">')
     path = folder / "report.html"
-    path.write_text(render(results))
+    head = f"<!doctype html><meta charset=utf-8><title>jobsched simulate</title><style>{STYLE}</style>"
+    path.write_text(head + "\n".join(parts) + "\n")
     return path
 
 
-def render(results: Sequence[Result]) -> str:
-    """The page."""
-    names = [f"{r.policy}" for r in results]
-    parts = [
-        f"<h1>{escape(results[0].workload)}</h1>",
-        _table(results),
-        "<h2>Jobs waiting</h2>",
-        plot(names, [_over_time(r.accounts, 2) for r in results], "hours", "jobs"),
-        "<h2>GPUs allocated</h2>",
-        plot(names, [_over_time(r.accounts, 1) for r in results], "hours", "GPUs"),
-        "<h2>Completion times</h2>",
-        plot(names, [_distribution(r.accounts) for r in results], "log10 seconds", "share of jobs"),
-    ]
+def _figures(results: Sequence[Result]) -> Iterator[tuple[str, str, Figure]]:
+    """(title, file name, plot)"""
+    yield "Jobs waiting", "queue", _over_time(results, 2, "jobs waiting")
+    yield "GPUs allocated", "allocation", _over_time(results, 1, "GPUs")
+    yield "Completion times", "jct", _distribution(results)
     for result in results:
-        parts += [f"<h2>Gantt: {escape(result.policy)}</h2>", gantt(result.accounts)]
-    body = "\n".join(parts)
-    return f"<!doctype html><meta charset=utf-8><title>jobsched simulate</title><style>{STYLE}</style>{body}\n"
+        yield f"Gantt: {result.policy}", f"gantt-{result.policy}", _gantt(result.accounts)
+
+
+def plotting() -> type[Figure]:
+    """matplotlib's `Figure`, which needs no window and no global state. Raises `MissingExtra`."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise MissingExtra("reports need the package 'matplotlib'", hint='pip install "jobsched[sim]"') from error
+    return Figure
+
+
+def _figure(height: float = 3.0) -> Figure:
+    """An empty plot with one pair of axes."""
+    figure = plotting()(figsize=(9, height), layout="constrained")
+    figure.subplots()
+    return figure
 
 
 def _table(results: Sequence[Result]) -> str:
@@ -59,74 +78,56 @@ def _table(results: Sequence[Result]) -> str:
     keys = [key for key in rows[0] if key != "policy"]
     head = "".join(f"<th>{escape(str(row['policy']))}</th>" for row in rows)
     lines = "".join(
-        f"<tr><td>{key}</td>{''.join(f'<td>{_figure(row[key])}</td>' for row in rows)}</tr>" for key in keys
+        f"<tr><td>{key}</td>{''.join(f'<td>{_number(row[key])}</td>' for row in rows)}</tr>" for key in keys
     )
     return f"<table><tr><th></th>{head}</tr>{lines}</table>"
 
 
-def _figure(value: object) -> str:
+def _number(value: object) -> str:
     return f"{value:,.1f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _over_time(accounts: Accounts, which: int) -> Curve:
+def _over_time(results: Sequence[Result], which: int, label: str) -> Figure:
+    figure = _figure()
+    (axes,) = figure.axes
     unit = WHOLE_GPU if which == 1 else 1
-    points = accounts.points
-    every = max(1, len(points) // POINTS)
-    return [((p[0] - accounts.start_ms) / 3_600_000, p[which] / unit) for p in points[::every]]
+    for result in results:
+        accounts = result.accounts
+        points = accounts.points[:: max(1, len(accounts.points) // POINTS)]
+        hours = [(point[0] - accounts.start_ms) / HOUR_MS for point in points]
+        axes.step(hours, [point[which] / unit for point in points], where="post", lw=1, label=result.policy)
+    axes.set(xlabel="hours", ylabel=label, ylim=(0, None))
+    axes.legend()
+    return figure
 
 
-def _distribution(accounts: Accounts) -> Curve:
-    times = sorted(job.jct_ms for job in accounts.jobs.values() if job.phase.terminal)
-    every = max(1, len(times) // POINTS)
-    return [(log10(max(1.0, ms / 1_000)), (i + 1) / len(times)) for i, ms in enumerate(times)][::every]
+def _distribution(results: Sequence[Result]) -> Figure:
+    figure = _figure()
+    (axes,) = figure.axes
+    for result in results:
+        times = sorted(max(0.001, job.jct_ms / 1_000) for job in result.accounts.jobs.values() if job.phase.terminal)
+        if times:
+            axes.ecdf(times, label=result.policy)
+    axes.set(xscale="log", xlabel="seconds from submission to end", ylabel="share of jobs")
+    axes.legend()
+    return figure
 
 
-def plot(names: Sequence[str], curves: Sequence[Curve], x_label: str, y_label: str) -> str:
-    """Curves over common axes."""
-    xs = [x for curve in curves for x, _ in curve] or [0.0]
-    ys = [y for curve in curves for _, y in curve] or [0.0]
-    left, right, top = min(xs), max(xs), max(ys) or 1.0
-    across = (WIDTH - 2 * MARGIN) / ((right - left) or 1.0)
-    up = (HEIGHT - 2 * MARGIN) / top
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}">', _axes(left, right, top)]
-    for place, (name, curve) in enumerate(zip(names, curves, strict=True)):
-        colour = COLOURS[place % len(COLOURS)]
-        path = " ".join(f"{MARGIN + (x - left) * across:.1f},{HEIGHT - MARGIN - y * up:.1f}" for x, y in curve)
-        parts.append(f'<polyline fill="none" stroke="{colour}" points="{path}"/>')
-        parts.append(f'<text x="{MARGIN + 110 * place}" y="14" style="fill:{colour}">{escape(name)}</text>')
-    parts.append(f'<text x="{WIDTH - MARGIN}" y="{HEIGHT - 8}" text-anchor="end">{x_label}</text>')
-    parts.append(f'<text x="4" y="{MARGIN - 8}">{y_label}</text></svg>')
-    return "".join(parts)
-
-
-def _axes(left: float, right: float, top: float) -> str:
-    frame = f"M{MARGIN} {MARGIN}V{HEIGHT - MARGIN}H{WIDTH - MARGIN}"
-    parts = [f'<path d="{frame}" stroke="#999" fill="none"/>']
-    for step in range(5):
-        part = step / 4
-        x, y = MARGIN + part * (WIDTH - 2 * MARGIN), HEIGHT - MARGIN - part * (HEIGHT - 2 * MARGIN)
-        across, up = f"{left + part * (right - left):.3g}", f"{part * top:.3g}"
-        parts.append(f'<text x="{x}" y="{HEIGHT - MARGIN + 14}" text-anchor="middle">{across}</text>')
-        parts.append(f'<text x="{MARGIN - 4}" y="{y + 4}" text-anchor="end">{up}</text>')
-    return "".join(parts)
-
-
-def gantt(accounts: Accounts) -> str:
-    """One line a job, oldest on top: grey while it waits, coloured by GPUs while it holds some."""
+def _gantt(accounts: Accounts) -> Figure:
+    """One line a job, oldest on top: grey while it waits, the darker the more GPUs while it holds some."""
     jobs = sorted(accounts.jobs.values(), key=lambda job: (job.submitted_ms, job.job_id))
     jobs = jobs[:: max(1, len(jobs) // BARS)]
-    begin, end = accounts.start_ms, max(accounts.end_ms, accounts.start_ms + 1)
-    across = (WIDTH - 2 * MARGIN) / (end - begin)
-    height = max(1, min(6, 1_200 // max(1, len(jobs))))
-    parts = [f'<svg viewBox="0 0 {WIDTH} {height * len(jobs) + 20}" width="{WIDTH}">']
+    figure = _figure(min(12.0, 2.0 + len(jobs) / 40))
+    (axes,) = figure.axes
+    most = max((gpus for job in jobs for _, _, gpus in job.spells), default=1)
+
+    def hours(begin: int, end: int) -> tuple[float, float]:
+        return (begin - accounts.start_ms) / HOUR_MS, max(1, end - begin) / HOUR_MS
+
     for place, job in enumerate(jobs):
-        y, until = place * height, job.ended_ms or end
-        parts.append(_bar(MARGIN + (job.submitted_ms - begin) * across, y, (until - job.submitted_ms) * across, "#ddd"))
-        for since, to, gpus in job.spells:
-            colour = COLOURS[max(0, gpus).bit_length() % len(COLOURS)]
-            parts.append(_bar(MARGIN + (since - begin) * across, y, (to - since) * across, colour))
-    return "".join([*parts, "</svg>"])
-
-
-def _bar(x: float, y: float, width: float, colour: str) -> str:
-    return f'<rect x="{x:.1f}" y="{y}" width="{max(0.3, width):.1f}" height="1" fill="{colour}"/>'
+        axes.broken_barh([hours(job.submitted_ms, job.ended_ms or accounts.end_ms)], (place, 1), color="#e4e4e4")
+        shades = [str(0.75 - 0.7 * gpus.bit_length() / max(1, most.bit_length())) for _, _, gpus in job.spells]
+        axes.broken_barh([hours(since, until) for since, until, _ in job.spells], (place, 1), color=shades)
+    axes.set(xlabel="hours", ylabel="jobs, oldest on top")
+    axes.invert_yaxis()
+    return figure

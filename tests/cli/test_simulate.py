@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,10 +27,25 @@ def test_the_same_seed_gives_the_same_figures(capsys: pytest.CaptureFixture[str]
     assert figures[0] == figures[1]
 
 
-def test_a_report_is_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["simulate", "synthetic", "30", "--report", str(tmp_path)]) == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+def test_a_report_is_one_file_and_its_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    assert run(["simulate", "synthetic", "30", "--compare", "sjf", "--report", str(tmp_path)]) == 0
     assert "makespan_s" in capsys.readouterr().out
+    plots = {"queue", "allocation", "jct", "gantt-priority", "gantt-sjf"}
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", *(f"{name}.png" for name in plots)}
+    assert all((tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in plots)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == len(plots)
+    assert "<th>sjf</th>" in page
+    assert 'src="h' not in page
+
+
+def test_a_report_without_matplotlib_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert run(["simulate", "synthetic", "5", "--report", str(tmp_path)]) == 1
+    assert 'pip install "jobsched[sim]"' in capsys.readouterr().err
 
 
 def test_faults_run_to_the_end(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,6 @@ from jobsched.core.events import EVENT
 from jobsched.core.job import Phase
 from jobsched.core.resources import JobId
 from jobsched.sim import traces
-from jobsched.sim.report import render
 from jobsched.sim.run import POLICIES, Result, Simulation
 from jobsched.sim.throughput import Steady
 from jobsched.sim.workload import Arrival, Workload, gang_spec, make_nodes, synthetic
@@ -86,14 +85,6 @@ def test_deadlines_first() -> None:
         a_workload(), arrivals=(first, replace(late, deadline_ms=500_000), replace(urgent, deadline_ms=80_000))
     )
     assert ends(run(workload, "edf")) == pytest.approx([50, 70, 60])
-
-
-def test_the_report_draws_every_run() -> None:
-    results = [run(synthetic(40, nodes="1x8", longest_s=3_600), policy) for policy in ("fifo", "sjf")]
-    page = render(results)
-    assert page.count("<svg") == 5
-    assert "fifo" in page
-    assert "avg_jct_s" in page
 
 
 def test_the_same_seed_gives_the_same_log() -> None:
