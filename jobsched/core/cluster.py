@@ -25,10 +25,12 @@ from jobsched.core.policies.ranking import Pool
 from jobsched.core.resources import NOTHING, WHOLE_GPU, JobId, NodeName
 from jobsched.core.shape import shape_of_job
 from jobsched.core.suspicion import BY, PREFLIGHT_LABEL, Accusation, Checked, Suspicion, accusations, against_node
+from jobsched.spec.job import JobSpec
 from jobsched.spec.queue import CPU, GPUS, MEMORY, QueueSpec
 
 ENDED_KEPT = 10_000
 POOLS_KEPT = 1_000
+SHAPES_KEPT = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +154,10 @@ class Cluster:
     """What each bound replica counts for in its queue; its GPUs' kind may be forgotten before it ends."""
     _place: dict[JobId, tuple[LineKey, Place]] = field(default_factory=dict)
     _shape: dict[JobId, Shape] = field(default_factory=dict)
+    _shapes: dict[Shape, Shape] = field(default_factory=dict)
+    """Like jobs share one shape."""
+    _shapes_of_specs: dict[int, tuple[JobSpec, Shape]] = field(default_factory=dict)
+    """By identity of the spec, which is kept alive."""
     _pools: dict[tuple[object, ...], tuple[Shape, Pool]] = field(default_factory=dict)
 
     # ---- evolve ----
@@ -283,7 +289,7 @@ class Cluster:
             for dependency in after.waiting_for:
                 self.dependents.setdefault(dependency, []).append(job_id)
         if before is None or before.wanted is not after.wanted:
-            self._shape[job_id] = shape_of_job(after)
+            self._shape[job_id] = self._shape_of(after)
         if before is None:
             self.mix.learn(self._shape[job_id])
         if after.phase is Phase.QUEUED:
@@ -301,6 +307,19 @@ class Cluster:
             before = self.checks.get(name)
             row = 0 if job.phase is Phase.SUCCEEDED else 1 + (before.in_a_row if before is not None else 0)
             self.checks[name] = Checked(at_ms, row)
+
+    def _shape_of(self, job: Job) -> Shape:
+        """One object for all jobs of like shape; computed once where they share their spec."""
+        if not job.wanted and (known := self._shapes_of_specs.get(id(job.spec))) is not None:
+            return known[1]
+        if len(self._shapes) >= SHAPES_KEPT or len(self._shapes_of_specs) >= SHAPES_KEPT:
+            self._shapes.clear()
+            self._shapes_of_specs.clear()
+        shape = shape_of_job(job)
+        shape = self._shapes.setdefault(shape, shape)
+        if not job.wanted:
+            self._shapes_of_specs[id(job.spec)] = (job.spec, shape)
+        return shape
 
     def _remember_end(self, job: Job) -> None:
         self.ended[job.id] = job.phase is Phase.SUCCEEDED

@@ -11,10 +11,10 @@ from jobsched.core import events as ev
 from jobsched.core.answers import PlanAnswer, RolePlan, Verdict, Why
 from jobsched.core.cluster import Cluster, missing_replicas
 from jobsched.core.job import Cause, Job, Phase, Reason, ReplicaState, RoleShape, Shape, replica_id
-from jobsched.core.ledger import Ledger
+from jobsched.core.ledger import Ledger, Short
 from jobsched.core.node import kind_matches
 from jobsched.core.policies.admission import admit
-from jobsched.core.policies.placement import Gang, Short, place_gang
+from jobsched.core.policies.placement import Gang, place_gang
 from jobsched.core.policies.quota import HOUR_MS, Refused
 from jobsched.core.resources import WHOLE_GPU, JobId
 from jobsched.core.shape import shape_of
@@ -115,7 +115,7 @@ def _position(cluster: Cluster, job: Job) -> tuple[int, int]:
 
 def _try(cluster: Cluster, shape: Shape, job: Job | None = None) -> Gang | Short:
     with cluster.ledger.trial():
-        return place_gang(cluster, shape, job.avoid if job else ())
+        return place_gang(cluster, shape, job.avoid if job else (), count=True)
 
 
 def _shortage(cluster: Cluster, shape: Shape, short: Short) -> Why:

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from jobsched.core.job import Binding, RoleShape
+from jobsched.core.job import Binding, RoleShape, Shape
 from jobsched.core.node import Node, domain, kind_matches
 from jobsched.core.resources import WHOLE_GPU, GpuId, GpuShare, NodeName, Resources
 
@@ -116,6 +116,14 @@ class Level:
     """Wholly free GPUs of each domain."""
 
 
+@dataclass(frozen=True, slots=True)
+class Short:
+    """Why a gang did not fit: the first role that fell short, and how many of its replicas found a place."""
+
+    role: RoleShape
+    placed: int
+
+
 class Ledger:
     def __init__(self) -> None:
         self.spaces: dict[NodeName, Space] = {}
@@ -124,6 +132,12 @@ class Ledger:
         self.changes: list[NodeName] = []
         """Nodes touched, in order; `changes_from` were dropped from its front."""
         self.changes_from = 0
+        self.free_gpu_milli = 0
+        """Thousandths of GPUs left on all nodes."""
+        self.misfits: dict[int, tuple[Shape, Short]] = {}
+        """By identity, shapes that were found not to fit since something last became free. Kept by `placement`."""
+        self._misfits_at = 0
+        """How much of a trial had been done when one of these was last noted; going back behind that forgets them."""
         self._freed_everywhere = 0
         self._freed_with: dict[tuple[str, str], int] = {}
         """Node label -> `freed` when something last became free on a node that carries it."""
@@ -158,6 +172,7 @@ class Ledger:
                 self._matching.clear()
             space.whole[cls] = space.whole.get(cls, 0) + (free == WHOLE_GPU)
         space.whole_total = sum(space.whole.values())
+        self.free_gpu_milli += sum(space.gpu_free.values())
         self.spaces[node.name] = space
         for cls, count in (*space.whole.items(), (ANY, space.whole_total)):
             insort(self._whole.setdefault(cls, {}).setdefault(count, []), node.name)
@@ -169,12 +184,14 @@ class Ledger:
         for binding, role in bound:
             self.take(binding, role)
         self._note_free(node)
+        self.misfits.clear()
         self.note_change(node.name)
 
     def drop_node(self, name: NodeName) -> None:
         space = self.spaces.pop(name, None)
         if space is None:
             return
+        self.free_gpu_milli -= sum(space.gpu_free.values())
         for cls, count in (*space.whole.items(), (ANY, space.whole_total)):
             self._leave_bucket(cls, count, name)
         for gpu, free in space.gpu_free.items():
@@ -220,6 +237,7 @@ class Ledger:
     def lend(self, binding: Binding, role: RoleShape) -> None:
         """Inside a trial: as if a booked replica were gone."""
         assert self._undo is not None
+        self.misfits.clear()
         if binding.node in self.spaces:
             self._undo.append((binding, role, -1, self.spaces[binding.node].next_port))
             self._book(binding, role, -1)
@@ -227,6 +245,7 @@ class Ledger:
     def give(self, binding: Binding, role: RoleShape) -> None:
         """Free a replica's booking."""
         self._book(binding, role, -1)
+        self.misfits.clear()
         space = self.spaces.get(binding.node)
         if space is not None:
             self._note_free(space.node)
@@ -236,6 +255,7 @@ class Ledger:
     def unblock(self) -> None:
         """Whatever did not fit is worth another try, wherever it looks."""
         self.freed += 1
+        self.misfits.clear()
         self._freed_everywhere = self.freed
 
     def _note_free(self, node: Node) -> None:
@@ -275,6 +295,7 @@ class Ledger:
             after = before - sign * share.milli
             cls = space.gpu_class[share.gpu]
             space.gpu_free[share.gpu] = after
+            self.free_gpu_milli += after - before
             gained[cls] = gained.get(cls, 0) + (after == WHOLE_GPU) - (before == WHOLE_GPU)
             if 0 < before < WHOLE_GPU:
                 _remove(self._shared[cls], (before, space.node.name, share.gpu))
@@ -298,6 +319,7 @@ class Ledger:
         """Everything taken inside is put back at the end. Not re-entrant."""
         assert self._undo is None
         freed, self._undo = self.freed, []
+        self.misfits.clear()
         try:
             yield self
         finally:
@@ -311,10 +333,18 @@ class Ledger:
 
     def rollback(self, mark: int) -> None:
         assert self._undo is not None
+        if mark < self._misfits_at:
+            self.misfits.clear()
+            self._misfits_at = 0
         while len(self._undo) > mark:
             binding, role, sign, next_port = self._undo.pop()
             self._book(binding, role, -sign)
             self.spaces[binding.node].next_port = next_port
+
+    def note_misfit(self, shape: Shape, short: Short) -> None:
+        """Inside a trial: the shape does not fit as things are, nor will it while things are only taken."""
+        self.misfits[id(shape)] = (shape, short)
+        self._misfits_at = max(self._misfits_at, self.mark())
 
     # ---- finding ----
 

@@ -233,7 +233,8 @@ class Mix:
             demand = demand_of(role)
             self.counts[demand] = self.counts.get(demand, 0) + role.prefer
             self.total += role.prefer
-            self.shares = self.shares or 0 < role.gpu_milli < WHOLE_GPU
+            if 0 < role.gpu_milli < WHOLE_GPU:
+                self.shares = True
         if self.total >= self._next:
             now = typical(self.counts)
             if _differ_pct(now, self._usual) >= NOTABLE_PCT:

@@ -5,25 +5,28 @@ fullest node that holds all of it, else to the fewest nodes, so that whole nodes
 near each other. Shares and CPU-only replicas among them go where they fragment least (`fragmentation`).
 
 Replicas of one role are alike, so for a gang of one role greedy placement fits whenever anything does. Roles of
-different shapes may be in each other's way: when greedy placement falls short although the sum of free resources would
-do, `_search` tries other arrangements, within `SEARCH_STEPS`.
+different shapes may be in each other's way: when greedy placement falls short although each role would fit by itself,
+`_rearrange` tries other arrangements, within limits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import permutations
 
 from jobsched.core.cluster import Cluster
 from jobsched.core.job import Binding, RoleShape, Shape
-from jobsched.core.ledger import ANY, Fit, GpuClass
+from jobsched.core.ledger import ANY, Fit, GpuClass, Short
 from jobsched.core.node import domain
 from jobsched.core.policies.ranking import NodeScore, best
 from jobsched.core.resources import WHOLE_GPU, GpuShare, NodeName
 
-SEARCH_STEPS = 2_000
-"""Bindings tried by the search behind greedy placement, at most, per gang."""
+SEARCH_NODES = 64
+SEARCH_STEPS = 1_000
+"""The search behind greedy placement is for so many nodes at most, and tries so many bindings. Larger clusters only get
+the roles in other orders."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +35,6 @@ class Gang:
 
     bindings: tuple[Binding, ...]
     coordinator_port: int
-
-
-@dataclass(frozen=True, slots=True)
-class Short:
-    """Why a gang did not fit: the first role that fell short, and how many of its replicas found a place."""
-
-    role: RoleShape
-    placed: int
 
 
 class Score(StrEnum):
@@ -59,24 +54,33 @@ Choice = Score | NodeScore
 
 
 def place_gang(
-    cluster: Cluster, shape: Shape, avoid: Collection[NodeName] = (), score: Choice = Score.AUTO
+    cluster: Cluster, shape: Shape, avoid: Collection[NodeName] = (), score: Choice = Score.AUTO, count: bool = False
 ) -> Gang | Short:
     """Place every role at its `min`, then grow elastic roles towards `prefer`; all or nothing. Must run inside
     `ledger.trial()`; what was taken for the gang stays taken when it fits.
 
-    Tries without the nodes in `avoid` first, and the preferred domain before the whole cluster.
+    Tries without the nodes in `avoid` first, and the preferred domain before the whole cluster. What cannot fit is
+    often found out without trying; `count`: try nevertheless, so that `Short.placed` tells how near it came.
     """
-    how = _resolve(cluster, score)
+    ledger = cluster.ledger
+    known = ledger.misfits.get(id(shape))
+    if known is not None and not count:
+        return known[1]
     best_short: Short | None = None
+    if not count and sum([role.min * role.gpu_milli for role in shape.roles]) > ledger.free_gpu_milli:
+        return Short(shape.roles[0], 0)
+    how = _resolve(cluster, score)
     for among in _candidates(cluster, shape, avoid):
-        mark = cluster.ledger.mark()
+        mark = ledger.mark()
         result = _place(cluster, shape, among, how)
         if isinstance(result, Gang):
             return result
-        cluster.ledger.rollback(mark)
+        ledger.rollback(mark)
         if best_short is None or result.placed > best_short.placed:
             best_short = result
-    return best_short or Short(shape.roles[0], 0)
+    best_short = best_short or Short(shape.roles[0], 0)
+    ledger.note_misfit(shape, best_short)
+    return best_short
 
 
 def place_more(
@@ -151,7 +155,7 @@ def _place(cluster: Cluster, shape: Shape, among: Collection[NodeName], how: Cho
         if len(shape.roles) == 1:
             return short
         ledger.rollback(mark)
-        found = _search(cluster, shape, among)
+        found = _rearrange(cluster, shape, among, how)
         if found is None:
             return short
         bindings = found
@@ -297,14 +301,39 @@ def _bind(cluster: Cluster, role: RoleShape, index: int, cls: GpuClass, fit: Fit
     return binding
 
 
-# ---- the search behind greedy placement ----
+# ---- behind greedy placement ----
+
+
+def _rearrange(cluster: Cluster, shape: Shape, among: Collection[NodeName], how: Choice) -> list[Binding] | None:
+    """Bindings of a gang of several roles that greedy placement in their own order did not find. When there are none
+    the ledger is left as it was."""
+    ledger = cluster.ledger
+    mark = ledger.mark()
+    for role in shape.roles:  # each by itself: does not fit alone, does not fit at all
+        _, short = _place_minimum(cluster, replace(shape, roles=(role,)), among, how)
+        ledger.rollback(mark)
+        if short is not None:
+            return None
+    if len(among) <= SEARCH_NODES:
+        return _search(cluster, shape, among)
+    if len(shape.roles) > 3:
+        return None
+    for roles in permutations(shape.roles):
+        bindings, short = _place_minimum(cluster, replace(shape, roles=roles), among, how)
+        if short is None:
+            return _in_order(shape, bindings)
+        ledger.rollback(mark)
+    return None
+
+
+def _in_order(shape: Shape, bindings: list[Binding]) -> list[Binding]:
+    places = {role.role: place for place, role in enumerate(shape.roles)}
+    return sorted(bindings, key=lambda b: (places[b.role], b.index))
 
 
 def _search(cluster: Cluster, shape: Shape, among: Collection[NodeName]) -> list[Binding] | None:
     """Depth first over replicas, biggest first, and nodes of distinct state; None when nothing fits or the steps ran
     out. Leaves the ledger as it was in that case."""
-    if not _sums_suffice(cluster, shape, among):
-        return None
     ledger = cluster.ledger
     order = sorted(shape.roles, key=lambda r: (-r.gpu_milli, -r.cpu_milli, -r.memory_bytes, r.role))
     todo = [(role, index) for role in order for index in range(role.min)]
@@ -332,8 +361,7 @@ def _search(cluster: Cluster, shape: Shape, among: Collection[NodeName]) -> list
 
     if not descend(0):
         return None
-    by_role = {role.role: place for place, role in enumerate(shape.roles)}
-    return sorted(placed, key=lambda b: (by_role[b.role], b.index))
+    return _in_order(shape, placed)
 
 
 def _distinct(
@@ -358,20 +386,3 @@ def _distinct(
                     if level >= role.gpu_milli or not share:
                         found.setdefault((state, cls, level), (Fit(name, 1, level), cls))
     return list(found.values())
-
-
-def _sums_suffice(cluster: Cluster, shape: Shape, among: Collection[NodeName]) -> bool:
-    """Whether free CPUs, memory and GPUs, summed over the nodes, are enough, and each role fits by itself."""
-    ledger = cluster.ledger
-    spaces = [ledger.spaces[name] for name in among if name in ledger.spaces]
-    if sum(r.min * r.cpu_milli for r in shape.roles) > sum(max(0, s.cpu_milli) for s in spaces):
-        return False
-    if sum(r.min * r.memory_bytes for r in shape.roles) > sum(max(0, s.memory_bytes) for s in spaces):
-        return False
-    if sum(r.min * r.gpu_milli for r in shape.roles) > sum(sum(s.gpu_free.values()) for s in spaces):
-        return False
-    for role in shape.roles:
-        classes = ledger.matching(role) if role.gpu_milli else (ANY,)
-        if sum(min(role.min, sum(s.capacity(role, c, role.min) for c in classes)) for s in spaces) < role.min:
-            return False
-    return True

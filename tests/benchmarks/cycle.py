@@ -1,0 +1,180 @@
+"""The scheduling cycle at size: must-show row 8 of the brain.
+
+`python -m tests.benchmarks.cycle`: N nodes of 8 GPUs, W waiting gangs of 1-64 GPUs (half in replicas of one GPU, half
+in whole nodes and a rest) of 4 queues and 3 priorities. Measured on a `Cluster` that folds events as the controller's
+does: the cold passes that fill the empty cluster, in bindings per second of `schedule`; then ticks in each of which 1 %
+of the running jobs end, 1 % of the waiting ones are cancelled and as many are submitted anew: the time to fold these
+events, and the pass with the folding of its decisions. Times are CPU time. One JSON line a figure, and a table of
+growth; the ratio is to the smallest size, 1 is no growth. BENCH=full: all sizes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from functools import cache
+from random import Random
+
+from jobsched.controller.longevity import settle
+from jobsched.core import events as ev
+from jobsched.core.cluster import Cluster
+from jobsched.core.job import Cause, Outcome, Phase, Reason
+from jobsched.core.node import Node
+from jobsched.core.resources import JobId
+from jobsched.core.schedule import Policy, schedule
+from jobsched.sim.workload import gang_spec, make_node
+from jobsched.spec.job import JobSpec
+from jobsched.spec.queue import QueueSpec
+
+NODES = (1_000, 5_000, 10_000)
+WAITING = (10_000, 100_000)
+QUEUES = 4
+TICKS = 100
+SETTLES = 16
+POLICY = Policy()
+COMPLETED = Outcome(Phase.SUCCEEDED, Reason.COMPLETED)
+CANCELLED = Cause(Reason.CANCELLED)
+
+
+@cache
+def spec(gpus: int, single: bool, queue: int, priority: int) -> JobSpec:
+    made = gang_spec(gpus, 8, queue=f"q{queue}", single=single)
+    return made.model_copy(update={"priority": priority})
+
+
+def any_spec(random: Random) -> JobSpec:
+    """Mostly small, up to 64 GPUs."""
+    gpus = min(64, int(random.paretovariate(0.7)))
+    return spec(gpus, random.random() < 0.5, random.randrange(QUEUES), random.randrange(3))
+
+
+@dataclass(slots=True)
+class Figures:
+    bindings_per_s: float
+    ticks_ms: list[float]
+    folding_ms: list[float]
+    started: int
+
+    def p99(self) -> float:
+        return sorted(self.ticks_ms)[len(self.ticks_ms) * 99 // 100]
+
+
+class Bench:
+    def __init__(self, nodes: int, waiting: int) -> None:
+        self.random = Random(7)
+        self.cluster = Cluster()
+        self.now_ms = 1_000
+        self.serial = 0
+        for queue in range(QUEUES):
+            self.cluster.evolve(ev.QueueDefined(0, QueueSpec(name=f"q{queue}")))
+        for index in range(nodes):
+            self.cluster.evolve(ev.NodeSeen(0, self.node(index)))
+        self.waiting: list[JobId] = []
+        self.running: list[JobId] = []
+        self.target = waiting
+
+    @staticmethod
+    def node(index: int) -> Node:
+        return make_node(f"n{index:05}", 8, labels=(("rack", f"r{index // 32:03}"),))
+
+    def submit(self, count: int) -> None:
+        for _ in range(count):
+            self.serial += 1
+            job_id = JobId(f"j{self.serial:07}")
+            made = any_spec(self.random)
+            self.cluster.evolve(ev.JobSubmitted(self.now_ms, job_id, job_id, "me", made))
+            self.waiting.append(job_id)
+
+    def run_pass(self) -> int:
+        """Schedule and fold; returns the bindings made."""
+        plan = schedule(self.cluster, self.now_ms, POLICY)
+        bindings = 0
+        for decision in plan.decisions:
+            self.cluster.evolve(decision)
+            assert isinstance(decision, ev.AttemptPlaced)
+            bindings += len(decision.bindings)
+            self.cluster.evolve(ev.AttemptStarted(self.now_ms, decision.job_id, decision.attempt))
+            self.running.append(decision.job_id)
+        self.cluster.touched.clear()
+        return bindings
+
+    def forget(self) -> None:
+        self.waiting = [j for j in self.waiting if j in self.cluster.jobs and not self.cluster.jobs[j].phase.active]
+
+    def end(self, job_id: JobId) -> None:
+        job = self.cluster.jobs[job_id]
+        self.cluster.evolve(ev.AttemptStopping(self.now_ms, job_id, job.attempt, COMPLETED))
+        self.cluster.evolve(ev.AttemptEnded(self.now_ms, job_id, job.attempt, Phase.SUCCEEDED))
+
+    def cancel(self, job_id: JobId) -> None:
+        self.cluster.evolve(ev.JobEnded(self.now_ms, job_id, Phase.CANCELLED, CANCELLED))
+
+    def change(self) -> None:
+        """1 % of the running end, 1 % of the waiting are cancelled; as many are submitted."""
+        for _ in range(max(1, len(self.running) // 100)):
+            at = self.random.randrange(len(self.running))
+            self.running[at], self.running[-1] = self.running[-1], self.running[at]
+            self.end(self.running.pop())
+        cancelled = 0
+        while cancelled < self.target // 100:
+            at = self.random.randrange(len(self.waiting))
+            self.waiting[at], self.waiting[-1] = self.waiting[-1], self.waiting[at]
+            job_id = self.waiting.pop()
+            job = self.cluster.jobs.get(job_id)
+            if job is not None and job.phase is Phase.QUEUED:
+                self.cancel(job_id)
+                cancelled += 1
+        self.submit(self.target - self.cluster.waiting_count())
+
+    def measure(self) -> Figures:
+        self.submit(self.target)
+        settle()
+        bindings, begin = 0, time.process_time()
+        while made := self.run_pass():
+            bindings += made
+        cold_s = time.process_time() - begin
+        self.submit(self.target - self.cluster.waiting_count())
+        started, ticks, folding = 0, [], []
+        for tick in range(TICKS + 10):
+            self.now_ms += 1_000
+            begin = time.process_time()
+            self.change()
+            if tick % SETTLES == 0:
+                settle()
+            changed = time.process_time()
+            before = len(self.running)
+            self.run_pass()
+            ended = time.process_time()
+            if tick >= 10:
+                folding.append(1_000 * (changed - begin))
+                ticks.append(1_000 * (ended - changed))
+                started += len(self.running) - before
+        return Figures(bindings / cold_s, ticks, folding, started)
+
+
+def line(name: str, value: float, unit: str, peer: str, ratio: float) -> None:
+    figures = {"name": name, "value": round(value, 3), "unit": unit, "peer": peer, "ratio": round(ratio, 3)}
+    print(json.dumps(figures), flush=True)
+
+
+def main() -> None:
+    full = os.environ.get("BENCH") == "full"
+    first: Figures | None = None
+    for nodes in NODES if full else NODES[:1]:
+        for waiting in WAITING if full else WAITING[:1]:
+            found = Bench(nodes, waiting).measure()
+            first = first or found
+            name, peer = f"cycle-{nodes}x{waiting}", f"{NODES[0]}x{WAITING[0]}"
+            line(f"{name}-p99", found.p99(), "ms", peer, found.p99() / first.p99())
+            median = sorted(found.ticks_ms)[TICKS // 2]
+            line(f"{name}-p50", median, "ms", peer, median / sorted(first.ticks_ms)[TICKS // 2])
+            folding = sorted(found.folding_ms)[TICKS // 2]
+            line(f"{name}-folding-p50", folding, "ms", peer, folding / sorted(first.folding_ms)[TICKS // 2])
+            line(f"{name}-started", found.started / TICKS, "gangs/tick", peer, found.started / max(1, first.started))
+            line(f"{name}-cold", found.bindings_per_s, "bindings/CPU-s", "10000", found.bindings_per_s / 10_000)
+
+
+if __name__ == "__main__":
+    main()
