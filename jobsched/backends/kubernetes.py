@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import re
 import secrets
 import signal
 import threading
@@ -64,6 +65,8 @@ SILENT_S = 4.0
 """A replica whose log stream is closed for so long, or that reports through it and did not, is silent."""
 LOG_SILENCE_S = 3_600.0
 """A log stream on which nothing comes for so long is opened anew."""
+STAMPED = re.compile(rb"\d{4}-\d\d-\d\dT[0-9:.]+\S+ ")
+"""How a line of a log begins."""
 REAP_AFTER_S = 30.0
 """What an earlier server left half-made is removed so long after the start."""
 
@@ -508,7 +511,11 @@ class KubernetesBackend:
             stream = replica.stream = self.api.stream(path, query, LOG_SILENCE_S if follow else 5.0)
             heard = True
             self._sees(replica)
-            yield from stream.lines()
+            for line in stream.lines():
+                if STAMPED.match(line):
+                    yield line
+                else:  # the kubelet's own words: "unable to retrieve container logs"
+                    heard = False
 
         try:
             collect(self.layout.log(replica.key), opened, self._took, self.config.logs)

@@ -33,6 +33,8 @@ Json = dict[str, Any]
 TIMEOUT_S = 20.0
 """Longest wait for an answer."""
 AT_ONCE = 16
+"""Requests at the same time, beside watches and logs."""
+KEPT = 256
 """Connections that are kept."""
 OWN_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 MAX_LINE = 64 << 20
@@ -105,7 +107,7 @@ class Api:
             raise ConfigError(f"no access to a Kubernetes cluster: {error}",
                               hint="set KUBECONFIG, or backend.kubernetes.kubeconfig in the server's configuration"
                               ) from error
-        configuration.connection_pool_maxsize = AT_ONCE
+        configuration.connection_pool_maxsize = KEPT
         configuration.keep_alive = True
         configuration.retries = urllib3.Retry(total=1, redirect=0, status=0)
         websocket.setdefaulttimeout(TIMEOUT_S)

@@ -144,7 +144,7 @@ def pod(launch: Launch, site: Site, node: Json, owner: Json, parts: Sequence[str
     volumes, mounts = _volumes(launch, site, parts)
     container: Json = {
         "name": CONTAINER, "image": image, "imagePullPolicy": PULL[config.pull],
-        "command": list(launch.command), "workingDir": launch.working_dir or SCRATCH,
+        "command": [plain(word) for word in launch.command], "workingDir": launch.working_dir or SCRATCH,
         "env": _environment(launch, site),
         "resources": _resources(launch, site, node), "securityContext": _confined(config),
         "volumeMounts": mounts, "terminationMessagePolicy": "File",
@@ -200,14 +200,19 @@ def _environment(launch: Launch, site: Site) -> list[Json]:
     if not launch.gpus:
         own |= {"CUDA_VISIBLE_DEVICES": "", "NVIDIA_VISIBLE_DEVICES": "void"}
     secret = {name: text for name, text in launch.env.items() if text.startswith(SECRET)}
-    plain = {name: text for name, text in launch.env.items() if name not in secret}
-    found: list[Json] = [{"name": name, "value": value}
-                         for name, value in sorted({**own, **to_environ(contract, plain)}.items())]
+    public = {name: text for name, text in launch.env.items() if name not in secret}
+    found: list[Json] = [{"name": name, "value": plain(value)}
+                         for name, value in sorted({**own, **to_environ(contract, public)}.items())]
     for name, text in sorted(secret.items()):
         named, _, inner = text.removeprefix(SECRET).rpartition("/")
         reference = {"name": named or site.config.secrets, "key": inner}
         found.append({"name": name, "valueFrom": {"secretKeyRef": reference}})
     return found
+
+
+def plain(text: str) -> str:
+    """As it is: Kubernetes takes `$(NAME)` for a variable and `$$` for a dollar."""
+    return text.replace("$", "$$")
 
 
 def _resources(launch: Launch, site: Site, node: Json) -> Json:
@@ -318,7 +323,7 @@ def _source(volume: KubernetesVolume) -> Json:
 def _unpacking(launch: Launch, config: KubernetesBackend, image: str) -> Json:
     return {
         "name": UNPACK, "image": image, "imagePullPolicy": PULL[config.pull],
-        "command": ["/bin/sh", "-c", UNPACKS, launch.working_dir, PARTS],
+        "command": ["/bin/sh", "-c", plain(UNPACKS), plain(launch.working_dir), PARTS],
         "securityContext": _confined(config) | {"readOnlyRootFilesystem": True},
         "resources": {"requests": {"cpu": "10m", "memory": "32Mi"}, "limits": {"memory": "256Mi"}},
         "volumeMounts": [{"name": "parts", "mountPath": PARTS, "readOnly": True},
@@ -342,7 +347,8 @@ def key_of(found: Json) -> LaunchKey | None:
 def token_of(found: Json) -> str:
     """The token of its reports, from its own environment."""
     container = _main(found["spec"].get("containers") or ())
-    contract = from_environ({one["name"]: one.get("value", "") for one in container.get("env") or ()})
+    environ = {one["name"]: one.get("value", "").replace("$$", "$") for one in container.get("env") or ()}
+    contract = from_environ(environ)
     return contract.token if contract is not None else ""
 
 

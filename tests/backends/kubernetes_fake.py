@@ -374,7 +374,7 @@ class FakeCluster:
                     found = self.objects["configmaps"][(namespace, source["configMap"]["name"])]
                     for key, data in found["binaryData"].items():
                         Path(inside[mount["mountPath"]], key).write_bytes(base64.b64decode(data))
-            command = [inside.get(word, word) for word in init["command"]]
+            command = [inside.get(word, word) for word in map(expanded, init["command"])]
             done = subprocess.run(command, capture_output=True, check=False, env={"PATH": os.environ["PATH"]})
             if done.returncode:
                 state = {"terminated": {"exitCode": done.returncode, "message": done.stderr.decode()}}
@@ -389,7 +389,7 @@ class FakeCluster:
                MARK: uid, "HOSTNAME": pod["spec"].get("hostname", "")}
         for one in container.get("env") or ():
             if "value" in one:
-                env[one["name"]] = one["value"]
+                env[one["name"]] = expanded(one["value"])
             else:
                 reference = one["valueFrom"]["secretKeyRef"]
                 secret = self.objects.get("secrets", {})[(namespace, reference["name"])]
@@ -401,7 +401,7 @@ class FakeCluster:
         cwd = container.get("workingDir", "")
         unpacked = process.directory + cwd
         return subprocess.Popen(
-            container["command"], cwd=cwd if os.path.isdir(cwd) else unpacked if os.path.isdir(unpacked) else "/tmp",
+            [expanded(word) for word in container["command"]], cwd=cwd if os.path.isdir(cwd) else unpacked if os.path.isdir(unpacked) else "/tmp",
             env=process.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
             start_new_session=True)
 
@@ -478,6 +478,11 @@ class FakeCluster:
                     if name not in self.dead and ("kube-node-lease", name) in self.objects["leases"]:
                         self.change("leases", "kube-node-lease", name,
                                     lambda one: one["spec"].update(renewTime=stamp()))
+
+
+def expanded(text: str) -> str:
+    """`$$` is a dollar; variables are none of a test's."""
+    return text.replace("$$", "$")
 
 
 # HTTP -----------------------------------------------------------------------------------------------------------------
