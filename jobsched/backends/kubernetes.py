@@ -315,7 +315,7 @@ class KubernetesBackend:
             return []
         if where not in packed:
             out = io.BytesIO()
-            bundle.pack(Path(where), out, self.config.copy_limit, self.site.owner)
+            bundle.pack(Path(where), out, self.config.copy_limit, self.site.owner, render.TOP)
             maps = render.config_maps(self.site, launch.key, gzip.compress(out.getvalue(), 6, mtime=0), owner)
             for one in maps:
                 with suppress(Exists):

@@ -47,6 +47,8 @@ else
 tarfile.open(fileobj=sys.stdin.buffer, mode="r|gz").extractall(".")'
 fi"""
 """`/bin/sh -c UNPACKS DIRECTORY PARTS`: with tar and gzip, or with Python, whichever the image has."""
+TOP = "directory"
+"""What the packed directory is called in the archive, which may not write the top of a volume: that is root's."""
 PART = 700 << 10
 """Bytes of a packed directory in one ConfigMap; an object may have a mebibyte, in base64."""
 PULL = {"missing": "IfNotPresent", "always": "Always", "never": "Never"}
@@ -274,7 +276,7 @@ def _volumes(launch: Launch, site: Site, parts: Sequence[str]) -> tuple[list[Jso
             {"name": "parts", "projected": {"sources": [{"configMap": {"name": name}} for name in parts]}},
             {"name": "working-dir", "emptyDir": {}},
         ]
-        mounts.append({"name": "working-dir", "mountPath": launch.working_dir})
+        mounts.append({"name": "working-dir", "mountPath": launch.working_dir, "subPath": TOP})
     for index, volume in enumerate(shared_volumes(config)):
         volumes.append({"name": f"volume-{index}"} | _source(volume))
         mounts.append({"name": f"volume-{index}", "mountPath": volume.mount}
@@ -325,6 +327,7 @@ def _unpacking(launch: Launch, config: KubernetesBackend, image: str) -> Json:
         "name": UNPACK, "image": image, "imagePullPolicy": PULL[config.pull],
         "command": ["/bin/sh", "-c", plain(UNPACKS), plain(launch.working_dir), PARTS],
         "securityContext": _confined(config) | {"readOnlyRootFilesystem": True},
+        "terminationMessagePolicy": "FallbackToLogsOnError",
         "resources": {"requests": {"cpu": "10m", "memory": "32Mi"}, "limits": {"memory": "256Mi"}},
         "volumeMounts": [{"name": "parts", "mountPath": PARTS, "readOnly": True},
                          {"name": "working-dir", "mountPath": launch.working_dir}],

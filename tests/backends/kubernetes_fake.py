@@ -399,10 +399,9 @@ class FakeCluster:
     @staticmethod
     def _spawn(container: Json, process: Process) -> subprocess.Popen[bytes]:
         cwd = container.get("workingDir", "")
-        unpacked = process.directory + cwd
+        places = (cwd, f"{process.directory}{cwd}/directory", "/tmp")
         return subprocess.Popen(
-            [expanded(word) for word in container["command"]], cwd=cwd if os.path.isdir(cwd) else unpacked if os.path.isdir(unpacked) else "/tmp",
-            env=process.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            [expanded(word) for word in container["command"]], cwd=next(filter(os.path.isdir, places)), env=process.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
             start_new_session=True)
 
     def _read(self, process: Process) -> None:

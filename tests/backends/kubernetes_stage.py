@@ -68,7 +68,8 @@ def write_image(path: Path, torch: bool) -> None:
         "architecture": "amd64", "os": "linux", "created": "1970-01-01T00:00:00Z", "config": {"Env": env},
         "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}"]}}).encode()
     named = hashlib.sha256(config).hexdigest()
-    manifest = json.dumps([{"Config": f"{named}.json", "RepoTags": [IMAGE], "Layers": [f"{digest}/layer.tar"]}]).encode()
+    manifest = json.dumps([
+        {"Config": f"{named}.json", "RepoTags": [IMAGE], "Layers": [f"{digest}/layer.tar"]}]).encode()
     with tarfile.open(path, "w") as tar:
         for name, data in ((f"{named}.json", config), ("manifest.json", manifest)):
             entry = tarfile.TarInfo(name)
@@ -92,7 +93,7 @@ def _add_torch(tar: tarfile.TarFile) -> None:
         for file in found.files or ():
             source = Path(str(found.locate_file(file)))
             parts = file.parts
-            if parts[0] == ".." or "include" in parts[:2] or source.suffix in (".a", ".pyc", ".h") or "bin" in parts[:2]:
+            if parts[0] == ".." or "include" in parts[:2] or source.suffix in (".a", ".h"):
                 continue
             tar.add(source, f"{SITE}/{file}")
             if ".so" in source.name:

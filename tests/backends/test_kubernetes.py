@@ -345,7 +345,7 @@ def test_a_directory_is_packed_and_unpacked(start: Start, tmp_path: Path) -> Non
     (report,) = watcher.running(launch.key)
     process = engine.cluster._process(report.ident)
     assert process is not None
-    there = Path(process.directory + str(work))
+    there = Path(f"{process.directory}{work}/directory")
     assert (there / "sub/data.bin").read_bytes() == (work / "sub/data.bin").read_bytes()
     assert not (there / "skip.log").exists()
     assert sum(name.startswith("configmaps/") for name in engine.cluster.everything()) == 3

@@ -1,4 +1,4 @@
-"""The Kubernetes backend on a real cluster: the same promises. `kubernetes_stage` makes the image that its nodes need."""
+"""The Kubernetes backend on a real cluster: the same promises. `kubernetes_stage` makes the image that nodes need."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import secrets
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +13,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from jobsched.backends.containers import SEND
-from jobsched.core.job import Reason
 from jobsched.core.observation import ReplicaReport
 from jobsched.core.resources import GpuShare
 from jobsched.spec.server import KubernetesBackend as Config
 from tests.backends import kubernetes_stage
-from tests.backends.kubernetes_fake import until
 from tests.backends.kubernetes_stage import kubectl
 from tests.contracts.backend import ENV_SCRIPT, ProcessBackendContract, Watcher, a_launch
 
@@ -85,7 +82,7 @@ class OpenPlaces:
     def mktemp(self, name: str) -> Path:
         path = self.base / f"{name}-{secrets.token_hex(3)}"
         path.mkdir()
-        path.chmod(0o777)  # noqa: S103
+        path.chmod(0o777)
         return path
 
 
