@@ -401,7 +401,8 @@ class FakeCluster:
         cwd = container.get("workingDir", "")
         places = (cwd, f"{process.directory}{cwd}/directory", "/tmp")
         return subprocess.Popen(
-            [expanded(word) for word in container["command"]], cwd=next(filter(os.path.isdir, places)), env=process.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            [expanded(word) for word in container["command"]], cwd=next(filter(os.path.isdir, places)),
+            env=process.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
             start_new_session=True)
 
     def _read(self, process: Process) -> None:
