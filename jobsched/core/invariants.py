@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from jobsched.core.cluster import Cluster
 from jobsched.core.job import Job, Phase
-from jobsched.core.resources import WHOLE_GPU, GpuId, NodeName
+from jobsched.core.resources import WHOLE_GPU, GpuId, JobId, NodeName
 from jobsched.core.shape import role_resources
 from jobsched.spec.queue import GPUS
 
@@ -14,6 +14,40 @@ from jobsched.spec.queue import GPUS
 def check(cluster: Cluster) -> tuple[str, ...]:
     """Sentences about what is broken; empty when all holds. O(live jobs + nodes)."""
     return tuple(_problems(cluster))
+
+
+def check_part(cluster: Cluster, job_ids: Iterable[JobId], names: Iterable[NodeName]) -> tuple[str, ...]:
+    """The same of these jobs and nodes only. O(their replicas)."""
+    return tuple(_part(cluster, job_ids, names))
+
+
+def _part(cluster: Cluster, job_ids: Iterable[JobId], names: Iterable[NodeName]) -> Iterator[str]:
+    nodes = dict.fromkeys(names)
+    for job_id in job_ids:
+        job = cluster.jobs.get(job_id)
+        if job is None:
+            continue
+        yield from _job_problems(job)
+        for replica in job.replicas.values():
+            if replica.binding is not None:
+                nodes[replica.binding.node] = None
+                if (job.id, replica.id) not in cluster.on_node.get(replica.binding.node, {}):
+                    yield f"{replica.id} of job {job.id} is not known on {replica.binding.node}"
+    for name in nodes:
+        space = cluster.ledger.spaces.get(name)
+        if space is None:
+            continue
+        used: dict[GpuId, int] = {}
+        for (job_id, rid), (binding, _) in cluster.on_node.get(name, {}).items():
+            owner = cluster.jobs.get(job_id)
+            if owner is None or rid not in owner.replicas or owner.replicas[rid].binding != binding:
+                yield f"{name} is booked with {rid} of job {job_id}, which is not there"
+            for share in binding.gpus:
+                used[share.gpu] = used.get(share.gpu, 0) + share.milli
+        for gpu, free in space.gpu_free.items():
+            taken, foreign = used.get(gpu, 0), sum(s.milli for s in space.node.foreign_gpus if s.gpu == gpu)
+            if taken > WHOLE_GPU or free != max(0, WHOLE_GPU - foreign) - taken:
+                yield f"{taken} thousandths of {gpu} on {name} are bound, the ledger says that {free} are free"
 
 
 def _problems(cluster: Cluster) -> Iterator[str]:

@@ -7,7 +7,7 @@ and `tests/simulation`. Never decides anything for the scheduler.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
@@ -34,6 +34,8 @@ DEFAULT_MEAN_MS = {
 REPAIR_MS = 900_000
 OUTAGE_MS = 120_000
 LEASE_MS = 60_000
+THOROUGH_EVERY = 50
+"""Ticks between two checks of everything; in between, what changed is checked."""
 WATCHED_STORE = ("append", "read", "load", "lease", "add_samples")
 ACTS = ("start", "stop", "forget", "ask_stacks")
 WATCHED_BACKEND = ("observe", "start", "stop", "forget", "ask_stacks")
@@ -71,7 +73,8 @@ class _Server:
     def boot(self) -> Controller:
         sim = self.chaos.sim
         store: Any = _Trap(sim.store, WATCHED_STORE, self)
-        backend: Any = _Trap(_Adapter(sim.engine), WATCHED_BACKEND, self)
+        self.adapter = _Adapter(sim.engine, self.chaos.servers)
+        backend: Any = _Trap(self.adapter, WATCHED_BACKEND, self)
         self.controller = Controller(
             store, backend, sim.clock, sim.policy, queues=sim.workload.queues, holder=self.name,
             lease_ttl_ms=LEASE_MS, idle_ms=NEVER_MS,
@@ -92,17 +95,43 @@ class _Server:
 
 
 class _Adapter:
-    """A server's own connection to the engine: it tells everything there is, each time."""
+    """A server's own connection to the engine: everything there is at first, then what changed since its last look,
+    whoever else has looked meanwhile."""
 
-    def __init__(self, engine: SimBackend) -> None:
-        self._engine = engine
+    def __init__(self, engine: SimBackend, others: Iterable[_Server]) -> None:
+        self._engine, self._others = engine, others
+        self.news: list[Observation] = []
+        self._begun = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
     def observe(self, timeout_ms: int = 0) -> Observation:
-        self._engine.close()
-        return self._engine.observe(timeout_ms)
+        latest = self._engine.observe(timeout_ms)
+        for server in self._others:
+            server.adapter.news.append(latest)
+        if not self._begun:
+            self._begun = True
+            self._engine.close()
+            self.news = [self._engine.observe(timeout_ms)]
+        told, self.news = _merged(self.news), []
+        return told
+
+
+def _merged(news: Sequence[Observation]) -> Observation:
+    """Several observations in a row as one."""
+    if len(news) == 1:
+        return news[0]
+    nodes: dict[NodeName, Node | None] = {}
+    for one in news:
+        nodes |= {node.name: node for node in one.nodes} | dict.fromkeys(one.gone_nodes)
+    return Observation(
+        full=False,
+        nodes=tuple(node for node in nodes.values() if node is not None),
+        replicas=tuple({r.key: r for one in news for r in one.replicas}.values()),
+        gone=tuple(key for one in news for key in one.gone),
+        gone_nodes=tuple(name for name, node in nodes.items() if node is None),
+    )
 
 
 class _Trap:
@@ -154,8 +183,9 @@ class Chaos:
         self._paused = False
         self._checked = 0
         self._jobs: dict[JobId, Any] = {}
-        names = ("first", "second") if "leaders" in faults else ("first",)
-        self.servers = [_Server(self, name) for name in names]
+        self.servers: list[_Server] = []
+        for name in ("first", "second") if "leaders" in faults else ("first",):
+            self.servers.append(_Server(self, name))
 
     def _next(self, kind: str, now: int) -> int:
         return now + max(1, round(self.random.expovariate(1 / self.faults[kind])))
@@ -286,10 +316,13 @@ class Chaos:
     # ---- what must hold ----
 
     def _check(self) -> None:
+        fresh = self._read_log()
+        thorough = self.sim.ticks % THOROUGH_EVERY == 0
         for server in self.servers:
             with server.controller.view() as (cluster, _):
                 if server.controller.leading:
-                    for problem in invariants.check(cluster):
+                    part = self._touched(fresh)
+                    for problem in invariants.check(cluster) if thorough else invariants.check_part(cluster, *part):
                         self._broken(problem)
         held: dict[tuple[NodeName, GpuId], tuple[int, LaunchKey]] = {}
         for key, launch in self.sim.engine.alive().items():
@@ -298,13 +331,27 @@ class Chaos:
                 if milli + share.milli > WHOLE_GPU:
                     self._broken(f"GPU {share.gpu} of {launch.node} runs {other} and {key} at once")
                 held[launch.node, share.gpu] = (milli + share.milli, key)
-        for stored in self.sim.store.read(self._checked, 1 << 30):
+
+    def _read_log(self) -> list[ev.Event]:
+        """What is new in the log, folded."""
+        fresh = self.sim.store.read(self._checked, 1 << 30)
+        for stored in fresh:
             self._checked += 1
             if stored.seq != self._checked:
                 self._broken(f"the log has a gap at {self._checked}")
             job_id = ev.job_id_of(stored.event)
             if job_id is not None:
                 self._jobs[job_id] = evolve_job(self._jobs.get(job_id), stored.event)  # type: ignore[arg-type]
+        return [stored.event for stored in fresh]
+
+    def _touched(self, events: Iterable[ev.Event]) -> tuple[list[JobId], list[NodeName]]:
+        """Jobs and nodes of which the invariants may have changed."""
+        jobs = dict.fromkeys(job_id for event in events if (job_id := ev.job_id_of(event)) is not None)
+        nodes = {event.node.name for event in events if isinstance(event, ev.NodeSeen)}
+        for event in events:
+            if isinstance(event, ev.AttemptPlaced | ev.ReplicasBound):
+                nodes |= {binding.node for binding in event.bindings}
+        return list(jobs), sorted(nodes)
 
     def verify(self) -> None:
         """At the end: the log gives the projections, no job is lost, nothing is left running."""

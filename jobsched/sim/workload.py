@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from math import cos, pi
+from math import cos, log, pi
 from random import Random
 
 from jobsched.core.node import Gpu, Node
@@ -119,8 +119,9 @@ SIZES: Sequence[tuple[int, float]] = ((1, 0.70), (2, 0.10), (4, 0.10), (8, 0.08)
 
 
 def synthetic(
-    jobs: int = 2_000, seed: int = 0, nodes: str = "16x8", load: float = 0.9, longest_s: float = 7 * 86_400.0
-) -> Workload:
+    jobs: int = 2_000, seed: int = 0, nodes: str = "16x8", load: float = 0.9, longest_s: float = 7 * 86_400.0,
+    median_s: float = 1_100.0,
+) -> Workload:  # fmt: skip
     """`jobs` arrivals that ask for `load` of the cluster on average."""
     random = Random(seed)
     cluster = make_nodes(nodes)
@@ -129,7 +130,7 @@ def synthetic(
     sizes = [size for size, _ in SIZES if size <= most]
     weights = [weight for size, weight in SIZES if size <= most]
     drawn = [
-        (random.choices(sizes, weights)[0], min(max(10.0, random.lognormvariate(7.0, 1.9)), longest_s))
+        (random.choices(sizes, weights)[0], min(max(10.0, random.lognormvariate(log(median_s), 1.9)), longest_s))
         for _ in range(jobs)
     ]
     span_s = sum(size * run_s for size, run_s in drawn) / (most * load)
