@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from jobsched.core import events as ev
-from jobsched.core.job import Binding, Job, Phase, Replica, ReplicaId, RoleShape, Shape
+from jobsched.core.job import Binding, Job, Phase, Replica, ReplicaId, ReplicaState, RoleShape, Shape
 from jobsched.core.ledger import Ledger
 from jobsched.core.lifecycle import evolve_job
 from jobsched.core.node import Cordon, Node
@@ -120,6 +120,15 @@ class Cluster:
     stuck: dict[str, Line] = field(default_factory=dict)
     """Queue whose first line was found not to fit, where that stops the whole queue; forgotten when a job comes or
     goes."""
+    active: dict[str, dict[int, dict[JobId, None]]] = field(default_factory=dict)
+    """Queue -> priority -> jobs that are starting or running."""
+    surplus: dict[str, dict[JobId, None]] = field(default_factory=dict)
+    """Queue -> such jobs that hold more than their minimum of an elastic role."""
+    leaving: dict[JobId, JobId] = field(default_factory=dict)
+    """Jobs that stop, or some of whose replicas do -> the job for which they make room; "": none."""
+    nominated: dict[JobId, dict[JobId, None]] = field(default_factory=dict)
+    """Waiting jobs for which room is being made -> who still leaves for them. Their places are kept; forgotten when
+    they start, or when everybody has left and they do not fit all the same."""
     parked: list[tuple[int, JobId]] = field(default_factory=list)
     """Heap of (not_before_ms, job) for queued jobs in backoff; stale entries are skipped."""
     growing: dict[JobId, int] = field(default_factory=dict)
@@ -135,6 +144,8 @@ class Cluster:
     quotas: Quotas = field(default_factory=Quotas)
     """What every queue holds and may still take."""
     rank: Rank = equal_rank
+    ripening: dict[LineKey, int] = field(default_factory=dict)
+    """Lines for whose heads no room could be made yet -> when the next protected job may be stopped for them."""
     standing: dict[JobId, Standing] = field(default_factory=dict)
     """Where each runnable job stood in the last re-plan; scratch of `policies.preemption`."""
     next_pass_ms: int = 0
@@ -277,6 +288,7 @@ class Cluster:
         checked = after.labels.get(PREFLIGHT_LABEL) if after.owner == BY else None
         if checked is not None:
             self._note_check(NodeName(checked), after, at_ms)
+        self._note_leaving(before, after)
         if after.phase.terminal:
             self._remember_end(after)
             self.jobs.pop(job_id, None)
@@ -321,6 +333,45 @@ class Cluster:
             self._shapes_of_specs[id(job.spec)] = (job.spec, shape)
         return shape
 
+    def _note_leaving(self, before: Job | None, after: Job) -> None:
+        """Keep `active`, `leaving` and `nominated` true when a job changes."""
+        queue, job_id, phase = after.spec.queue, after.id, after.phase
+        runs = phase is Phase.STARTING or phase is Phase.RUNNING
+        if before is None or before.phase is not phase or before.priority != after.priority:
+            if before is not None:
+                self._part(before)
+            if runs:
+                self.active.setdefault(queue, {}).setdefault(after.priority, {})[job_id] = None
+            if phase is not Phase.QUEUED:
+                self.nominated.pop(job_id, None)
+        leaves = after.outcome.for_job if phase is Phase.STOPPING and after.outcome is not None else None
+        if runs and (before is None or before.replicas is not after.replicas):
+            if has_surplus(after):
+                self.surplus.setdefault(queue, {})[job_id] = None
+            else:
+                self.surplus.get(queue, {}).pop(job_id, None)
+            stopping = [r.for_job for r in after.replicas.values() if r.state is ReplicaState.STOPPING]
+            leaves = max(stopping) if stopping else None
+        elif runs:
+            return
+        else:
+            self.surplus.get(queue, {}).pop(job_id, None)
+        was = self.leaving.pop(job_id, None)
+        if leaves is not None:
+            self.leaving[job_id] = leaves
+            if leaves:
+                self.nominated.setdefault(leaves, {})[job_id] = None
+        if was and was != leaves and was in self.nominated:
+            self.nominated[was].pop(job_id, None)
+
+    def _part(self, job: Job) -> None:
+        """A job is no longer active in its queue at its priority."""
+        levels = self.active.get(job.spec.queue, {})
+        if job.id in levels.get(job.priority, {}):
+            del levels[job.priority][job.id]
+            if not levels[job.priority]:
+                del levels[job.priority]
+
     def _remember_end(self, job: Job) -> None:
         self.ended[job.id] = job.phase is Phase.SUCCEEDED
         if len(self.ended) > ENDED_KEPT:
@@ -355,13 +406,12 @@ class Cluster:
         else:
             del on_node[(job.id, replica.id)]
             self.ledger.give(binding, role)
-        milli = sum(share.milli for share in binding.gpus)
         if sign > 0:
-            amounts = self._charged[job.id, replica.id] = amounts_of(role, self.kind_of(binding), milli)
+            amounts = self._charged[job.id, replica.id] = self.amounts(binding, role)
         else:
             amounts = self._charged.pop((job.id, replica.id))
         self.quotas.book(job.spec.queue, job.owner, amounts, sign, at_ms)
-        self.service[job.id].milli += sign * milli
+        self.service[job.id].milli += sign * sum(share.milli for share in binding.gpus)
 
     def _count_array(self, before: Job | None, after: Job) -> None:
         if not after.array_id:
@@ -436,9 +486,7 @@ class Cluster:
         """Inside a trial: count bindings, which the ledger has taken already, in the job's queue."""
         roles = {role.role: role for role in self.shape(job).roles}
         for binding in bindings:
-            milli = sum(share.milli for share in binding.gpus)
-            amounts = amounts_of(roles[binding.role], self.kind_of(binding), milli)
-            self.quotas.book(job.spec.queue, job.owner, amounts, 1)
+            self.quotas.book(job.spec.queue, job.owner, self.amounts(binding, roles[binding.role]), 1)
         if starts and job.array_id:
             self.quotas.start(job.array_id, 1)
 
@@ -449,6 +497,16 @@ class Cluster:
             self.ledger.lend(replica.binding, self.on_node[replica.binding.node][job.id, replica.id][1])
             self.quotas.book(job.spec.queue, job.owner, self._charged[job.id, replica.id], -1)
 
+    def lend_leaving(self) -> None:
+        """Inside a trial: as if everything that stops had stopped. O(its replicas)."""
+        for job_id in self.leaving:
+            job = self.jobs[job_id]
+            whole = job.phase is Phase.STOPPING
+            self.lend(job, [
+                r for r in job.replicas.values()
+                if r.binding is not None and (whole or r.state is ReplicaState.STOPPING)
+            ])  # fmt: skip
+
     # ---- questions ----
 
     @property
@@ -457,6 +515,14 @@ class Cluster:
         if self._learned is None:
             self._learned = Learned(self.mix)
         return self._learned
+
+    def amounts(self, binding: Binding, role: RoleShape) -> Amounts:
+        """What a binding would count for in its job's queue."""
+        return amounts_of(role, self.kind_of(binding), sum(share.milli for share in binding.gpus))
+
+    def charged(self, job_id: JobId, replica: ReplicaId) -> Amounts:
+        """What a bound replica counts for in its queue."""
+        return self._charged[job_id, replica]
 
     def capacity(self) -> Mapping[str, int]:
         """Resource -> how much all healthy nodes have: GPUs of any kind, of each kind, CPUs, memory. Kept until a node
@@ -544,6 +610,16 @@ def _tells_users_apart(queue: QueueSpec | None) -> bool:
 
 def cordon_of(event: ev.NodeCordoned) -> Cordon:
     return Cordon(event.drain, event.by, event.why, event.at_ms, event.gpus)
+
+
+def has_surplus(job: Job) -> bool:
+    """Whether the job holds more than its minimum of an elastic role."""
+    for name, role in job.spec.roles.items():
+        if role.replicas.elastic:
+            bound = sum(r.role == name and r.binding is not None for r in job.replicas.values())
+            if bound > role.replicas.min:
+                return True
+    return False
 
 
 def missing_replicas(job: Job) -> dict[str, int]:

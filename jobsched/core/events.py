@@ -15,7 +15,7 @@ from pydantic import Field, TypeAdapter
 
 from jobsched.core.job import Binding, Cause, Outcome, Phase, Reason, ReplicaId
 from jobsched.core.node import Node
-from jobsched.core.resources import GpuId, JobId, NodeName
+from jobsched.core.resources import NO_JOB, GpuId, JobId, NodeName
 from jobsched.spec.job import JobSpec
 from jobsched.spec.queue import QueueSpec
 
@@ -248,6 +248,8 @@ class ReplicasReleased:
     attempt: int
     replicas: tuple[ReplicaId, ...]
     reason: Reason = Reason.RESCALED
+    for_job: JobId = NO_JOB
+    """The job for which they make room."""
     kind: Literal["ReplicasReleased"] = "ReplicasReleased"
 
 

@@ -14,7 +14,7 @@ from itertools import repeat
 from operator import attrgetter, call
 from typing import Final, NewType
 
-from jobsched.core.resources import GpuShare, JobId, NodeName
+from jobsched.core.resources import NO_JOB, GpuShare, JobId, NodeName
 from jobsched.spec.job import JobSpec
 
 ReplicaId = NewType("ReplicaId", str)
@@ -165,6 +165,8 @@ class Replica:
     not_before_ms: int = 0
     exit_code: int | None = None
     signal: int | None = None
+    for_job: JobId = NO_JOB
+    """The job for which it leaves; empty: none."""
 
     @property
     def id(self) -> ReplicaId:
@@ -180,6 +182,8 @@ class Outcome:
     cause: Cause | None = None
     not_before_ms: int = 0
     """For QUEUED: earliest next attempt (backoff)."""
+    for_job: JobId = NO_JOB
+    """The job for which it makes room; its places are kept for it meanwhile. Empty: none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +253,8 @@ class Job:
     ran_ms: int = 0
     """Run time of ended attempts, from all replicas running to STOPPING."""
     running_since_ms: int = 0
+    lost_ms: int = 0
+    """Run time that preemptions cost: from the last checkpoint to the stop, in every attempt that was preempted."""
     ended_at_ms: int = 0
     coordinator_port: int = 0
     labels: Mapping[str, str] = field(default_factory=dict)

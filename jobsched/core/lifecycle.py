@@ -23,7 +23,7 @@ from jobsched.core.job import (
     changed,
     numbered,
 )
-from jobsched.core.resources import NodeName
+from jobsched.core.resources import NO_JOB, NodeName
 from jobsched.spec.job import RestartScope, restart_policy
 
 Q, S, R, X = Phase.QUEUED, Phase.STARTING, Phase.RUNNING, Phase.STOPPING
@@ -240,11 +240,11 @@ def _replicas_bound(job: Job, e: ev.ReplicasBound) -> Job:
 
 
 def _replicas_released(job: Job, e: ev.ReplicasReleased) -> Job:
-    return _change(job, e.replicas, lambda r: replace(r, state=ReplicaState.STOPPING))
+    return _change(job, e.replicas, lambda r: replace(r, state=ReplicaState.STOPPING, for_job=e.for_job))
 
 
 def _replicas_gone(job: Job, e: ev.ReplicasGone) -> Job:
-    return _change(job, e.replicas, lambda r: replace(r, state=ReplicaState.GONE, binding=None))
+    return _change(job, e.replicas, lambda r: replace(r, state=ReplicaState.GONE, binding=None, for_job=NO_JOB))
 
 
 def _hang_suspected(job: Job, e: ev.HangSuspected) -> Job:
@@ -287,6 +287,10 @@ def _ended(job: Job, e: ev.AttemptEnded) -> Job:
     assert outcome is not None
     if e.phase is not outcome.phase:
         raise Illegal(f"job {job.id} was stopping towards {outcome.phase}, not {e.phase}")
+    if outcome.for_job:  # what was saved while stopping is not lost
+        saved = job.checkpoint.at_ms if job.checkpoint is not None else 0
+        lost = max(0, job.phase_since_ms - max(saved, job.attempt_started_at_ms))
+        job = changed(job, lost_ms=job.lost_ms + lost)
     return _enter(
         job, e.phase, outcome.reason, e.at_ms,
         replicas={},

@@ -9,6 +9,8 @@ GpuId = NewType("GpuId", str)
 NodeName = NewType("NodeName", str)
 JobId = NewType("JobId", str)
 
+NO_JOB = JobId("")
+
 WHOLE_GPU = 1_000
 """Thousandths that make one GPU."""
 

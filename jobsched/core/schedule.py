@@ -7,20 +7,22 @@ Cost follows what may have changed: a line whose head did not fit is not looked 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from jobsched.core import events as ev
 from jobsched.core.cluster import Cluster, Line, Rank, equal_rank, missing_replicas
-from jobsched.core.job import Job, Reason, ReplicaState, Shape
+from jobsched.core.job import Binding, Job, Reason, ReplicaState, Shape
 from jobsched.core.plan import Decision, Plan
-from jobsched.core.policies.admission import admit, more
+from jobsched.core.policies.admission import admit, limited, more
 from jobsched.core.policies.fairness import FairShare, Turn, turn
 from jobsched.core.policies.health import Health
 from jobsched.core.policies.ordering import Ordering, OrderKey, priority
 from jobsched.core.policies.placement import Gang, Score, place_gang, place_more
 from jobsched.core.policies.preemption import Replan, replan
 from jobsched.core.policies.quota import Refused
+from jobsched.core.policies.victims import NOTHING, Hunt, Preemption, Victim, evictions, hold, may_claim
+from jobsched.core.resources import JobId
 from jobsched.spec.job import RestartScope, restart_policy
 
 
@@ -31,12 +33,14 @@ class Policy:
     ordering: Ordering = priority
     rank: Rank = equal_rank
     """Order between like jobs, before their age."""
+    preemption: Preemption | None = None
+    """Room is made for waiting jobs: reclaim and priority; None: nobody is stopped for another."""
     fair: FairShare | None = None
     """Queues take turns by fair share, `ordering` holds within each; None: `ordering` over all queues together."""
     strict: bool = False
     """When the first job of a queue does not fit, its others wait too (Kueue's StrictFIFO, Helios)."""
     replan: Replan | None = None
-    """Preemption: running jobs may be stopped for better ones."""
+    """All runnable jobs are placed anew at each pass, in an order of its own."""
     pass_every_ms: int = 0
     """Passes only at multiples of this; 0: whenever something happened."""
     score: Score = Score.AUTO
@@ -56,18 +60,40 @@ class Pass:
     policy: Policy
     decisions: list[Decision] = field(default_factory=list)
     examined: int = 0
-    blocked: list[tuple[Line, Job]] = field(default_factory=list)
-    """Heads of lines that did not start in this pass, best first."""
+    settled: set[JobId] = field(default_factory=set)
+    """Waiting jobs about which this pass has decided: they start, or places are kept for them."""
+    evicted: list[tuple[Job, Victim]] = field(default_factory=list)
+    """Who leaves for whom."""
+    vain: dict[str, int] = field(default_factory=dict)
+    """Queue -> searches for room in vain."""
+    awaited: list[Binding] = field(default_factory=list)
+    """Devices that are kept for somebody once those who hold them have left."""
 
     def start(self, job: Job, shape: Shape) -> bool:
         """Place a waiting job's gang, if it fits."""
         gang = place_gang(self.cluster, shape, job.avoid, self.policy.score)
-        if not isinstance(gang, Gang):
-            return False
+        if isinstance(gang, Gang):
+            self.cluster.charge(job, gang.bindings, starts=True)
+            self.place(job, gang)
+        return isinstance(gang, Gang)
+
+    def place(self, job: Job, gang: Gang) -> None:
+        """Decide that a job starts in places which are taken already."""
         attempt = job.attempt + 1
         self.decisions.append(ev.AttemptPlaced(self.now_ms, job.id, attempt, gang.bindings, gang.coordinator_port))
+        self.settled.add(job.id)
+
+    def keep(self, job: Job, gang: Gang) -> None:
+        """Keep places for a job that cannot start in them yet."""
+        self.awaited += hold(self.cluster, job, gang.bindings)
         self.cluster.charge(job, gang.bindings, starts=True)
-        return True
+        self.settled.add(job.id)
+
+    def heads(self, line: Line) -> Iterator[Job]:
+        """The jobs of a line about which nothing is decided yet, best first."""
+        for place in line.places:
+            if place.job_id not in self.settled:
+                yield self.cluster.jobs[place.job_id]
 
 
 def schedule(cluster: Cluster, now_ms: int, policy: Policy) -> Plan:
@@ -75,10 +101,12 @@ def schedule(cluster: Cluster, now_ms: int, policy: Policy) -> Plan:
 
     1. Jobs whose backoff is over join their lines; lines that wait for a budget's window are worth a try in the next.
     2. Running jobs below their minimum get replicas back.
-    3. Waiting jobs start, best first; a line whose head does not fit is left until something becomes free.
-    4. Running jobs below what they want grow into what is left.
+    3. Jobs for which others had to make room start, or their places are kept.
+    4. Waiting jobs start, best first. For a head that does not fit, room is made if it has a claim: elastic jobs
+       shrink, borrowers and lower priorities stop. Else its line is left until something becomes free.
+    5. Running jobs below what they want grow into what is left.
 
-    With a `replan`, all runnable jobs are placed anew in its order instead of 3.
+    With a `replan`, all runnable jobs are placed anew in its order instead of 3 and 4.
     """
     cluster.unpark(now_ms)
     if policy.pass_every_ms and now_ms % policy.pass_every_ms:
@@ -97,11 +125,16 @@ def schedule(cluster: Cluster, now_ms: int, policy: Policy) -> Plan:
         if policy.replan is not None:
             _replan(run, policy.replan)
         else:
+            start_nominated(run)
             start_waiting(run)
+            run.decisions += evictions(run.evicted, now_ms)
         if len(run.decisions) < policy.batch:
             for job in hungry:
                 if not below_minimum(job):
                     grow(run, job)
+    if policy.replan is None and not policy.pass_every_ms:
+        instants = [*cluster.ripening.values(), *([cluster.window_ms] if cluster.window_ms and cluster.lines else [])]
+        cluster.next_pass_ms = min(instants, default=0)
     return Plan(tuple(run.decisions), run.examined)
 
 
@@ -142,8 +175,9 @@ def below_minimum(job: Job) -> bool:
 
 
 def start_waiting(run: Pass) -> None:
-    """Start waiting jobs, best first. A head that does not fit is noted in `run.blocked`, and its line left alone."""
+    """Start waiting jobs, best first."""
     cluster, policy = run.cluster, run.policy
+    _ripe(cluster, run.now_ms)
     heads = Heads(run)
     while len(run.decisions) < policy.batch and (line := heads.pop()) is not None:
         if line.key.queue in cluster.stuck:
@@ -154,11 +188,12 @@ def start_waiting(run: Pass) -> None:
         if isinstance(shape, Shape) and run.start(job, shape):
             heads.push(line)
             continue
-        run.blocked.append((line, job))
         if isinstance(shape, Refused):
             line.refused_at = cluster.ledger.freed
         else:
             line.blocked_at = cluster.ledger.freed_for(line.key.shape.node_labels)
+        if policy.preemption is not None:
+            make_room(run, policy.preemption, line)
         if policy.strict:
             cluster.stuck[line.key.queue] = line
 
@@ -166,11 +201,11 @@ def start_waiting(run: Pass) -> None:
 class Heads:
     """Lines worth a try, by their heads: queues take turns by fair share (`Policy.fair`), lines by `Policy.ordering`.
 
-    During a pass a queue's share only grows by what starts, so it is looked at anew when it comes up: O(log queues).
+    A queue is put in anew whenever its share or its best line changes; older entries are skipped. O(log queues).
     """
 
     def __init__(self, run: Pass) -> None:
-        self._cluster, self._policy = run.cluster, run.policy
+        self._cluster, self._policy, self._settled = run.cluster, run.policy, run.settled
         self._capacity = run.cluster.capacity()
         self._next: dict[int, int] = {}
         """Serial of a line -> place in it of the first job not started in this pass."""
@@ -178,30 +213,45 @@ class Heads:
         self._lines: dict[str, list[tuple[OrderKey, int, Line]]] = {}
         """Queue (or "": all queues) -> heap of its lines."""
         for serial, line in enumerate(_worth_a_try(run.cluster, run.policy)):
-            self._serial[id(line)], self._next[id(line)] = serial, 0
-            group = self._lines.setdefault(line.key.queue if run.policy.fair else "", [])
-            group.append((run.policy.ordering(line.key, line.places[0]), serial, line))
+            self._serial[id(line)] = serial
+            at = self._next[id(line)] = self._first(line, 0)
+            if at < len(line.places):
+                group = self._lines.setdefault(line.key.queue if run.policy.fair else "", [])
+                group.append((run.policy.ordering(line.key, line.places[at]), serial, line))
         for group in self._lines.values():
             heapq.heapify(group)
-        self._queues = [(self._turn(queue), queue) for queue in self._lines]
-        heapq.heapify(self._queues)
+        self._queues: list[tuple[Turn, str]] = []
+        for queue in self._lines:
+            self._put(queue)
+
+    def _first(self, line: Line, at: int) -> int:
+        """The first place from `at` on about whose job nothing is decided."""
+        while at < len(line.places) and line.places[at].job_id in self._settled:
+            at += 1
+        return at
 
     def _turn(self, queue: str) -> Turn:
-        return turn(self._cluster.quotas.account(queue), self._capacity) if self._policy.fair else ()
+        if self._policy.fair is None:
+            return ()
+        account = self._cluster.quotas.account(queue)
+        needs = limited(self._cluster, account, self._lines[queue][0][2].key.shape)
+        return turn(account, self._capacity, needs)
+
+    def _put(self, queue: str) -> None:
+        if self._lines[queue]:
+            heapq.heappush(self._queues, (self._turn(queue), queue))
 
     def pop(self) -> Line | None:
         """The line whose head goes next, taken out; None at the end."""
         while self._queues:
-            known, queue = self._queues[0]
+            known, queue = heapq.heappop(self._queues)
             lines = self._lines[queue]
-            if not lines:
-                heapq.heappop(self._queues)
-                continue
-            now = self._turn(queue)
-            if now != known:
-                heapq.heapreplace(self._queues, (now, queue))
-                continue
-            return heapq.heappop(lines)[2]
+            if lines and (now := self._turn(queue)) == known:
+                line = heapq.heappop(lines)[2]
+                self._put(queue)
+                return line
+            if lines and now > known:
+                self._put(queue)
         return None
 
     def job(self, line: Line) -> Job:
@@ -209,11 +259,12 @@ class Heads:
 
     def push(self, line: Line) -> None:
         """The head started: the next job of the line becomes its head."""
-        self._next[id(line)] += 1
-        at = self._next[id(line)]
+        at = self._next[id(line)] = self._first(line, self._next[id(line)] + 1)
         if at < len(line.places):
+            queue = line.key.queue if self._policy.fair else ""
             entry = (self._policy.ordering(line.key, line.places[at]), self._serial[id(line)], line)
-            heapq.heappush(self._lines[line.key.queue if self._policy.fair else ""], entry)
+            heapq.heappush(self._lines[queue], entry)
+            self._put(queue)
 
 
 def _worth_a_try(cluster: Cluster, policy: Policy) -> Iterator[Line]:
@@ -237,6 +288,114 @@ def _worth_a_try(cluster: Cluster, policy: Policy) -> Iterator[Line]:
 def _may_fit(cluster: Cluster, line: Line) -> bool:
     ledger = cluster.ledger
     return line.refused_at != ledger.freed and line.blocked_at != ledger.freed_for(line.key.shape.node_labels)
+
+
+# ---- making room ----
+
+
+def start_nominated(run: Pass) -> None:
+    """Start jobs for which others left, or keep for them what is free of the places that they will have."""
+    cluster = run.cluster
+    waiting = [cluster.jobs[job_id] for job_id in cluster.nominated if cluster.line_of(job_id) is not None]
+    late = sorted(waiting, key=_by_claim)
+    for at, job in enumerate(late):
+        shape = admit(cluster, job, run.now_ms)
+        if not isinstance(shape, Shape) or not run.start(job, shape):
+            late = late[at:]
+            break
+    else:
+        late = []
+    for job, gang in _promised(run, late):
+        if _real(run, job, gang):
+            run.place(job, gang)
+        else:
+            run.keep(job, gang)
+
+
+def _promised(run: Pass, jobs: Sequence[Job]) -> list[tuple[Job, Gang]]:
+    """Where these jobs will run once everybody who leaves has left; who will not even then loses its nomination when
+    nobody leaves for it any more. Leaves ledger and quotas as they were."""
+    cluster = run.cluster
+    found: list[tuple[Job, Gang]] = []
+    if not jobs:
+        return found
+    mark = cluster.mark()
+    cluster.lend_leaving()
+    for job in jobs:
+        shape = admit(cluster, job, run.now_ms, least=True)
+        gang = place_gang(cluster, shape, job.avoid, run.policy.score) if isinstance(shape, Shape) else None
+        if isinstance(gang, Gang):
+            cluster.charge(job, gang.bindings, starts=True)
+            found.append((job, gang))
+        elif not cluster.nominated[job.id]:
+            del cluster.nominated[job.id]
+    cluster.rollback(mark)
+    return found
+
+
+def _real(run: Pass, job: Job, gang: Gang) -> bool:
+    """Take a job's promised places if they are free by now, and its queue admits it."""
+    cluster, mark = run.cluster, run.cluster.mark()
+    roles = {role.role: role for role in cluster.shape(job).roles}
+    needs: dict[str, int] = {}
+    for binding in gang.bindings:
+        for resource, amount in cluster.amounts(binding, roles[binding.role]):
+            needs[resource] = needs.get(resource, 0) + amount
+    fits = cluster.quotas.refuses(job.spec.queue, job.owner, needs, run.now_ms) is None
+    for binding in gang.bindings if fits else ():
+        space = cluster.ledger.spaces[binding.node]
+        fits = fits and space.ports_used.isdisjoint(binding.ports) and all(
+            space.gpu_free.get(share.gpu, 0) >= share.milli for share in binding.gpus
+        )
+        cluster.ledger.take(binding, roles[binding.role])
+        fits = fits and space.cpu_milli >= 0 and space.memory_bytes >= 0
+        if not fits:
+            break
+    if fits:
+        cluster.charge(job, gang.bindings, starts=True)
+    else:
+        cluster.rollback(mark)
+    return fits
+
+
+def make_room(run: Pass, how: Preemption, line: Line) -> None:
+    """Look for room for the jobs of a line whose head does not fit, until one is sought in vain. Works on what is there
+    once everybody who leaves has left, so that a job which only has to wait for that makes nobody else leave; its
+    places are kept either way."""
+    cluster, queue = run.cluster, line.key.queue
+    if run.vain.get(queue, 0) >= how.tries or not may_claim(cluster, how, line.key):
+        return
+    found: list[tuple[Job, Gang, tuple[Victim, ...]]] = []
+    hunt = Hunt(cluster, how, run.policy.score, run.now_ms)
+    mark = cluster.mark()
+    cluster.lend_leaving()
+    for _, victim in run.evicted:
+        cluster.lend(victim.job, victim.replicas)
+        hunt.lent.update((victim.job.id, replica.id) for replica in victim.replicas)
+    for binding in run.awaited:
+        cluster.ledger.take(binding, NOTHING)
+    for job in run.heads(line):
+        room = hunt.room_for(job) if len(run.decisions) + len(found) < run.policy.batch else None
+        if room is None:
+            run.vain[queue] = run.vain.get(queue, 0) + 1
+            break
+        found.append((job, *room))
+    cluster.rollback(mark)
+    if hunt.wait_ms:
+        cluster.ripening[line.key] = hunt.wait_ms
+    for job, gang, victims in found:
+        run.keep(job, gang)
+        run.evicted += ((job, victim) for victim in victims)
+
+
+def _ripe(cluster: Cluster, now_ms: int) -> None:
+    """Lines that were left alone because a victim was still protected, which it is no longer, are worth a try."""
+    for key, ready_ms in list(cluster.ripening.items()):
+        line = cluster.lines.get(key)
+        if line is None or ready_ms <= now_ms:
+            del cluster.ripening[key]
+            if line is not None:
+                line.blocked_at = line.refused_at = -1
 
 
 # ---- running jobs ----

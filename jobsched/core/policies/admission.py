@@ -10,13 +10,13 @@ from dataclasses import replace
 
 from jobsched.core.cluster import Cluster
 from jobsched.core.job import Job, Reason, RoleShape, Shape
-from jobsched.core.policies.quota import Refused, amounts_of
+from jobsched.core.policies.quota import Account, Refused, amounts_of
 from jobsched.spec.queue import CPU, GPUS, MEMORY
 
 
-def admit(cluster: Cluster, job: Job, now_ms: int) -> Shape | Refused:
+def admit(cluster: Cluster, job: Job, now_ms: int, least: bool = False) -> Shape | Refused:
     """The shape in which the job passes its queue's limits and its array's: as preferred, else at its minimum. Kinds
-    of GPUs without quota left for the whole gang are taken out of it."""
+    of GPUs without quota left for the whole gang are taken out of it. `least`: at its minimum in any case."""
     queue = cluster.queues.get(job.spec.queue)
     if queue is None or queue.paused:
         return Refused(Reason.QUEUE_PAUSED, job.spec.queue)
@@ -24,13 +24,21 @@ def admit(cluster: Cluster, job: Job, now_ms: int) -> Shape | Refused:
     if job.array_id and most and cluster.quotas.arrays.get(job.array_id, 0) >= most:
         return Refused(Reason.ARRAY_LIMIT, job.spec.queue, limit=most)
     shape = cluster.shape(job)
+    if least:
+        shape = at_least(shape)
     if not cluster.quotas.account(queue.name).bounded:
         return shape
     found = _within(cluster, shape, queue.name, job.owner, now_ms)
     if isinstance(found, Shape) or all(role.prefer == role.min for role in shape.roles):
         return found
-    least = replace(shape, roles=tuple(replace(role, prefer=role.min) for role in shape.roles))
-    return _within(cluster, least, queue.name, job.owner, now_ms)
+    return _within(cluster, at_least(shape), queue.name, job.owner, now_ms)
+
+
+def at_least(shape: Shape) -> Shape:
+    """The same gang at its minimum."""
+    if all(role.prefer == role.min for role in shape.roles):
+        return shape
+    return replace(shape, roles=tuple(replace(role, prefer=role.min) for role in shape.roles))
 
 
 def more(cluster: Cluster, job: Job, role: RoleShape, count: int, kind: str, now_ms: int) -> int:
@@ -55,6 +63,23 @@ def needs_of(shape: Shape) -> dict[str, int]:
         needs[CPU] += role.prefer * role.cpu_milli
         needs[MEMORY] += role.prefer * role.memory_bytes
     return needs
+
+
+def limited(cluster: Cluster, account: Account, shape: Shape) -> dict[str, int]:
+    """What a gang needs at its minimum of what its queue's tree limits; of GPU kinds, the one it likes best."""
+    quotas, shape = cluster.quotas, at_least(shape)
+    found: dict[str, int] = {}
+    if not account.root.nominal:
+        return found
+    amounts = needs_of(shape)
+    for role in shape.roles if quotas.limits_kinds(account.name) else ():
+        best = next(iter(cluster.ledger.matching(role)), None) if role.gpu_milli else None
+        if best is not None:
+            amounts[best[0]] = amounts.get(best[0], 0) + role.min * role.gpu_milli
+    for resource, amount in amounts.items():
+        for key in quotas.limits(account.root, resource) if amount else ():
+            found[key] = found.get(key, 0) + amount
+    return found
 
 
 def _within(cluster: Cluster, shape: Shape, queue: str, owner: str, now_ms: int) -> Shape | Refused:

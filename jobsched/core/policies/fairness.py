@@ -25,9 +25,10 @@ class FairShare:
     """How queues take turns."""
 
 
-def turn(account: Account, capacity: Mapping[str, int]) -> Turn:
-    """When a queue's turn comes, by what is held now. `capacity`: resource -> how much the cluster has. O(depth)."""
-    return tuple((borrowed(each, capacity), share(each, capacity)) for each in reversed(account.path))
+def turn(account: Account, capacity: Mapping[str, int], needs: Mapping[str, int]) -> Turn:
+    """When a queue's turn comes, by what is held now and whether it would borrow if a job took `needs` (limit ->
+    amount). `capacity`: resource -> how much the cluster has. O(depth)."""
+    return tuple((borrowed(each, capacity, needs), share(each, capacity)) for each in reversed(account.path))
 
 
 def share(account: Account, capacity: Mapping[str, int]) -> int:
@@ -37,11 +38,11 @@ def share(account: Account, capacity: Mapping[str, int]) -> int:
     )
 
 
-def borrowed(account: Account, capacity: Mapping[str, int]) -> int:
-    """The largest part of any limited resource that it holds above its quota, per weight; 0 within its quota."""
-    if not account.used or account.parent is None:
+def borrowed(account: Account, capacity: Mapping[str, int], needs: Mapping[str, int]) -> int:
+    """The largest part of any limited resource that it would hold above its quota, per weight; 0 within its quota."""
+    if account.parent is None:
         return 0
-    above = ((k, n - account.nominal.get(k, 0)) for k, n in account.used.items())
+    above = ((key, n - account.own_room(key)) for key, n in needs.items())
     return _weighed(account, max((n * SCALE // max(1, capacity.get(k, 0)) for k, n in above if n > 0), default=0))
 
 

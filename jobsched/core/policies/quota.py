@@ -57,6 +57,8 @@ class Account:
     """Itself first, the root last."""
     members: int = 0
     """How many accounts name it as their cohort."""
+    tree: tuple[Account, ...] = ()
+    """Of roots: every account of the tree."""
     held: dict[str, int] = field(default_factory=dict)
     """By its jobs and those of everything in it."""
     users: dict[str, int] = field(default_factory=dict)
@@ -166,7 +168,7 @@ class Quotas:
     def _known(self, name: str) -> Account:
         account = self._account(name)
         if not account.path:
-            account.path = (account,)
+            account.path = account.tree = (account,)
         return account
 
     def _reckon(self) -> None:
@@ -177,6 +179,7 @@ class Quotas:
                 path.append(up)
                 up = up.parent
             account.path = tuple(path)
+            account.root.tree += (account,)
         for account in sorted(self.accounts.values(), key=lambda a: -len(a.path)):
             spec = account.spec
             if spec is not None:

@@ -1,0 +1,255 @@
+"""Quotas, fair turns and making room, seen through the real controller on the simulated engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from jobsched.core import events as ev
+from jobsched.core.job import Job, Phase, Reason
+from jobsched.core.launch import Launch
+from jobsched.core.policies.fairness import FairShare
+from jobsched.core.policies.victims import Preemption, Scope
+from jobsched.core.resources import JobId
+from jobsched.core.schedule import Policy
+from jobsched.sim.backend import Script
+from jobsched.spec.queue import GPUS, QueueSpec
+from tests.world import World, a_spec
+
+LONG = 3_600_000
+
+
+def a_queue(name: str, gpus: int, cohort: str = "lab", **more: object) -> QueueSpec:
+    return QueueSpec.model_validate({"name": name, "cohort": cohort, "quota": {"gpus": gpus}, **more})
+
+
+def a_world(
+    *queues: QueueSpec,
+    nodes: int = 1,
+    gpus: int = 8,
+    scripts: Callable[[Launch], Script] | None = None,
+    how: Preemption | None = Preemption(min_runtime_ms=0),  # noqa: B008
+) -> World:
+    world = World(nodes, gpus, scripts or (lambda launch: Script(run_ms=LONG)), queues=queues)
+    world.boot(Policy(fair=FairShare(), preemption=how))
+    return world
+
+
+def gang(replicas: object = 1, gpus: int = 1, **fields: object) -> Mapping[str, object]:
+    worker = {"command": "w", "gpu": f"any:{gpus}", "replicas": replicas, "cpu": "100m"}
+    return {"roles": {"worker": worker}, **fields}
+
+
+def submit(world: World, queue: str, count: int = 1, **fields: object) -> list[JobId]:
+    given = {**gang(), **fields, "queue": queue}
+    return [world.submit(a_spec(**given)) for _ in range(count)]
+
+
+def running(world: World, queue: str) -> list[Job]:
+    return [j for j in world.cluster.jobs.values() if j.spec.queue == queue and j.phase is Phase.RUNNING]
+
+
+def held(world: World, queue: str) -> int:
+    return world.cluster.quotas.account(queue).held.get(GPUS, 0) // 1_000
+
+
+def stops(world: World) -> list[ev.AttemptStopping]:
+    return [s.event for s in world.store.read(0, 100_000) if isinstance(s.event, ev.AttemptStopping)]
+
+
+def test_a_queue_borrows_what_its_cohort_does_not_use_and_no_more() -> None:
+    none = {"lending_limit": {"gpus": 0}}
+    world = a_world(a_queue("a", 2), a_queue("b", 4, borrowing_limit={"gpus": 1}), a_queue("c", 2, **none))
+    submit(world, "b", 8)
+    world.tick(5)
+    assert held(world, "b") == 5
+    submit(world, "a", 8)
+    world.tick(5)
+    assert (held(world, "a"), held(world, "b")) == (2, 4)  # a takes back one of its two; the rest of b's is b's own
+    submit(world, "c", 8)
+    world.tick(5)
+    assert held(world, "c") == 2
+
+
+def test_quota_of_one_kind_sends_a_job_to_another() -> None:
+    from tests.world import a_gpu_node
+
+    queue = QueueSpec.model_validate({"name": "a", "quota": {"h100": 1, "gpus": 8}})
+    world = World(nodes=0, queues=(queue,), scripts=lambda launch: Script(run_ms=LONG))
+    for name, kind in (("n1", "h100-80gb"), ("n2", "a100-40gb")):
+        world.engine.put_node(a_gpu_node(name, 4, kind))
+    worker = {"command": "w", "gpu": ["h100:1", "a100:1"], "cpu": 1}
+    for _ in range(4):
+        world.submit(a_spec(queue="a", roles={"worker": worker}))
+    world.tick(4)
+    account = world.cluster.quotas.account("a")
+    assert (account.held["h100-80gb"], account.held["a100-40gb"]) == (1_000, 3_000)
+
+
+def test_an_owner_takes_back_what_it_lent_and_the_victims_come_back_later() -> None:
+    world = a_world(a_queue("a", 4), a_queue("b", 4))
+    submit(world, "b", 8)
+    world.tick(5)
+    assert held(world, "b") == 8
+    mine = submit(world, "a", 3)
+    world.tick(6)
+    assert all(world.job(j).phase is Phase.RUNNING for j in mine)
+    assert (held(world, "a"), held(world, "b")) == (3, 5)
+    assert [s.outcome.reason for s in stops(world)] == [Reason.PREEMPTED] * 3
+    assert {s.outcome.for_job for s in stops(world)} == set(mine)
+    seq = world.store.last_seq()
+    world.tick(20, step_ms=1_000)
+    assert world.store.last_seq() == seq, "nobody takes from the other in turn"
+
+
+def test_the_latest_and_cheapest_borrower_leaves_first() -> None:
+    world = a_world(a_queue("a", 4), a_queue("b", 4))
+    old = submit(world, "b", 7)
+    world.tick(3, step_ms=100_000)
+    young = submit(world, "b", 1)
+    world.tick(3, step_ms=1_000)
+    submit(world, "a", 1)
+    world.tick(5)
+    assert [s.job_id for s in stops(world)] == young
+    assert old
+
+
+def test_priority_takes_from_lower_in_the_same_queue_only_what_it_needs() -> None:
+    world = a_world(QueueSpec(), nodes=2, gpus=4)
+    low = submit(world, "default", 8)
+    world.tick(4)
+    urgent = submit(world, "default", 1, **gang(1, 3, priority=10))
+    world.tick(6)
+    assert world.job(urgent[0]).phase is Phase.RUNNING
+    assert len(stops(world)) == 3
+    nodes = {b.node for r in world.job(urgent[0]).replicas.values() if (b := r.binding)}
+    assert len(nodes) == 1
+    assert sum(world.job(j).phase is Phase.RUNNING for j in low) == 5
+
+
+def test_equal_priority_takes_nothing_and_off_means_off() -> None:
+    for how, priority in ((Preemption(min_runtime_ms=0), 0), (Preemption(False, Scope.OFF, 0), 9), (None, 9)):
+        world = a_world(QueueSpec(), how=how)
+        submit(world, "default", 8)
+        world.tick(3)
+        submit(world, "default", 1, priority=priority)
+        world.tick(5)
+        assert not stops(world)
+
+
+def test_elastic_jobs_shrink_before_anybody_stops_and_grow_back() -> None:
+    world = a_world(QueueSpec())
+    worker = {"command": "w", "gpu": "any:1", "cpu": "100m", "restart": {"scope": "replica"},
+              "replicas": {"min": 2, "max": 6, "prefer": 6}}  # fmt: skip
+    elastic = world.submit(a_spec(roles={"worker": worker}))
+    fixed = submit(world, "default", 2)
+    world.tick(4)
+    urgent = submit(world, "default", 1, **gang(3, 1, priority=5))
+    world.run_to_phase(urgent[0], Phase.RUNNING)
+    assert not stops(world)
+    assert sum(r.binding is not None for r in world.job(elastic).replicas.values()) == 3
+    assert world.job(fixed[0]).phase is Phase.RUNNING
+    world.wish(ev.JobCancelRequested(world.clock.now_ms(), urgent[0], "me"))
+    world.tick(6)
+    assert sum(r.binding is not None for r in world.job(elastic).replicas.values()) == 6
+
+
+def test_places_are_kept_while_victims_save() -> None:
+    def script(launch: Launch) -> Script:
+        return Script(run_ms=LONG, save_ms=20_000)
+
+    world = a_world(a_queue("a", 4, weight=1), a_queue("b", 4), a_queue("c", 0, weight=1000), scripts=script)
+    submit(world, "b", 8)
+    world.tick(4)
+    mine = submit(world, "a", 1, **gang(1, 4))
+    world.tick(2)
+    assert len(stops(world)) == 4
+    rivals = submit(world, "c", 8)  # of a queue with a smaller share per weight
+    world.tick(3, step_ms=5_000)
+    assert len(stops(world)) == 4, "who waits for victims makes no further ones"
+    world.run_to_phase(mine[0], Phase.RUNNING)
+    assert not any(world.job(j).attempt for j in rivals)
+
+
+def test_a_server_that_dies_meanwhile_remembers_for_whom_room_is_made() -> None:
+    world = a_world(a_queue("a", 4), a_queue("b", 4), scripts=lambda launch: Script(run_ms=LONG, save_ms=20_000))
+    submit(world, "b", 8)
+    world.tick(4)
+    mine = submit(world, "a", 1, **gang(1, 4))
+    world.tick(2)
+    world.boot(Policy(fair=FairShare(), preemption=Preemption(min_runtime_ms=0)))
+    world.run_to_phase(mine[0], Phase.RUNNING)
+    assert len(stops(world)) == 4
+
+
+def test_nobody_stops_before_its_minimum_run_time() -> None:
+    world = a_world(a_queue("a", 4), a_queue("b", 4), how=Preemption(min_runtime_ms=60_000))
+    submit(world, "b", 8)
+    world.tick(3)
+    mine = submit(world, "a", 1)
+    world.tick(3)
+    assert not stops(world)
+    world.run_to_phase(mine[0], Phase.RUNNING)
+    assert 60_000 <= stops(world)[0].at_ms - world.job(stops(world)[0].job_id).submitted_at_ms <= 61_000
+
+
+def test_what_preemption_may_cost_a_job_is_bounded_but_not_for_an_owner() -> None:
+    how = Preemption(min_runtime_ms=0, lost_free_ms=0, lost_pct=10)
+    world = a_world(a_queue("a", 4), a_queue("b", 4), how=how)
+    victim = submit(world, "b", 1, **gang(1, 8))[0]
+    world.tick(3, step_ms=50_000)
+    submit(world, "b", 1, **gang(1, 8, priority=1))
+    world.tick(4)
+    assert world.job(victim).lost_ms >= 100_000
+    first = next(j for j in world.cluster.jobs.values() if j.priority == 1)
+    world.wish(ev.JobCancelRequested(world.clock.now_ms(), first.id, "me"))
+    world.run_to_phase(victim, Phase.RUNNING)
+    world.tick(2, step_ms=50_000)
+    submit(world, "b", 1, **gang(1, 8, priority=1))
+    world.tick(4)
+    assert world.job(victim).phase is Phase.RUNNING, "it has lost its share already"
+    submit(world, "a", 1)
+    world.tick(4)
+    assert world.job(victim).phase is Phase.QUEUED
+
+
+def test_queues_take_turns_by_share_and_weight() -> None:
+    world = a_world(QueueSpec(name="a", weight=3), QueueSpec(name="b", weight=1), how=None)
+    submit(world, "a", 20)
+    submit(world, "b", 20)
+    world.tick(3)
+    assert (held(world, "a"), held(world, "b")) == (6, 2)
+
+
+def test_a_cohort_does_not_gain_by_having_many_queues() -> None:
+    many = [QueueSpec(name=f"m{i}", cohort="many") for i in range(3)]
+    world = a_world(*many, QueueSpec(name="one"), how=None)
+    for queue in (*many, QueueSpec(name="one")):
+        submit(world, queue.name, 8)
+    world.tick(3)
+    assert held(world, "one") == 4
+    assert sorted(held(world, q.name) for q in many) == [1, 1, 2]
+
+
+def test_limit_per_user_and_paused_and_budget() -> None:
+    hour = {"gpu_hours": 2, "window": "1h"}
+    world = a_world(QueueSpec.model_validate({"name": "a", "max_gpus_per_user": 2}),
+                    QueueSpec.model_validate({"name": "b", "budget": hour}),
+                    scripts=lambda launch: Script(run_ms=40 * 60_000))  # fmt: skip
+    submit(world, "a", 4)
+    world.tick(3)
+    assert held(world, "a") == 2
+    spec = a_spec(**gang(), queue="a")
+    world.store.append([ev.JobSubmitted(world.clock.now_ms(), JobId("other"), "other", "you", spec)])
+    world.tick(3)
+    assert held(world, "a") == 3, "another user's job is not held up"
+    world.run_until(lambda: world.clock.now_ms() % 3_600_000 < 60_000)
+    submit(world, "b", 4)
+    world.tick(3)
+    assert held(world, "b") == 4, "nothing is spent yet"
+    world.run_until(lambda: world.clock.now_ms() % 3_600_000 > 50 * 60_000)
+    late = submit(world, "b", 2)
+    world.tick(3)
+    assert not any(world.job(j).attempt for j in late), "2.67 of 2 GPU-hours are spent"
+    start = world.clock.now_ms()
+    world.run_to_phase(late[0], Phase.RUNNING)
+    assert world.clock.now_ms() // 3_600_000 > start // 3_600_000
