@@ -14,7 +14,7 @@ from jobsched.core import events as ev
 from jobsched.core.cluster import Cluster, Line, Rank, equal_rank, missing_replicas
 from jobsched.core.job import Binding, Job, Reason, ReplicaState, Shape
 from jobsched.core.plan import Decision, Plan
-from jobsched.core.policies.admission import admit, limited, more
+from jobsched.core.policies.admission import admit, least_needs, limited, more
 from jobsched.core.policies.fairness import FairShare, Turn, turn
 from jobsched.core.policies.health import Health
 from jobsched.core.policies.ordering import Ordering, OrderKey, priority
@@ -66,6 +66,8 @@ class Pass:
     """Who leaves for whom."""
     vain: dict[str, int] = field(default_factory=dict)
     """Queue -> searches for room in vain."""
+    promised: dict[tuple[str, str], int] = field(default_factory=dict)
+    """(Queue or cohort, limit) -> what is booked for jobs that cannot start yet."""
     awaited: list[Binding] = field(default_factory=list)
     """Devices that are kept for somebody once those who hold them have left."""
 
@@ -88,6 +90,9 @@ class Pass:
         self.awaited += hold(self.cluster, job, gang.bindings)
         self.cluster.charge(job, gang.bindings, starts=True)
         self.settled.add(job.id)
+        for key, amount in limited(self.cluster, job, gang.bindings).items():
+            for account in self.cluster.quotas.account(job.spec.queue).path:
+                self.promised[account.name, key] = self.promised.get((account.name, key), 0) + amount
 
     def heads(self, line: Line) -> Iterator[Job]:
         """The jobs of a line about which nothing is decided yet, best first."""
@@ -234,7 +239,7 @@ class Heads:
         if self._policy.fair is None:
             return ()
         account = self._cluster.quotas.account(queue)
-        needs = limited(self._cluster, account, self._lines[queue][0][2].key.shape)
+        needs = least_needs(self._cluster, account, self._lines[queue][0][2].key.shape)
         return turn(account, self._capacity, needs)
 
     def _put(self, queue: str) -> None:
@@ -294,10 +299,10 @@ def _may_fit(cluster: Cluster, line: Line) -> bool:
 
 
 def start_nominated(run: Pass) -> None:
-    """Start jobs for which others left, or keep for them what is free of the places that they will have."""
+    """Start jobs for which others left, or keep for them what is free of the places that they will have; in the order
+    in which room was made for them."""
     cluster = run.cluster
-    waiting = [cluster.jobs[job_id] for job_id in cluster.nominated if cluster.line_of(job_id) is not None]
-    late = sorted(waiting, key=_by_claim)
+    late = [cluster.jobs[job_id] for job_id in cluster.nominated if cluster.line_of(job_id) is not None]
     for at, job in enumerate(late):
         shape = admit(cluster, job, run.now_ms)
         if not isinstance(shape, Shape) or not run.start(job, shape):
@@ -347,10 +352,10 @@ def _real(run: Pass, job: Job, gang: Gang) -> bool:
         fits = fits and space.ports_used.isdisjoint(binding.ports) and all(
             space.gpu_free.get(share.gpu, 0) >= share.milli for share in binding.gpus
         )
-        cluster.ledger.take(binding, roles[binding.role])
-        fits = fits and space.cpu_milli >= 0 and space.memory_bytes >= 0
         if not fits:
             break
+        cluster.ledger.take(binding, roles[binding.role])
+        fits = space.cpu_milli >= 0 and space.memory_bytes >= 0
     if fits:
         cluster.charge(job, gang.bindings, starts=True)
     else:
@@ -360,13 +365,12 @@ def _real(run: Pass, job: Job, gang: Gang) -> bool:
 
 def make_room(run: Pass, how: Preemption, line: Line) -> None:
     """Look for room for the jobs of a line whose head does not fit, until one is sought in vain. Works on what is there
-    once everybody who leaves has left, so that a job which only has to wait for that makes nobody else leave; its
-    places are kept either way."""
+    once everybody who leaves has left, so that a job which only has to wait for that makes nobody else leave."""
     cluster, queue = run.cluster, line.key.queue
     if run.vain.get(queue, 0) >= how.tries or not may_claim(cluster, how, line.key):
         return
     found: list[tuple[Job, Gang, tuple[Victim, ...]]] = []
-    hunt = Hunt(cluster, how, run.policy.score, run.now_ms)
+    hunt = Hunt(cluster, how, run.policy.score, run.now_ms, run.promised)
     mark = cluster.mark()
     cluster.lend_leaving()
     for _, victim in run.evicted:
@@ -384,7 +388,8 @@ def make_room(run: Pass, how: Preemption, line: Line) -> None:
     if hunt.wait_ms:
         cluster.ripening[line.key] = hunt.wait_ms
     for job, gang, victims in found:
-        run.keep(job, gang)
+        if victims:
+            run.keep(job, gang)
         run.evicted += ((job, victim) for victim in victims)
 
 

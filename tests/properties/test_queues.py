@@ -183,10 +183,15 @@ def step(room: Room, taken: list[tuple[JobId, JobId]], saved: bool) -> bool:
         for placed in decisions:
             if isinstance(placed, ev.AttemptPlaced | ev.ReplicasBound):
                 cluster.charge(cluster.jobs[placed.job_id], placed.bindings, starts=False)
+        last: Job | None = None
         for stop in victims(decisions):
             victim, winner = cluster.jobs[stop.job_id], cluster.jobs[stop.outcome.for_job]
+            if last is not None and last is not winner:
+                cluster.quotas.book(last.spec.queue, last.owner, tuple(needs_of(last).items()), 1)
+            last = winner
             assert winner.phase is Phase.QUEUED
             assert of_lower_claim(cluster, victim, winner)
+            cluster.lend(victim, [r for r in victim.replicas.values() if r.binding is not None])
             taken.append((victim.id, winner.id))
     room.commit(decisions)
     room.happen(lambda job: saved)
@@ -205,10 +210,14 @@ def of_lower_claim(cluster: Cluster, victim: Job, winner: Job) -> bool:
         return victim.priority < winner.priority
     borrows = any(all(a.used.get(k, 0) > a.nominal.get(k, 0) for a in below) for k in mine.root.nominal)
     ours = mine.path[mine.path.index(met) - 1]
-    needs = {GPUS: sum(r.replicas.min * (r.gpu.milli if r.gpu else 0) for r in winner.spec.roles.values()),
-             CPU: sum(r.replicas.min * r.cpu for r in winner.spec.roles.values())}  # fmt: skip
-    own = all(ours.own_room(k) >= needs[k] for k in mine.root.nominal)
+    own = all(ours.own_room(k) >= needs_of(winner)[k] for k in mine.root.nominal)
     return borrows and (own or victim.priority < winner.priority)
+
+
+def needs_of(job: Job) -> dict[str, int]:
+    roles = job.spec.roles.values()
+    return {GPUS: sum(r.replicas.min * (r.gpu.milli if r.gpu else 0) for r in roles),
+            CPU: sum(r.replicas.min * r.cpu for r in roles)}  # fmt: skip
 
 
 @QUIET

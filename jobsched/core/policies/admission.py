@@ -5,11 +5,11 @@ Asked by every step of a pass before it looks for places, and by `explain`. Look
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from jobsched.core.cluster import Cluster
-from jobsched.core.job import Job, Reason, RoleShape, Shape
+from jobsched.core.job import Binding, Job, Reason, RoleShape, Shape
 from jobsched.core.policies.quota import Account, Refused, amounts_of
 from jobsched.spec.queue import CPU, GPUS, MEMORY
 
@@ -65,7 +65,7 @@ def needs_of(shape: Shape) -> dict[str, int]:
     return needs
 
 
-def limited(cluster: Cluster, account: Account, shape: Shape) -> dict[str, int]:
+def least_needs(cluster: Cluster, account: Account, shape: Shape) -> dict[str, int]:
     """What a gang needs at its minimum of what its queue's tree limits; of GPU kinds, the one it likes best."""
     quotas, shape = cluster.quotas, at_least(shape)
     found: dict[str, int] = {}
@@ -79,6 +79,18 @@ def limited(cluster: Cluster, account: Account, shape: Shape) -> dict[str, int]:
     for resource, amount in amounts.items():
         for key in quotas.limits(account.root, resource) if amount else ():
             found[key] = found.get(key, 0) + amount
+    return found
+
+
+def limited(cluster: Cluster, job: Job, bindings: Iterable[Binding]) -> dict[str, int]:
+    """What bindings of a job take of what its queue's tree limits."""
+    root = cluster.quotas.account(job.spec.queue).root
+    roles = {role.role: role for role in cluster.shape(job).roles}
+    found: dict[str, int] = {}
+    for binding in bindings if root.nominal else ():
+        for resource, amount in cluster.amounts(binding, roles[binding.role]):
+            for key in cluster.quotas.limits(root, resource):
+                found[key] = found.get(key, 0) + amount
     return found
 
 

@@ -19,7 +19,7 @@ acknowledged checkpoint, and its restart.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from math import inf
@@ -40,7 +40,7 @@ from jobsched.core.job import (
     RoleShape,
 )
 from jobsched.core.plan import Decision
-from jobsched.core.policies.admission import admit, limited
+from jobsched.core.policies.admission import admit, least_needs, limited
 from jobsched.core.policies.placement import Gang, Score, place_gang
 from jobsched.core.policies.quota import Account, Refused
 from jobsched.core.resources import JobId, NodeName
@@ -98,6 +98,8 @@ class Hunt:
     how: Preemption
     score: Score
     now_ms: int
+    promised: Mapping[tuple[str, str], int]
+    """(Queue or cohort, limit) -> what is booked for jobs that do not run yet, so that it makes nobody a borrower."""
     lent: set[tuple[JobId, ReplicaId]] = field(default_factory=set)
     """Replicas that were made to leave already, by earlier searches of the same pass too."""
     wait_ms: int = 0
@@ -124,12 +126,21 @@ class Hunt:
 
     # ---- who may be made to give way ----
 
+    def _claim(self, job: Job, theirs: Account) -> Claim | None:
+        return Claim.of(self.cluster, self.how, job, theirs, self.promised)
+
+    def _leaves_quota(self, claim: Claim, victim: Job, replicas: Iterable[Replica]) -> bool:
+        """Whether their side still has all of its quota in use without these replicas: what they hold was borrowed."""
+        takes = limited(self.cluster, victim, [r.binding for r in replicas if r.binding is not None])
+        pairs = ((a, key) for a in claim.chain for key in takes if a.nominal.get(key))
+        return all(_spare(a, key, self.promised) + takes[key] <= 0 for a, key in pairs)
+
     def _candidates(self, job: Job) -> list[Victim]:
         cluster = self.cluster
         mine = cluster.quotas.account(job.spec.queue)
         found: list[Victim] = []
         for queue in mine.root.tree:
-            claim = Claim.of(cluster, self.how, job, queue)
+            claim = self._claim(job, queue)
             if claim is None:
                 continue
             levels = cluster.active.get(queue.name, {})
@@ -176,9 +187,8 @@ class Hunt:
     def _straddles(self, victim: Victim) -> bool:
         """Whether its queue would fall below its quota, so that it goes last."""
         theirs = self.cluster.quotas.account(victim.job.spec.queue)
-        return victim.reclaimed and not Claim(0, True, False, False, theirs.path[:1]).leaves_quota(
-            self.cluster, victim.job, victim.replicas
-        )
+        alone = Claim(0, True, False, False, theirs.path[:1])
+        return victim.reclaimed and not self._leaves_quota(alone, victim.job, victim.replicas)
 
     # ---- how many ----
 
@@ -245,10 +255,10 @@ class Hunt:
     def _lend(self, job: Job, victim: Victim) -> tuple[Victim, tuple[int, int]] | None:
         """As if the victim had left; None when the claim on it no longer holds, or it has given that way already."""
         rest = tuple(r for r in victim.replicas if (victim.job.id, r.id) not in self.lent)
-        claim = Claim.of(self.cluster, self.how, job, self.cluster.quotas.account(victim.job.spec.queue))
+        claim = self._claim(job, self.cluster.quotas.account(victim.job.spec.queue))
         if not rest or claim is None or not claim.covers(victim):
             return None
-        if claim.chain and not claim.leaves_quota(self.cluster, victim.job, rest) and not (
+        if claim.chain and not self._leaves_quota(claim, victim.job, rest) and not (
             claim.reclaims and isinstance(admit(self.cluster, job, self.now_ms, least=True), Refused)
         ):  # fmt: skip
             return None  # what is not wholly borrowed goes only where the quota itself is needed back
@@ -327,7 +337,9 @@ class Claim:
     """Where quotas stand between both: their side of the tree, from their queue up to below where both meet."""
 
     @classmethod
-    def of(cls, cluster: Cluster, how: Preemption, job: Job, theirs: Account) -> Claim | None:
+    def of(
+        cls, cluster: Cluster, how: Preemption, job: Job, theirs: Account, promised: Mapping[tuple[str, str], int]
+    ) -> Claim | None:
         """None: nothing at all."""
         mine = cluster.quotas.account(job.spec.queue)
         if mine is theirs:
@@ -338,8 +350,8 @@ class Claim:
             return None
         chain = theirs.path[: theirs.path.index(met)]
         ours = mine.path[: mine.path.index(met)]
-        needs = limited(cluster, mine, cluster.shape(job))
-        borrows = [key for key in needs if chain and all(a.own_room(key) < 0 for a in chain)]
+        needs = least_needs(cluster, mine, cluster.shape(job))
+        borrows = [key for key in needs if chain and all(_spare(a, key, promised) < 0 for a in chain)]
         reclaims = bool(
             how.reclaim and borrows and ours and all(ours[-1].own_room(key) >= n for key, n in needs.items())
         )
@@ -357,15 +369,10 @@ class Claim:
     def covers(self, victim: Victim) -> bool:
         return self.all_of(victim.job) if victim.stops else self.surplus_of(victim.job)
 
-    def leaves_quota(self, cluster: Cluster, victim: Job, replicas: Iterable[Replica]) -> bool:
-        """Whether their side still has all of its quota in use without these replicas: what they hold was borrowed."""
-        root = self.chain[-1].root
-        takes: dict[str, int] = {}
-        for replica in replicas:
-            for resource, amount in cluster.charged(victim.id, replica.id):
-                for key in cluster.quotas.limits(root, resource):
-                    takes[key] = takes.get(key, 0) + amount
-        return all(a.own_room(key) + n <= 0 for a in self.chain for key, n in takes.items() if n and a.nominal.get(key))
+
+def _spare(account: Account, key: str, promised: Mapping[tuple[str, str], int]) -> int:
+    """What an account does not use of its quota itself; below 0: it borrows. Counts only what runs."""
+    return account.own_room(key) + promised.get((account.name, key), 0)
 
 
 def _surplus(job: Job, bound: Iterable[Replica]) -> Iterator[Replica]:
@@ -467,21 +474,21 @@ NOTHING = RoleShape("", 0, 0, 0, 0, 0)
 
 
 def evictions(victims: Iterable[tuple[Job, Victim]], now_ms: int) -> list[Decision]:
-    """The decisions that make victims leave, each for the job named beside it."""
-    shrinks: dict[JobId, tuple[Job, list[Victim]]] = {}
-    stops: dict[JobId, Decision] = {}
-    for job, victim in victims:
-        if victim.stops:
-            stops[victim.job.id] = _stop(job, victim, now_ms)
-        else:
-            shrinks.setdefault(victim.job.id, (job, []))[1].append(victim)
+    """The decisions that make victims leave, each for the job named beside it, in that order. A job that shrinks for
+    one may stop for another."""
     found: list[Decision] = []
-    for job_id, (job, parts) in shrinks.items():
-        if job_id not in stops:
-            ids = tuple(r.id for part in parts for r in part.replicas)
-            shrinking = parts[0].job
-            found.append(ev.ReplicasReleased(now_ms, job_id, shrinking.attempt, ids, Reason.PREEMPTED, job.id))
-    return [*found, *stops.values()]
+    for job, victim in victims:
+        last = found[-1] if found else None
+        if victim.stops:
+            found.append(_stop(job, victim, now_ms))
+            continue
+        ids = tuple(r.id for r in victim.replicas)
+        if isinstance(last, ev.ReplicasReleased) and (last.job_id, last.for_job) == (victim.job.id, job.id):
+            found[-1] = replace(last, replicas=(*last.replicas, *ids))
+        else:
+            released = ev.ReplicasReleased(now_ms, victim.job.id, victim.job.attempt, ids, Reason.PREEMPTED, job.id)
+            found.append(released)
+    return found
 
 
 def _stop(job: Job, victim: Victim, now_ms: int) -> ev.AttemptStopping:
