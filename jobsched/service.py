@@ -38,6 +38,7 @@ from jobsched.core.answers import (
     WhyAnswer,
 )
 from jobsched.core.cluster import Cluster, cordon_of
+from jobsched.core.edit import FIXED, compare
 from jobsched.core.events import Stored
 from jobsched.core.job import Job, Phase
 from jobsched.core.lifecycle import Illegal, evolve_job
@@ -50,7 +51,7 @@ from jobsched.errors import Conflict, JobschedError, NotFound, Problem, SpecErro
 from jobsched.logs import Listener, LogReader, Selection
 from jobsched.ports import Backend, Clock, JobQuery, Sample, Store
 from jobsched.spec.job import ArraySpec, JobSpec, training_roles
-from jobsched.spec.queue import GPUS
+from jobsched.spec.queue import GPUS, QueueSpec, distinct_queues
 
 LIVE = tuple(p for p in Phase if not p.terminal)
 MAX_ARRAY = 10_000
@@ -412,6 +413,33 @@ class Service:
 
         return self._wish(ref, owner, wish)
 
+    def edit(self, ref: str, spec: JobSpec, *, by: str = "", owner: str = "") -> JobAnswer:
+        """Another spec for the job: labels, priority, time limits and elastic counts change in place; anything else
+        lets a running attempt save, and the next one starts with it. The same spec again changes nothing.
+
+        Raises what `submit` raises, and `UsageError` for what a job cannot change (its array, what it comes after)."""
+        _refuse_incomplete(spec)
+        with self.live.view() as (cluster, _):
+            queues = tuple(cluster.queues)
+            never = explain.could_ever_fit(cluster, spec) if cluster.nodes else ""
+        _refuse_early(queues)
+
+        def wish(job: Job, at_ms: int) -> ev.JobEvent | None:
+            new = spec.model_copy(update={"name": job.spec.name, "array": job.spec.array})
+            change = compare(job.next_spec or job.spec, new)
+            if not change.fields:
+                return None
+            _refuse_ended(job, "edited")
+            if fixed := [name for name in change.fields if name in FIXED]:
+                raise UsageError(f"{fixed[0]} cannot be changed", hint="cancel the job and submit it again")
+            if new.queue not in queues:
+                raise NotFound(f"there is no queue {new.queue!r}", hint=_suggest(new.queue, queues, "queues"))
+            if never:
+                raise Unplaceable(never, hint="change the request")
+            return ev.JobEdited(at_ms, job.id, by, new, change.fields, change.wanted, change.restart)
+
+        return self._wish(ref, owner, wish)
+
     def _wish(self, ref: str, owner: str, wish: Callable[[Job, int], ev.JobEvent | None]) -> JobAnswer:
         """Append what `wish` makes of the job as it is now (None: nothing to do), by compare-and-set, so that a wish is
         never recorded for a job that has moved on."""
@@ -520,6 +548,20 @@ class Service:
             )
             for u in self._store.usage(since_ms, self._clock.now_ms())
         )  # fmt: skip
+
+    def define_queue(self, queue: QueueSpec) -> QueueAnswer:
+        """A queue, new or changed. `SpecError` when it does not go with the others (a cohort inside itself)."""
+        with self.live.view() as (cluster, _):
+            others = tuple(q for q in cluster.queues.values() if q.name != queue.name)
+            known = cluster.queues.get(queue.name)
+        try:
+            distinct_queues((*others, queue))
+        except ValueError as exc:
+            raise SpecError([Problem(str(exc), field="cohort")]) from exc
+        if queue != known:
+            self._store.append([ev.QueueDefined(self._clock.now_ms(), queue)])
+            self.live.wake()
+        return QueueAnswer(queue)
 
     def count_by_phase(self) -> Mapping[str, int]:
         return self._store.count("phase")

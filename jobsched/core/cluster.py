@@ -300,7 +300,7 @@ class Cluster:
         if before is None:
             for dependency in after.waiting_for:
                 self.dependents.setdefault(dependency, []).append(job_id)
-        if before is None or before.wanted is not after.wanted:
+        if before is None or before.wanted is not after.wanted or before.spec is not after.spec:
             self._shape[job_id] = self._shape_of(after)
         if before is None:
             self.mix.learn(self._shape[job_id])
@@ -390,7 +390,8 @@ class Cluster:
         for rid, replica in old.items():
             now = after.replicas.get(rid)
             if replica.binding is not None and (now is None or now.binding is not replica.binding):
-                self._book(after, replica, roles[replica.role], -1, at_ms)
+                assert before is not None
+                self._book(before, replica, roles[replica.role], -1, at_ms)
         for rid, replica in after.replicas.items():
             was = old.get(rid)
             if replica.binding is not None and (was is None or was.binding is not replica.binding):

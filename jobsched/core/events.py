@@ -94,6 +94,22 @@ class JobPriorityChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class JobEdited:
+    """Another spec for the job. What can be is applied at once; with `restart`, the attempt saves and stops, and the
+    next one starts with it."""
+
+    at_ms: int
+    job_id: JobId
+    by: str
+    spec: JobSpec
+    fields: tuple[str, ...] = ()
+    """Paths of what differs."""
+    wanted: Mapping[str, int] = field(default_factory=dict)
+    restart: bool = False
+    kind: Literal["JobEdited"] = "JobEdited"
+
+
+@dataclass(frozen=True, slots=True)
 class NodeCordoned:
     """Bind nothing new on the node (on these GPUs of it); `drain` also asks its attempts to save and move."""
 
@@ -344,11 +360,11 @@ class DependencyMet:
 
 Wish = (
     JobSubmitted | JobCancelRequested | JobHeld | JobReleased | JobRestartRequested | JobScaled | JobPriorityChanged
-    | NodeCordoned | NodeUncordoned
+    | JobEdited | NodeCordoned | NodeUncordoned | QueueDefined
 )
 JobEvent = (
     JobSubmitted | JobCancelRequested | JobHeld | JobReleased | JobRestartRequested | JobScaled | JobPriorityChanged
-    | AttemptPlaced | ReplicasStarted | AttemptStarted | ReplicaExited | ReplicasLost | ReplicasRestarted
+    | JobEdited | AttemptPlaced | ReplicasStarted | AttemptStarted | ReplicaExited | ReplicasLost | ReplicasRestarted
     | ReplicasUnbound | ReplicasBound | ReplicasReleased | ReplicasGone | HangSuspected | HangCleared
     | CheckpointSaved | FailuresForgiven | AttemptStopping | AttemptEnded | JobEnded | DependencyMet
 )

@@ -293,6 +293,9 @@ def sentence(event: ev.Event) -> str:
             return f"{event.by} asked for " + ", ".join(f"{n} × {role}" for role, n in event.wanted.items())
         case ev.JobPriorityChanged():
             return f"{event.by} set priority {event.priority}"
+        case ev.JobEdited():
+            how = "; it starts anew with that" if event.restart else ""
+            return f"{event.by} changed {', '.join(event.fields)}{how}"
         case ev.AttemptPlaced():
             nodes = dict.fromkeys(b.node for b in event.bindings)
             return f"attempt {event.attempt}: {len(event.bindings)} replicas placed on {', '.join(nodes)}"

@@ -227,6 +227,10 @@ class Job:
     """A wish to end the attempt and queue again (HELD, RESTART_REQUESTED, …), not yet acted on."""
     wanted: Mapping[str, int] = field(default_factory=dict)
     """Role -> replica count set by `scale`; absent: the spec's `prefer`."""
+    next_spec: JobSpec | None = None
+    """An edit that the running attempt cannot take: the next one starts with it."""
+    edits: int = 0
+    """How often it was edited."""
     replicas: Mapping[ReplicaId, Replica] = field(default_factory=dict)
     """Of the current attempt; empty when QUEUED or terminal."""
     outcome: Outcome | None = None

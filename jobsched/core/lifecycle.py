@@ -24,7 +24,7 @@ from jobsched.core.job import (
     numbered,
 )
 from jobsched.core.resources import NO_JOB, NodeName
-from jobsched.spec.job import RestartScope, restart_policy
+from jobsched.spec.job import JobSpec, RestartScope, restart_policy
 
 Q, S, R, X = Phase.QUEUED, Phase.STARTING, Phase.RUNNING, Phase.STOPPING
 LIVE: Final = (Q, S, R, X)
@@ -43,6 +43,7 @@ LEGAL: Final[Mapping[type, tuple[Phase, ...]]] = {
     ev.JobRestartRequested:      LIVE,
     ev.JobScaled:                LIVE,
     ev.JobPriorityChanged:       LIVE,
+    ev.JobEdited:                LIVE,                              # the same; applied at once or to the next attempt
     ev.DependencyMet:            LIVE,
     ev.ReplicasStarted:          ACTIVE,
     ev.ReplicaExited:            ACTIVE,
@@ -159,15 +160,40 @@ def _restart_requested(job: Job, e: ev.JobRestartRequested) -> Job:
 
 
 def _scaled(job: Job, e: ev.JobScaled) -> Job:
-    wish = job.stop_wish
-    for role in e.wanted:
-        if job.phase in (S, R) and restart_policy(job.spec, role).scope is not RestartScope.REPLICA:
-            wish = Reason.RESCALED
+    wish = _rescaling(job, e.wanted) if job.phase in (S, R) else job.stop_wish
     return changed(job, wanted={**job.wanted, **e.wanted}, stop_wish=wish)
+
+
+def _rescaling(job: Job, wanted: Mapping[str, int]) -> Reason:
+    """The wish to stop that other counts bring: a new attempt, where a role cannot change in place."""
+    in_place = all(restart_policy(job.spec, role).scope is RestartScope.REPLICA for role in wanted)
+    return job.stop_wish if in_place else Reason.RESCALED
 
 
 def _priority(job: Job, e: ev.JobPriorityChanged) -> Job:
     return changed(job, priority=e.priority)
+
+
+def _edited(job: Job, e: ev.JobEdited) -> Job:
+    before = job.next_spec or job.spec
+    priority = e.spec.priority if e.spec.priority != before.priority else job.priority
+    job = changed(job, edits=job.edits + 1, labels=e.spec.labels, priority=priority, failures=0, infra_failures=0)
+    if job.phase is Q:
+        return _respecified(changed(job, not_before_ms=0), e.spec, e.wanted)
+    running = job.phase in (S, R)
+    if e.restart or job.next_spec is not None:
+        wanted = {role: count for role, count in job.wanted.items() if role not in e.wanted}
+        wish = Reason.RESTART_REQUESTED if running else job.stop_wish
+        return changed(job, next_spec=e.spec, wanted=wanted, stop_wish=wish)
+    job = _respecified(job, e.spec, e.wanted)
+    return changed(job, stop_wish=_rescaling(job, e.wanted)) if running else job
+
+
+def _respecified(job: Job, spec: JobSpec, wanted: Mapping[str, int]) -> Job:
+    """With another spec, and of the counts set by `scale` those that it allows."""
+    known = {role: count for role, count in {**job.wanted, **wanted}.items()
+             if role in spec.roles and spec.roles[role].replicas.min <= count <= spec.roles[role].replicas.max}
+    return changed(job, spec=spec, next_spec=None, wanted=known)
 
 
 def _dependency_met(job: Job, e: ev.DependencyMet) -> Job:
@@ -291,6 +317,8 @@ def _ended(job: Job, e: ev.AttemptEnded) -> Job:
         saved = job.checkpoint.at_ms if job.checkpoint is not None else 0
         lost = max(0, job.phase_since_ms - max(saved, job.attempt_started_at_ms))
         job = changed(job, lost_ms=job.lost_ms + lost)
+    if e.phase is Q and job.next_spec is not None:
+        job = _respecified(job, job.next_spec, {})
     return _enter(
         job, e.phase, outcome.reason, e.at_ms,
         replicas={},
@@ -314,6 +342,7 @@ _STEPS: Final[Mapping[type, Callable[..., Job]]] = {
     ev.JobRestartRequested: _restart_requested,
     ev.JobScaled: _scaled,
     ev.JobPriorityChanged: _priority,
+    ev.JobEdited: _edited,
     ev.DependencyMet: _dependency_met,
     ev.AttemptPlaced: _placed,
     ev.ReplicasStarted: _replicas_started,

@@ -75,7 +75,8 @@ jobs = Table(
     Index("jobs_name", "name", "submitted_at_ms", "id"),
     Index("jobs_array", "array_id", "submitted_at_ms", "id"),
 )
-"""One row per job: the folded `Job`. `spec` never changes and is the same text for like jobs; `doc` is the rest."""
+"""One row per job: the folded `Job`. `spec` changes by an edit only and is the same text for like jobs; `doc` is the
+rest."""
 
 labels = Table(
     "labels",

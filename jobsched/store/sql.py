@@ -47,7 +47,17 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from jobsched.core.events import EVENT, Event, JobEvent, JobSubmitted, QueueDefined, Stored, job_id_of
+from jobsched.core.events import (
+    EVENT,
+    AttemptEnded,
+    Event,
+    JobEdited,
+    JobEvent,
+    JobSubmitted,
+    QueueDefined,
+    Stored,
+    job_id_of,
+)
 from jobsched.core.job import Job, Phase
 from jobsched.core.node import Cordon, Node
 from jobsched.core.resources import JobId, NodeName
@@ -160,6 +170,16 @@ def _new_job_row(job: Job) -> dict[str, object]:
     }
 
 
+def _edited_row(job: Job) -> dict[str, object]:
+    """The columns that only an edit changes, keyed for `_UPDATE_SPEC`."""
+    return {"key": job.id, "queue": job.spec.queue, "spec": job.spec.model_dump_json(exclude=_OWN)}
+
+
+def _label_rows(job: Job) -> list[dict[str, object]]:
+    return [{"key": key, "value": value, "submitted_at_ms": job.submitted_at_ms, "job_id": job.id}
+            for key, value in job.labels.items()]
+
+
 def _stored(row: Row[*tuple[Any, ...]]) -> Stored:
     return Stored(row.seq, EVENT.validate_json(row.body))
 
@@ -223,6 +243,12 @@ _UPDATE_JOB: Final = (
                      "gpu_since_ms", "doc")
     })
 )
+_UPDATE_SPEC: Final = (
+    update(schema.jobs)
+    .where(schema.jobs.c.id == bindparam("key"))
+    .values({name: bindparam(name) for name in ("queue", "spec")})
+)
+_DELETE_LABELS: Final = delete(schema.labels).where(schema.labels.c.job_id == bindparam("key"))
 _PLACE: Final = (schema.jobs.c.submitted_at_ms, schema.jobs.c.id)
 """What listings are ordered by."""
 _LEASE: Final = select(schema.lease.c.holder, schema.lease.c.fence, schema.lease.c.expires_ms)
@@ -513,10 +539,12 @@ class SqlStore:
         ])  # fmt: skip
         _execute(connection, _INSERT_JOB, [_new_job_row(job) for job in new.values()])
         _execute(connection, _UPDATE_JOB, [_job_row(job) for job in changed.values()])
-        _execute(connection, _INSERT_LABEL, [
-            {"key": key, "value": value, "submitted_at_ms": job.submitted_at_ms, "job_id": job.id}
-            for job in new.values() for key, value in job.labels.items()
-        ])  # fmt: skip
+        edited = {e.job_id: now.jobs[e.job_id] for e in events
+                  if isinstance(e, JobEdited | AttemptEnded) and now.jobs[e.job_id].edits}  # fmt: skip
+        _execute(connection, _UPDATE_SPEC, [_edited_row(job) for job in edited.values()])
+        _execute(connection, _DELETE_LABELS, [{"key": job_id} for job_id in edited])
+        labelled = new | edited
+        _execute(connection, _INSERT_LABEL, [row for job in labelled.values() for row in _label_rows(job)])
         _execute(connection, _INSERT_REQUEST, [
             {"owner": request[0], "request_id": request[1], "seq": seq}
             for seq, (e, _) in fresh.items() if (request := request_of(e)) is not None

@@ -77,6 +77,7 @@ def _next_event(rng: random.Random, job: Job | None, job_id: JobId, at_ms: int) 
         ev.JobPriorityChanged(at_ms, job_id, "ada", rng.randrange(100)),
         ev.JobScaled(at_ms, job_id, "ada", {"worker": rng.randrange(1, 5)}),
         ev.JobCancelRequested(at_ms, job_id, "ada"),
+        ev.JobEdited(at_ms, job_id, "ada", edited(rng, job), ("labels", "queue"), restart=rng.random() < 0.5),
     ]
     if rng.random() < 0.2:
         return rng.choice(wishes)
@@ -106,6 +107,11 @@ def _next_event(rng: random.Random, job: Job | None, job_id: JobId, at_ms: int) 
         case _:
             assert job.outcome is not None
             return ev.AttemptEnded(at_ms, job_id, n, job.outcome.phase)
+
+
+def edited(rng: random.Random, job: Job) -> JobSpec:
+    return job.spec.model_copy(update={"labels": {"team": rng.choice("abc")}, "priority": rng.randrange(9),
+                                       "queue": rng.choice(("default", "other"))})
 
 
 def interleaved(rng: random.Random, stories: Sequence[Iterator[ev.JobEvent]]) -> Iterator[ev.JobEvent]:
@@ -341,7 +347,7 @@ class StoreContract:
 
     def test_a_decision_without_a_fence_is_a_programmers_error(self, store: Store) -> None:
         store.append([submitted("a")])
-        for decision in (cancelled("a"), ev.NodeSeen(1, NODE), ev.QueueDefined(1, QueueSpec())):
+        for decision in (cancelled("a"), ev.NodeSeen(1, NODE)):
             with pytest.raises(AssertionError, match="fence"):
                 store.append([held("a"), decision])
         assert store.last_seq() == 1
@@ -424,6 +430,15 @@ class StoreContract:
     def test_nothing_comes_before_a_job_that_is_not_there(self, store: Store) -> None:
         append(store, [submitted("a")])
         assert store.jobs(JobQuery(before=JobId("zzz"))) == ()
+
+    def test_an_edited_job_is_found_by_what_it_is_now(self, store: Store) -> None:
+        append(store, [submitted("a", labels={"team": "a"})])
+        spec = a_spec(labels={"team": "b"}, queue="other")
+        append(store, [ev.JobEdited(5, JobId("a"), "ada", spec, ("labels", "queue"))])
+        assert not store.jobs(JobQuery(labels=(("team", "a"),)))
+        [job] = store.jobs(JobQuery(labels=(("team", "b"),), queue="other"))
+        assert job.spec == spec
+        assert_consistent(store)
 
     def test_counts(self, store: Store) -> None:
         append(store, [submitted("a", queue="q1"), submitted("b", queue="q1"), submitted("c"), cancelled("a")])
