@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 from jobsched import __version__
 from jobsched.controller.loop import Controller
 from jobsched.core.answers import Check
+from jobsched.core.policies.elasticity import Elasticity
 from jobsched.core.policies.health import Health
 from jobsched.core.policies.ordering import priority
 from jobsched.core.policies.placement import Score
@@ -193,6 +194,7 @@ def _policy(config: PolicyConfig) -> Policy:
     return Policy(
         ordering=POLICIES[config.ordering],
         score=Score(config.score),
+        elastic=Elasticity() if config.elastic else None,
         health=None if health is None else Health(
             threshold=health.threshold, half_life_ms=health.half_life, recheck_ms=health.recheck,
             preflight=health.preflight, image=health.image, timeout_ms=health.timeout,

@@ -18,7 +18,7 @@ import structlog
 from jobsched.controller.actuate import actuate
 from jobsched.controller.leader import DEFAULT_TTL_MS, Leader
 from jobsched.controller.longevity import settle
-from jobsched.controller.telemetry import Sampler, progress_of
+from jobsched.controller.telemetry import Sampler, learn_again, progress_of
 from jobsched.core import events as ev
 from jobsched.core.answers import JobProgress
 from jobsched.core.cluster import Cluster
@@ -261,6 +261,8 @@ class Controller:
         )  # fmt: skip
         cluster.touched.update(dict.fromkeys(cluster.jobs))
         self._note_absent(cluster, self._clock.now_ms())
+        for job_id in cluster.elastic:
+            learn_again(cluster, job_id, self._store.samples(job_id))
         return _State(cluster)
 
     def _decide(self, state: _State, fence: int, now: int, news: list[ev.Stored]) -> frozenset[JobId]:

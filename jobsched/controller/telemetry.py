@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from jobsched.core.answers import JobProgress, ReplicaProgress
 from jobsched.core.cluster import Cluster
-from jobsched.core.job import Job
+from jobsched.core.job import Job, Phase, ReplicaState
 from jobsched.core.judge import ranks
 from jobsched.core.launch import launch_key
 from jobsched.core.observation import Progress, Sight
+from jobsched.core.policies.goodput import Report, SpeedModel
 from jobsched.core.resources import JobId
+from jobsched.core.shape import elastic_role
 from jobsched.ports import Sample
 
 SAMPLE_EVERY_MS = 1_000
@@ -51,6 +54,38 @@ def progress_of(job: Job, sight: Sight, now_ms: int) -> JobProgress:
     return JobProgress(newest.step, newest.total, newest.world_size or len(rank), newest.metrics, tuple(rows))
 
 
+NODES = "nodes"
+"""Metric that samples of elastic jobs carry: on how many nodes the gang was, so that speeds can be learned again."""
+
+
+def learn_speed(cluster: Cluster, job: Job, progress: JobProgress) -> int:
+    """Take a report of a running elastic job into its speed model, once the whole gang trains at its present size.
+    Returns on how many nodes that was; 0 when nothing was learned."""
+    name = elastic_role(job.spec)
+    if not name or job.phase is not Phase.RUNNING:
+        return 0
+    bound = [r for r in job.replicas.values() if r.role == name and r.binding is not None]
+    settled = all(r.state is ReplicaState.RUNNING for r in bound)
+    if not settled or progress.world_size not in (len(bound), len(ranks(job))):
+        return 0
+    nodes = len({r.binding.node for r in bound if r.binding is not None})
+    report = Report.of(dict(progress.metrics), nodes, len(bound))
+    if report is None:
+        return 0
+    cluster.speeds.setdefault(job.id, SpeedModel()).note(report)
+    return nodes
+
+
+def learn_again(cluster: Cluster, job_id: JobId, samples: Iterable[Sample]) -> None:
+    """What `learn_speed` had learned of a job, from its samples; a leader does this when it begins."""
+    for sample in samples:
+        metrics = dict(sample.metrics)
+        nodes = int(metrics.get(NODES, 0))
+        report = Report.of(metrics, nodes, sample.world_size) if nodes and sample.world_size else None
+        if report is not None:
+            cluster.speeds.setdefault(job_id, SpeedModel()).note(report)
+
+
 class Sampler:
     """At most one sample a second and job, and always the last one of an attempt."""
 
@@ -77,8 +112,9 @@ class Sampler:
                 sample.attempt, sample.step, sample.metrics,
             ):  # fmt: skip
                 continue
+            nodes = learn_speed(cluster, job, progress)
             ending = job.outcome is not None or any(r.exit_code is not None for r in job.replicas.values())
             if last is None or ending or now_ms - last.at_ms >= SAMPLE_EVERY_MS:
                 self._last[job_id] = sample
-                found.append(sample)
+                found.append(replace(sample, metrics=(*sample.metrics, (NODES, float(nodes)))) if nodes else sample)
         return found

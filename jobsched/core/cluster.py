@@ -16,14 +16,15 @@ from typing import NamedTuple
 
 from jobsched.core import events as ev
 from jobsched.core.job import Binding, Job, Phase, Replica, ReplicaId, ReplicaState, RoleShape, Shape
-from jobsched.core.ledger import Ledger
+from jobsched.core.ledger import GpuClass, Ledger
 from jobsched.core.lifecycle import evolve_job
 from jobsched.core.node import Cordon, Node
 from jobsched.core.policies.fragmentation import Learned, Mix
+from jobsched.core.policies.goodput import SpeedModel
 from jobsched.core.policies.quota import Amounts, Quotas, amounts_of
 from jobsched.core.policies.ranking import Pool
 from jobsched.core.resources import NOTHING, WHOLE_GPU, JobId, NodeName
-from jobsched.core.shape import shape_of_job
+from jobsched.core.shape import elastic_role, shape_of_job
 from jobsched.core.suspicion import BY, PREFLIGHT_LABEL, Accusation, Checked, Suspicion, accusations, against_node
 from jobsched.spec.job import JobSpec
 from jobsched.spec.queue import CPU, GPUS, MEMORY, QueueSpec
@@ -58,6 +59,15 @@ class Standing(NamedTuple):
 
     level: int
     place: int
+
+
+class Target(NamedTuple):
+    """How many replicas of a role the scheduler wants a job to have, and the places found for them when it starts."""
+
+    role: str
+    replicas: int
+    bindings: tuple[Binding, ...] = ()
+    coordinator_port: int = 0
 
 
 @dataclass(slots=True)
@@ -154,6 +164,14 @@ class Cluster:
     """When the next budget window begins; 0: no queue has a budget."""
     service: dict[JobId, Service] = field(default_factory=dict)
     """Attained service of live jobs that were placed once."""
+    elastic: dict[JobId, None] = field(default_factory=dict)
+    """Active jobs whose size `policies.elasticity` may decide."""
+    speeds: dict[JobId, SpeedModel] = field(default_factory=dict)
+    """What live jobs have shown of their speed; fed by `controller.telemetry`."""
+    targets: dict[JobId, Target] = field(default_factory=dict)
+    """Sizes found in the last rebalancing; scratch of `policies.elasticity`. Absent: as the spec prefers."""
+    resize_ms: int = 0
+    """When sizes are next reconsidered."""
     joined: int = 0
     """Rises whenever a job joins a line."""
     ever_fits: dict[Shape, str] = field(default_factory=dict)
@@ -161,6 +179,7 @@ class Cluster:
     _learned: Learned | None = None
     _emptied: Cluster | None = None
     _capacity: dict[str, int] | None = None
+    _widest: dict[GpuClass, int] = field(default_factory=dict)
     _charged: dict[tuple[JobId, ReplicaId], Amounts] = field(default_factory=dict)
     """What each bound replica counts for in its queue; its GPUs' kind may be forgotten before it ends."""
     _place: dict[JobId, tuple[LineKey, Place]] = field(default_factory=dict)
@@ -295,6 +314,8 @@ class Cluster:
             self.growing.pop(job_id, None)
             self._shape.pop(job_id, None)
             self.service.pop(job_id, None)
+            for known in (self.elastic, self.speeds, self.targets):
+                known.pop(job_id, None)
             return
         self.jobs[job_id] = after
         if before is None:
@@ -306,7 +327,12 @@ class Cluster:
             self.mix.learn(self._shape[job_id])
         if after.phase is Phase.QUEUED:
             self._join_line(after)
-        if after.phase is Phase.RUNNING and missing_replicas(after):
+        if before is None or before.phase is not after.phase:
+            if after.phase.active and elastic_role(after.spec):
+                self.elastic[job_id] = None
+            else:
+                self.elastic.pop(job_id, None)
+        if after.phase is Phase.RUNNING and self.lacking(after):
             self.growing[job_id] = -1
         else:
             self.growing.pop(job_id, None)
@@ -530,6 +556,7 @@ class Cluster:
         changes."""
         if self._capacity is None:
             found = {GPUS: 0, CPU: 0, MEMORY: 0}
+            self._widest = {}
             for name, node in self.nodes.items():
                 if name in self.lost:
                     continue
@@ -538,6 +565,10 @@ class Cluster:
                 for gpu in node.gpus:
                     found[GPUS] += WHOLE_GPU
                     found[gpu.kind.lower()] = found.get(gpu.kind.lower(), 0) + WHOLE_GPU
+            for space in self.ledger.spaces.values():
+                for gpu_class in dict.fromkeys(space.gpu_class.values()):
+                    count = sum(each == gpu_class for each in space.gpu_class.values())
+                    self._widest[gpu_class] = max(count, self._widest.get(gpu_class, 1))
             self._capacity = found
         return self._capacity
 
@@ -550,6 +581,21 @@ class Cluster:
             return space.gpu_class[binding.gpus[0].gpu][0]
         node = self.nodes.get(binding.node)
         return next((g.kind.lower() for g in node.gpus if g.id == binding.gpus[0].gpu), "") if node else ""
+
+    def widest(self, gpu_class: GpuClass) -> int:
+        """The most GPUs of a class that one node has; 1 when there are none. Kept until a node changes."""
+        self.capacity()
+        return self._widest.get(gpu_class, 1)
+
+    def lacking(self, job: Job) -> dict[str, int]:
+        """Role -> how many replicas it has fewer than it should: than its target, its user's wish, or its spec."""
+        missing, target = missing_replicas(job), self.targets.get(job.id)
+        if target is not None:
+            have = sum(r.role == target.role and r.binding is not None for r in job.replicas.values())
+            missing.pop(target.role, None)
+            if target.replicas > have:
+                missing[target.role] = target.replicas - have
+        return missing
 
     def shape(self, job: Job) -> Shape:
         return self._shape.get(job.id) or shape_of_job(job)

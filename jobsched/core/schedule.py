@@ -11,10 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from jobsched.core import events as ev
-from jobsched.core.cluster import Cluster, Line, Rank, equal_rank, missing_replicas
+from jobsched.core.cluster import Cluster, Line, Rank, equal_rank
 from jobsched.core.job import Binding, Job, Reason, ReplicaState, Shape
 from jobsched.core.plan import Decision, Plan
 from jobsched.core.policies.admission import admit, least_needs, limited, more
+from jobsched.core.policies.elasticity import WAITING, Elasticity, rebalance, start_gang
 from jobsched.core.policies.fairness import FairShare, Turn, turn
 from jobsched.core.policies.health import Health
 from jobsched.core.policies.ordering import Ordering, OrderKey, priority
@@ -41,6 +42,8 @@ class Policy:
     """When the first job of a queue does not fit, its others wait too (Kueue's StrictFIFO, Helios)."""
     replan: Replan | None = None
     """All runnable jobs are placed anew at each pass, in an order of its own."""
+    elastic: Elasticity | None = None
+    """Elastic jobs get the sizes that speed them up most; None: those that their specs prefer."""
     pass_every_ms: int = 0
     """Passes only at multiples of this; 0: whenever something happened."""
     score: Score = Score.AUTO
@@ -73,7 +76,10 @@ class Pass:
 
     def start(self, job: Job, shape: Shape) -> bool:
         """Place a waiting job's gang, if it fits."""
-        gang = place_gang(self.cluster, shape, job.avoid, self.policy.score)
+        if job.id in self.cluster.targets:
+            gang = start_gang(self.cluster, job, shape, self.now_ms)
+        else:
+            gang = place_gang(self.cluster, shape, job.avoid, self.policy.score)
         if isinstance(gang, Gang):
             self.cluster.charge(job, gang.bindings, starts=True)
             self.place(job, gang)
@@ -109,7 +115,7 @@ def schedule(cluster: Cluster, now_ms: int, policy: Policy) -> Plan:
     3. Jobs for which others had to make room start, or their places are kept.
     4. Waiting jobs start, best first. For a head that does not fit, room is made if it has a claim: elastic jobs
        shrink, borrowers and lower priorities stop. Else its line is left until something becomes free.
-    5. Running jobs below what they want grow into what is left.
+    5. Elastic jobs change their size where that pays; running jobs below what they want grow into what is left.
 
     With a `replan`, all runnable jobs are placed anew in its order instead of 3 and 4.
     """
@@ -133,12 +139,16 @@ def schedule(cluster: Cluster, now_ms: int, policy: Policy) -> Plan:
             start_nominated(run)
             start_waiting(run)
             run.decisions += evictions(run.evicted, now_ms)
+        if policy.elastic is not None and not run.evicted:
+            run.decisions += resize(run, policy.elastic)
         if len(run.decisions) < policy.batch:
             for job in hungry:
                 if not below_minimum(job):
                     grow(run, job)
-    if policy.replan is None and not policy.pass_every_ms:
+    if policy.replan is None:
         instants = [*cluster.ripening.values(), *([cluster.window_ms] if cluster.window_ms and cluster.lines else [])]
+        if policy.elastic is not None and cluster.elastic:
+            instants.append(cluster.resize_ms)
         cluster.next_pass_ms = min(instants, default=0)
     return Plan(tuple(run.decisions), run.examined)
 
@@ -406,6 +416,21 @@ def _ripe(cluster: Cluster, now_ms: int) -> None:
 # ---- running jobs ----
 
 
+def resize(run: Pass, how: Elasticity) -> list[Decision]:
+    """Changes of size; the best of the jobs that wait are thought of too. O(lines), when it is time."""
+    cluster, ordering = run.cluster, run.policy.ordering
+    if run.now_ms < cluster.resize_ms or not cluster.elastic:
+        return []
+    waiting = [
+        (ordering(line.key, place), cluster.jobs[place.job_id])
+        for line in cluster.lines.values()
+        for place in line.places[: len(run.settled) + WAITING]
+        if place.job_id not in run.settled
+    ]
+    best = heapq.nsmallest(WAITING, waiting, key=lambda entry: entry[0])
+    return rebalance(cluster, run.now_ms, how, [job for _, job in best])
+
+
 def grow(run: Pass, job: Job) -> None:
     """Bind replicas that a running job may get now: only of roles whose replicas come and go in place."""
     if job.cancel_by or job.stop_wish is not Reason.NONE or job.suspected_since_ms:
@@ -413,7 +438,7 @@ def grow(run: Pass, job: Job) -> None:
     cluster = run.cluster
     shape = cluster.shape(job)
     taken = [r.binding for r in job.replicas.values() if r.binding is not None]
-    for name, lacking in missing_replicas(job).items():
+    for name, lacking in cluster.lacking(job).items():
         if restart_policy(job.spec, name).scope is not RestartScope.REPLICA:
             continue
         role = next(r for r in shape.roles if r.role == name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jobsched.core.job import Job, RoleShape, Shape
-from jobsched.core.resources import Resources
+from jobsched.core.resources import WHOLE_GPU, Resources
 from jobsched.spec.job import JobSpec, RoleSpec, training_roles
 
 
@@ -25,6 +25,16 @@ def shape_of(spec: JobSpec, wanted: dict[str, int] | None = None) -> Shape:
 
 def shape_of_job(job: Job) -> Shape:
     return shape_of(job.spec, dict(job.wanted))
+
+
+def elastic_role(spec: JobSpec) -> str:
+    """The role whose size `policies.elasticity` decides: the first training role with a range and whole GPUs; "": none.
+    """
+    for name in training_roles(spec):
+        role = spec.roles[name]
+        if role.replicas.elastic and role.gpu is not None and role.gpu.milli >= WHOLE_GPU:
+            return name
+    return ""
 
 
 def role_resources(role: RoleSpec) -> Resources:

@@ -53,6 +53,8 @@ class _Replica:
     hung_at_ms: int = FOREVER_MS
     saved_step: int = -1
     stacks: str = ""
+    told: Progress | None = None
+    """What it reports beside its script."""
 
 
 class SimBackend:
@@ -172,6 +174,19 @@ class SimBackend:
             replica.ends_at_ms += for_ms
             heapq.heappush(self._due, (replica.ends_at_ms, key))
 
+    def end_at(self, key: LaunchKey, at_ms: int) -> None:
+        """It will end by itself then."""
+        replica = self._replicas[key]
+        replica.ends_at_ms = at_ms
+        heapq.heappush(self._due, (at_ms, key))
+
+    def tell(self, key: LaunchKey, progress: Progress) -> None:
+        """It reports."""
+        replica = self._replicas.get(key)
+        if replica is not None:
+            replica.told = progress
+            self._changed[key] = None
+
     def lose_node(self, name: NodeName) -> None:
         """The node and everything on it is gone."""
         del self._nodes[name]
@@ -233,7 +248,7 @@ class SimBackend:
         launch, script = replica.launch, replica.script
         ended = replica.ends_at_ms <= now
         state = Seen.EXITED if ended else Seen.RUNNING if replica.running_at_ms <= now else Seen.STARTING
-        progress = None
+        progress = replica.told
         if script.step_ms and replica.running_at_ms <= now:
             until = min(now, replica.ends_at_ms, replica.hung_at_ms)
             age = now - until + (until - replica.running_at_ms) % script.step_ms

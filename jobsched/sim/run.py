@@ -17,13 +17,15 @@ from jobsched.core.accounting import Accounts, Summary
 from jobsched.core.cluster import Rank
 from jobsched.core.job import FailureClass, Job, Phase
 from jobsched.core.launch import Launch, LaunchKey, parse_key
+from jobsched.core.observation import Progress
+from jobsched.core.policies.elasticity import Elasticity
 from jobsched.core.policies.ordering import fifo, gpu_time, least_attained, priority, shortest
 from jobsched.core.policies.preemption import Order, Replan
 from jobsched.core.resources import WHOLE_GPU, JobId, NodeName
 from jobsched.core.schedule import Policy
-from jobsched.sim.backend import Script, SimBackend
+from jobsched.sim.backend import FOREVER_MS, Script, SimBackend
 from jobsched.sim.clock import SimClock
-from jobsched.sim.throughput import Course, Seats
+from jobsched.sim.throughput import AdaptiveCourse, Course, Seats
 from jobsched.sim.workload import Arrival, Workload
 from jobsched.store.memory import MemoryStore
 
@@ -51,6 +53,10 @@ class _Run:
     """Time since then without progress."""
     checked_ms: int
     """When a pause was last looked at."""
+    counted_ms: int = 0
+    """Time with progress that the course knows of."""
+    ends_at_ms: int = 0
+    """0: not known yet."""
     keys: list[LaunchKey] = field(default_factory=list)
 
     def ran_ms(self, now_ms: int) -> int:
@@ -85,7 +91,26 @@ class Player:
             run = self._runs[job_id] = _Run(job.attempt, now, self._seats(job), start_ms, now)
         run.keys.append(launch.key)
         left = run.pause_ms + self.course(job_id).left_ms(run.seats) - run.ran_ms(self._clock.now_ms())
-        return Script(run_ms=max(1, round(left)), kill_ms=self.workload.rules.kill_ms)
+        run_ms = max(1, round(left)) if left < FOREVER_MS else FOREVER_MS
+        return Script(run_ms=run_ms, kill_ms=self.workload.rules.kill_ms)
+
+    def report(self, engine: SimBackend) -> None:
+        """Elastic jobs tell how fast they are, and those that end before their next report get their end."""
+        now = self._clock.now_ms()
+        for job_id, run in self._runs.items():
+            course, ran = self.course(job_id), run.ran_ms(now)
+            if not isinstance(course, AdaptiveCourse) or run.ends_at_ms or not ran:
+                continue
+            course.advance(run.seats, ran - run.counted_ms)
+            run.counted_ms = ran
+            left = course.left_ms(run.seats)
+            if left < FOREVER_MS:
+                run.ends_at_ms = now + round(left)
+                for key in run.keys:
+                    engine.end_at(key, run.ends_at_ms)
+            if course.report is not None:
+                replicas, metrics = course.report.replicas, course.report.metrics()
+                engine.tell(run.keys[0], Progress(round(course.progress), world_size=replicas, metrics=metrics))
 
     def course(self, job_id: JobId) -> Course:
         course = self._courses.get(job_id)
@@ -120,7 +145,7 @@ class Player:
                 run = self._runs.get(event.job_id)
                 if run is not None and run.attempt == event.attempt:
                     del self._runs[event.job_id]
-                    ran = run.ran_ms(event.at_ms)
+                    ran = run.ran_ms(event.at_ms) - run.counted_ms
                     cause = event.outcome.cause
                     if cause is not None and cause.failure_class in LOSING and self.workload.rules.save_every_ms:
                         lost = ran % self.workload.rules.save_every_ms
@@ -183,6 +208,7 @@ class Simulation:
         self._still = 0
         self._turns_at = 0
         """When the order of a re-plan changes by itself."""
+        self._reported_ms = -1
         self.controller = self.boot()
 
     def boot(self) -> Controller:
@@ -205,6 +231,11 @@ class Simulation:
         if self.workload.rules.pause_everyone and (submitted or self._turns_at == now or self.engine.ends_now()):
             self.player.catch_up()
             self.player.pause_everyone(self.engine)
+        every = self.workload.rules.report_every_ms
+        if every and now % every == 0 and self._reported_ms != now:
+            self._reported_ms = now
+            self.player.catch_up()
+            self.player.report(self.engine)
         pause = self.controller.tick()
         self.ticks += 1
         with self.controller.view() as (cluster, _):
@@ -296,6 +327,11 @@ def _deadline(sim: Simulation) -> Rank:
     return lambda job: sim.arrivals[job.id].deadline_ms or NEVER_MS
 
 
+def _elastic(sim: Simulation) -> Policy:
+    """First come, first served; sizes by marginal goodput as reported, nothing told."""
+    return _policy(sim, ordering=fifo, elastic=Elasticity(sim.workload.rules.report_every_ms or Elasticity().every_ms))
+
+
 POLICIES: dict[str, PolicyMaker] = {
     "priority": lambda sim: _policy(sim, ordering=priority),
     "fifo": lambda sim: _policy(sim, ordering=fifo),
@@ -305,5 +341,6 @@ POLICIES: dict[str, PolicyMaker] = {
     "srtf": _preempting(lambda sim: shortest(sim.player.left_ms)),
     "srsf": _preempting(lambda sim: shortest(gpu_time(sim.player.left_ms))),
     "las": _preempting(_las),
+    "elastic": _elastic,
 }
 """Policies by the name that `jobsched simulate --policy` takes. sjf, qssf, srtf and srsf are told run times."""

@@ -12,7 +12,7 @@ import gzip
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache
@@ -22,8 +22,8 @@ from jobsched.core.node import Node
 from jobsched.core.policies.placement import Score
 from jobsched.core.resources import JobId
 from jobsched.errors import NotFound
-from jobsched.sim.throughput import Profile, Profiled, Seats, Steady
-from jobsched.sim.workload import Arrival, Rules, Workload, gang_spec, make_node, make_nodes
+from jobsched.sim.throughput import Adaptive, Profile, Profiled, Seats, Steady
+from jobsched.sim.workload import Arrival, Rules, Workload, elastic_spec, gang_spec, make_node, make_nodes
 from jobsched.spec.job import JobSpec
 from jobsched.spec.queue import QueueSpec
 
@@ -147,6 +147,8 @@ def pollux_profile(app: str) -> Profile:
         )
         for path in sorted((root() / "pollux" / folder).glob("validation-*.csv*"))
     }
+    for size, points in _means_by_size(by_placement).items():
+        by_size.setdefault(size, points)
     largest = max(point[0] for points in by_placement.values() for point in points)
     return Profile(
         app,
@@ -158,29 +160,67 @@ def pollux_profile(app: str) -> Profile:
     )
 
 
+def _means_by_size(
+    by_placement: Mapping[str, list[tuple[float, float, float]]],
+) -> dict[tuple[int, int], list[tuple[float, float, float]]]:
+    """(nodes, GPUs) -> means over the placements of that size, for each batch that all of them were measured with."""
+    found: defaultdict[tuple[int, int], defaultdict[float, list[tuple[float, float]]]]
+    found = defaultdict(lambda: defaultdict(list))
+    for placement, points in by_placement.items():
+        for local, step_s, sync_s in points:
+            found[len(placement), sum(map(int, placement))][local].append((step_s, sync_s))
+    return {
+        size: [(local, *(sum(column) / len(column) for column in zip(*times, strict=True)))
+               for local, times in batches.items()]
+        for size, batches in found.items()
+    }  # fmt: skip
+
+
 def _step_point(row: dict[str, str]) -> tuple[float, float, float]:
     return float(row["local_bsz"]), float(row["step_time"]), float(row["sync_time"])
 
 
-def pollux(name: str = "workload-1.0_6") -> Workload:
+POLLUX_FIXED_BATCH = {"ncf": 32_768}
+"""Applications that keep one GPU and this batch in every run of Pollux's simulator."""
+
+
+def pollux(name: str = "workload-1.0_6", elastic: bool = False) -> Workload:
     """Pollux (OSDI'21): 16 nodes of 4 GPUs, passes every minute, half a minute without progress at each start, speeds
-    from its measured profiles. Jobs ask for their tuned number of GPUs."""
-    arrivals = [
-        Arrival(
-            at_ms=1_000 * int(row["time"]),
-            job_id=JobId(f"{place:06}"),
-            spec=gang_spec(int(row["num_replicas"]), 4, single=True),
-            work=Profiled(pollux_profile(row["application"]), int(row["batch_size"])),
-            family=f"{row['application']}/{row['num_replicas']}",
+    from its measured profiles. Jobs ask for their tuned number of GPUs, or, `elastic`, are free in the number of GPUs
+    and their batch, as in the paper's own runs of Pollux."""
+    arrivals = []
+    for place, row in enumerate(rows(find("pollux", name))):
+        profile, gpus, batch = pollux_profile(row["application"]), int(row["num_replicas"]), int(row["batch_size"])
+        arrivals.append(
+            Arrival(
+                at_ms=1_000 * int(row["time"]),
+                job_id=JobId(f"{place:06}"),
+                spec=elastic_spec(_pollux_most(profile)) if elastic else gang_spec(gpus, 4, single=True),
+                work=_pollux_adaptive(profile) if elastic else Profiled(profile, batch),
+                family=f"{row['application']}/{row['num_replicas']}",
+            )
         )
-        for place, row in enumerate(rows(find("pollux", name)))
-    ]
     return Workload(
         name=name,
         arrivals=tuple(arrivals),
         nodes=tuple(make_node(f"n{i:02}", 4) for i in range(16)),
-        rules=Rules(kill_ms=0, pass_every_ms=60_000, settle=True, score=Score.SPREAD, thresholds_gpu_s=(57_600,)),
-    )
+        rules=Rules(
+            kill_ms=0, pass_every_ms=60_000, settle=True, score=Score.SPREAD, thresholds_gpu_s=(57_600,),
+            report_every_ms=60_000 if elastic else 0,
+        ),
+    )  # fmt: skip
+
+
+def _pollux_adaptive(profile: Profile) -> Adaptive:
+    least = min(int(point[0]) for points in profile.by_placement.values() for point in points)
+    return Adaptive(profile, least, POLLUX_FIXED_BATCH.get(profile.name, 0))
+
+
+def _pollux_most(profile: Profile) -> int:
+    """Most GPUs of one job: where its largest batch leaves each the least."""
+    if profile.name in POLLUX_FIXED_BATCH:
+        return 1
+    return min(64, profile.max_batch // _pollux_adaptive(profile).local_least)
 
 
 def tiresias(name: str = "60_job") -> Workload:
@@ -326,7 +366,7 @@ def _muri_for(name: str, policy: str) -> Workload:
 FORMATS: dict[str, tuple[Callable[[str, str], Workload], str]] = {
     "philly": (lambda name, policy: philly(name), "philly_2017-10"),
     "muri": (_muri_for, "trace3"),
-    "pollux": (lambda name, policy: pollux(name), "workload-1.0_6"),
+    "pollux": (lambda name, policy: pollux(name, elastic=policy == "elastic"), "workload-1.0_6"),
     "gavel": (lambda name, policy: gavel(name), "msr_seed0_0e4a51"),
     "shockwave": (lambda name, policy: shockwave(name), "120jobs_dynamic"),
     "chronus": (lambda name, policy: chronus(name), "trace_job_Philly_MIX1"),

@@ -41,6 +41,8 @@ class Rules:
     """The first job of a queue that does not fit stops the queue."""
     settle: bool = False
     """Preemptive passes start nobody before everything that was stopped is gone."""
+    report_every_ms: int = 0
+    """How often elastic jobs report their speed; only at multiples of it are their ends looked for. 0: never."""
     score: Score = Score.PACK
     thresholds_gpu_s: tuple[int, ...] = (3_250, 7_200)
     """Of least attained service: GPU-seconds at which a job sinks a level."""
@@ -113,6 +115,14 @@ def gang_spec(
     return JobSpec.model_validate(
         {"roles": roles, "queue": queue, "placement": placement, "start_timeout": 0, "checkpoint": {"grace": 0}}
     )
+
+
+@cache
+def elastic_spec(most: int) -> JobSpec:
+    """1 to `most` replicas of one GPU; a change of size is a new start. One to begin with: nothing is known yet."""
+    role = {"command": "train", "cpu": "1m", "replicas": {"min": 1, "max": most, "prefer": 1}, "gpu": "any:1"}
+    never = {"start_timeout": 0, "heartbeat_timeout": 0, "checkpoint": {"grace": 0}}
+    return JobSpec.model_validate({"roles": {"worker": {**role, "restart": {"scope": "job"}}}, **never})
 
 
 SIZES: Sequence[tuple[int, float]] = ((1, 0.70), (2, 0.10), (4, 0.10), (8, 0.08), (16, 0.015), (32, 0.005))

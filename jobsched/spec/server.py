@@ -499,6 +499,8 @@ class PolicyConfig(SpecModel):
     """Which of several nodes is taken. pack: the one left fullest. spread: the emptiest. fragmentation: where the free
     GPUs stay most useful to what is usually submitted. auto: fragmentation once a job asks for part of a GPU, else
     pack."""
+    elastic: bool = True
+    """Elastic jobs get the sizes that speed them up most, by the throughput that they report."""
 
 
 class Timers(SpecModel):

@@ -115,3 +115,24 @@ def test_every_format_reads_and_runs(fmt: str) -> None:
     result = run(few, "fifo")
     assert result.summary.ended == 30, result.store.count("phase")
     json.dumps(result.row())
+
+
+@needs("pollux")
+def test_elastic_jobs_share_what_there_is_and_finish_sooner_than_at_their_tuned_sizes() -> None:
+    """Half a morning of Pollux's own workload: sizes follow measured goodput, every change of size is a restart."""
+    fixed, elastic = (replace(w, arrivals=w.arrivals[:24]) for w in (traces.pollux(), traces.pollux(elastic=True)))
+    ours, theirs = run(elastic, "elastic"), run(fixed, "las")
+    assert ours.summary.avg_jct_s < theirs.summary.avg_jct_s
+    assert 24 < ours.summary.rescales < 24 * 15
+    assert ours.summary.preemptions == 0
+    assert all(job.phase is Phase.SUCCEEDED for job in ours.accounts.jobs.values())
+
+
+@needs("pollux")
+def test_an_elastic_run_is_the_same_twice() -> None:
+    workload = replace(traces.pollux(elastic=True), arrivals=traces.pollux(elastic=True).arrivals[:8])
+
+    def log() -> list[bytes]:
+        return [EVENT.dump_json(s.event) for s in run(workload, "elastic").store.read(0, 1 << 30)]
+
+    assert log() == log()

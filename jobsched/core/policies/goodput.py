@@ -1,0 +1,302 @@
+"""Speed models: how fast a job would go with numbers of replicas that it never had, from what it reported with others.
+
+Fed by `controller.telemetry`, asked by `policies.elasticity`; kept beside the cluster, never in the log. Goodput is
+throughput times statistical efficiency (Pollux, OSDI'21). One pass takes `(compute^g + sync^g)^(1/g)` seconds: compute
+is linear in the batch of one replica, synchronisation linear in the number of replicas, apart for gangs on one node and
+on several; `g` says how far both overlap. Efficiency follows from the gradient noise where a job reports it (McCandlish
+et al., 2018). A job that reports only samples per second has a fixed batch, and its goodput is its throughput (Optimus,
+EuroSys'18). What was never measured is taken to cost nothing, so that a job with one measurement is believed to scale
+perfectly: whoever grows it finds out.
+
+Pollux fits seven parameters by gradient descent; here each candidate `g` leaves two straight lines with a closed form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import ceil, log
+
+OVERLAPS = (1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
+"""Candidates for `g`: 1 is no overlap, 10 is nearly perfect."""
+KEPT = 64
+"""Most measurements kept per job; the oldest kind goes first."""
+FRESH = 0.3
+"""Weight of a new measurement beside older ones of the same kind."""
+BATCHES_TRIED = 20
+"""Batch sizes looked at between the smallest and the largest, in geometric steps."""
+FURTHER = 1.1
+"""Synchronisation across nodes takes at least so many times that within one."""
+TINY = 1e-8
+
+
+@dataclass(frozen=True, slots=True)
+class Batches:
+    """What a job may do with its batch; all in samples. A step at `initial` counts as one unit of progress. The batch
+    is fixed when `initial` and `largest` are equal."""
+
+    initial: float = 1.0
+    largest: float = 1.0
+    local_least: float = 0.0
+    """Least and most that one replica takes in one pass."""
+    local_most: float = float("inf")
+
+    def split(self, batch: float, replicas: int) -> tuple[float, int]:
+        """(batch of one replica and pass, extra passes that only accumulate gradients) for a total batch. A single
+        replica needs two passes to tell the noise of its gradient."""
+        local = batch / replicas
+        if self.initial == self.largest:
+            return local, 0
+        extra = ceil(local / self.local_most - TINY) - 1
+        if replicas == 1 and local > self.initial + TINY:
+            extra = max(1, extra)
+        return float(ceil(local / (extra + 1) - TINY)), extra
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One measurement of a running gang."""
+
+    nodes: int
+    replicas: int
+    local: float
+    """Samples of one replica and pass."""
+    step_s: float
+    """Seconds of a pass with synchronisation."""
+    sync_s: float = -1.0
+    """Seconds of it that synchronisation adds; negative: not known."""
+    noise: tuple[float, float] = (0.0, 0.0)
+    """Square of the gradient's norm and its variance at the initial batch; zeros: not known."""
+    batches: Batches = Batches()
+
+    def metrics(self) -> tuple[tuple[str, float], ...]:
+        """As a job reports them; `of` reads them back."""
+        told = {"step_s": self.step_s, "sync_s": self.sync_s, "local_batch": float(self.local)}
+        if self.batches.initial < self.batches.largest:
+            told |= {
+                "batch_initial": self.batches.initial,
+                "batch_max": self.batches.largest,
+                "local_batch_min": self.batches.local_least,
+                "local_batch_max": self.batches.local_most,
+            }
+        else:
+            told["batch"] = self.batches.initial
+        if any(self.noise):
+            told |= {"grad_sqr": self.noise[0], "grad_var": self.noise[1]}
+        return tuple(sorted(told.items()))
+
+    @classmethod
+    def of(cls, metrics: Mapping[str, float], nodes: int, replicas: int) -> Report | None:
+        """From a job's metrics: `samples_per_s` is enough; `step_s`, `sync_s`, `batch`, `local_batch`, `grad_sqr`,
+        `grad_var`, `batch_initial`, `batch_max`, `local_batch_min`, `local_batch_max` say more. None: they do not say
+        anything about speed."""
+        batch = metrics.get("batch", 0.0) or 1.0
+        local = metrics.get("local_batch", batch / replicas)
+        step_s, per_s = metrics.get("step_s", 0.0), metrics.get("samples_per_s", 0.0)
+        if step_s <= 0.0:
+            if per_s <= 0.0:
+                return None
+            step_s = local * replicas / per_s
+        if metrics.get("batch_max", 0.0) > 0.0:
+            initial = metrics.get("batch_initial", batch)
+            batches = Batches(initial, max(initial, metrics["batch_max"]), metrics.get("local_batch_min", 1.0),
+                              metrics.get("local_batch_max", metrics["batch_max"]))  # fmt: skip
+        else:
+            batches = Batches(batch, batch)
+        noise = metrics.get("grad_sqr", 0.0), metrics.get("grad_var", 0.0)
+        return cls(nodes, replicas, local, step_s, metrics.get("sync_s", -1.0), noise, batches)
+
+
+@dataclass(frozen=True, slots=True)
+class Straight:
+    """`base + slope * x`, neither below 0."""
+
+    base: float
+    slope: float
+
+    def at(self, x: float) -> float:
+        return self.base + self.slope * x
+
+    @classmethod
+    def through(cls, xs: Sequence[float], ys: Sequence[float]) -> Straight:
+        """Least squares of relative errors."""
+        weights = [1.0 / max(y, TINY) ** 2 for y in ys]
+        total = sum(weights)
+        mean_x = sum(w * x for w, x in zip(weights, xs, strict=True)) / total
+        mean_y = sum(w * y for w, y in zip(weights, ys, strict=True)) / total
+        spread = sum(w * (x - mean_x) ** 2 for w, x in zip(weights, xs, strict=True))
+        if spread <= TINY * total * max(TINY, mean_x**2):
+            return cls(mean_y, 0.0)
+        slope = sum(w * (x - mean_x) * (y - mean_y) for w, x, y in zip(weights, xs, ys, strict=True)) / spread
+        if slope < 0.0:
+            return cls(mean_y, 0.0)
+        if mean_y < slope * mean_x:
+            squares = sum(w * x * x for w, x in zip(weights, xs, strict=True))
+            return cls(0.0, sum(w * x * y for w, x, y in zip(weights, xs, ys, strict=True)) / squares)
+        return cls(mean_y - slope * mean_x, slope)
+
+
+Seen = Mapping[tuple[int, int, float], tuple[float, float]]
+"""(nodes, replicas, local batch) -> (seconds of a pass, seconds of it in synchronisation)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Fitted seconds of a pass."""
+
+    compute: Straight
+    within: Straight
+    """Synchronisation on one node, by replicas beyond two."""
+    across: Straight
+    overlap: float
+
+    def pass_s(self, nodes: int, replicas: int, local: float) -> float:
+        return _joined(self.compute.at(local), self.sync_s(nodes, replicas), self.overlap)
+
+    def sync_s(self, nodes: int, replicas: int) -> float:
+        if replicas == 1:
+            return 0.0
+        return (self.across if nodes > 1 else self.within).at(max(0, replicas - 2))
+
+    @classmethod
+    def fit(cls, seen: Seen, fixed: bool = False) -> Curve:
+        """The curve nearest to the measurements; `fixed`: of a job with a fixed batch. O(measurements)."""
+        seen = _with_sync(seen)
+        locals_ = [key[2] for key in seen]
+        computes = [step_s - sync_s for step_s, sync_s in seen.values()]
+        if len(set(locals_)) > 1:
+            compute = Straight.through(locals_, computes)
+        else:  # half of it grows with the batch, or all where the batch is what more replicas share: hopeful about both
+            mean = sum(computes) / len(computes)
+            base = 0.0 if fixed else mean / 2
+            compute = Straight(base, (mean - base) / max(TINY, locals_[0]))
+        best: tuple[float, Curve] | None = None
+        for overlap in OVERLAPS:
+            curve = cls._with(seen, compute, overlap)
+            error = sum(log(curve.pass_s(n, r, b) / step_s) ** 2 for (n, r, b), (step_s, _) in seen.items())
+            error += 1e-5 * (overlap - 1.0) ** 2
+            if best is None or error < best[0]:
+                best = (error, curve)
+        assert best is not None
+        return best[1]
+
+    @classmethod
+    def _with(cls, seen: Seen, compute: Straight, overlap: float) -> Curve:
+        points: dict[bool, tuple[list[float], list[float]]] = {False: ([], []), True: ([], [])}
+        for (nodes, replicas, _), (step_s, sync_s) in seen.items():
+            if replicas > 1:
+                xs, ys = points[nodes > 1]
+                xs.append(max(0, replicas - 2))
+                ys.append(max(0.0, step_s**overlap - (step_s - sync_s) ** overlap) ** (1.0 / overlap))
+        within, across = (Straight.through(*points[far]) if points[far][0] else None for far in (False, True))
+        within = within or Straight(0.0, 0.0)
+        return cls(compute, within, across or Straight(FURTHER * within.base, FURTHER * within.slope), overlap)
+
+
+def _joined(compute_s: float, sync_s: float, overlap: float) -> float:
+    if sync_s <= 0.0:
+        return compute_s
+    return float((compute_s**overlap + sync_s**overlap) ** (1.0 / overlap))
+
+
+def _with_sync(seen: Seen) -> Seen:
+    """Where synchronisation was not reported it is what does not shrink with the batch of one replica."""
+    if all(sync_s >= 0.0 for _, sync_s in seen.values()):
+        return seen
+    alone = [(key[2], step_s) for key, (step_s, _) in seen.items() if key[1] == 1]
+    locals_, steps = [key[2] for key in seen], [step_s for step_s, _ in seen.values()]
+    if alone:
+        each = sum(step_s / local for local, step_s in alone) / len(alone)
+    elif len(set(locals_)) > 1:
+        each = Straight.through(locals_, steps).slope
+    else:
+        each = steps[0] / locals_[0]
+    return {
+        key: (step_s, 0.0 if key[1] == 1 else min(max(0.0, step_s - each * key[2]), 0.99 * step_s))
+        for key, (step_s, _) in seen.items()
+    }
+
+
+@dataclass(slots=True)
+class SpeedModel:
+    """What is known of one job's speed."""
+
+    batches: Batches = Batches()
+    noise: tuple[float, float] = (0.0, 0.0)
+    seen: dict[tuple[int, int, float], tuple[float, float]] = field(default_factory=dict)
+    most_tried: int = 0
+    """Most replicas measured so far."""
+    _curve: Curve | None = None
+    _choices: dict[tuple[int, int], tuple[float, float, int]] = field(default_factory=dict)
+
+    def copy(self) -> SpeedModel:
+        """One that learns on its own."""
+        return replace(self, seen=dict(self.seen), _choices=dict(self._choices))
+
+    def note(self, report: Report) -> None:
+        """Learn from one measurement. O(1); the curve is fitted when next asked for."""
+        key = (report.nodes, report.replicas, report.local)
+        old = self.seen.pop(key, None)
+        if old is None or old != (report.step_s, report.sync_s):
+            step_s, sync_s = report.step_s, report.sync_s
+            if old is not None:
+                step_s = FRESH * step_s + (1.0 - FRESH) * old[0]
+                sync_s = FRESH * sync_s + (1.0 - FRESH) * old[1] if min(sync_s, old[1]) >= 0.0 else sync_s
+            self.seen[key] = (step_s, sync_s)
+            self._curve = None
+            if len(self.seen) > KEPT:
+                del self.seen[next(iter(self.seen))]
+        else:
+            self.seen[key] = old
+        if report.noise != self.noise or report.batches != self.batches or self._curve is None:
+            self._choices.clear()
+        self.noise, self.batches = report.noise, report.batches
+        self.most_tried = max(self.most_tried, report.replicas)
+
+    def rate(self, nodes: int, replicas: int) -> float:
+        """Units of progress a second at the best batch; 0 where no batch is possible."""
+        return self.choose(nodes, replicas)[0]
+
+    def speedup(self, nodes: int, replicas: int) -> float:
+        """Times the rate of one replica; the number of replicas while nothing was measured."""
+        if not self.seen:
+            return float(replicas)
+        alone = self.rate(1, 1)
+        return self.rate(nodes, replicas) / alone if alone > 0.0 else float(replicas)
+
+    def choose(self, nodes: int, replicas: int) -> tuple[float, float, int]:
+        """(rate, batch of one replica and pass, extra passes) at the batch that gives the most. O(batches tried)."""
+        found = self._choices.get((nodes, replicas))
+        if found is None:
+            if self._curve is None:
+                self._curve = Curve.fit(self.seen, self.batches.initial == self.batches.largest)
+            found = self._choices[nodes, replicas] = self._best(self._curve, nodes, replicas)
+        return found
+
+    def _best(self, curve: Curve, nodes: int, replicas: int) -> tuple[float, float, int]:
+        b = self.batches
+        least = max(b.initial, b.local_least * replicas)
+        best = (0.0, 0.0, 0)
+        if least > b.largest:
+            return best
+        ratio = (b.largest / least) ** (1.0 / (BATCHES_TRIED - 1))
+        batch, together_s = least, curve.sync_s(nodes, replicas)
+        for _ in range(BATCHES_TRIED if ratio > 1.0 + TINY else 1):
+            local, extra = b.split(batch, replicas)
+            batch *= ratio
+            if not b.local_least <= local <= b.local_most:
+                continue
+            compute_s = curve.compute.at(local)
+            step_s = _joined(compute_s, together_s, curve.overlap) + extra * compute_s
+            rate = self.gain(local * replicas * (extra + 1)) / max(TINY, step_s)
+            if rate > best[0]:
+                best = (rate, local, extra)
+        return best
+
+    def gain(self, batch: float) -> float:
+        """Progress of one step at this batch, in steps at the initial one: at most `batch / initial`, less the less
+        noise there is."""
+        square, variance = self.noise
+        scale = batch / self.batches.initial
+        rest = variance / scale + square
+        return (variance + square) / rest if rest > 0.0 else scale

@@ -1,0 +1,208 @@
+"""Sizes of elastic jobs: the division of GPUs against brute force, and whole changes of size through real events."""
+
+from __future__ import annotations
+
+from itertools import product
+from math import log
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobsched.core import events as ev
+from jobsched.core.job import Phase, Reason
+from jobsched.core.observation import Progress
+from jobsched.core.policies.elasticity import Elasticity, Option, share, surplus
+from jobsched.core.resources import JobId
+from jobsched.core.schedule import Policy
+from jobsched.spec.job import JobSpec
+from tests.world import World, a_spec
+
+HOW = Elasticity(every_ms=1_000, restart_ms=1_000)
+
+
+# ---- dividing GPUs ----
+
+sizes = st.lists(st.integers(1, 6), min_size=1, max_size=4, unique=True).map(lambda s: [0, *sorted(s)])
+options = st.builds(
+    lambda counts, weight, power: tuple((n, weight * n**power) for n in counts),
+    sizes, st.floats(0.1, 5.0), st.floats(0.2, 1.0),
+)  # fmt: skip
+
+
+@given(st.lists(st.tuples(st.sampled_from([1, 2]), options), min_size=1, max_size=4), st.integers(0, 16))
+def test_share_never_exceeds_and_comes_near_the_optimum(bidders: list[tuple[int, list[Option]]], gpus: int) -> None:
+    chosen = share(bidders, gpus)
+    assert sum(n * each for n, (each, _) in zip(chosen, bidders, strict=True)) <= gpus
+    ours = sum(dict(opts)[n] for n, (_, opts) in zip(chosen, bidders, strict=True))
+    best = max(
+        sum(value for _, value in combination)
+        for combination in product(*(opts for _, opts in bidders))
+        if sum(n * each for (n, _), (each, _) in zip(combination, bidders, strict=True)) <= gpus
+    )
+    largest = max(value for _, opts in bidders for _, value in opts)
+    assert ours >= best - largest  # a price leaves at most one choice open
+    assert ours >= 0.5 * best - 1e-9
+
+
+def test_share_prefers_the_second_gpu_of_one_to_the_tenth_of_another() -> None:
+    values = tuple((n, log(1.0 + n)) for n in range(1, 11))
+    assert share([(1, values), (1, values)], 11) in ([5, 6], [6, 5])
+
+
+# ---- whole changes of size ----
+
+
+def elastic(scope: str, low: int = 1, high: int = 16, prefer: int = 1, **fields: object) -> JobSpec:
+    replicas = {"min": low, "max": high, "prefer": prefer}
+    worker = {"command": "x", "gpu": "any:1", "cpu": "100m", "replicas": replicas, "restart": {"scope": scope}}
+    return a_spec(roles={"worker": worker}, heartbeat_timeout=0, **fields)
+
+
+def a_world(nodes: int = 2, gpus: int = 4, how: Elasticity = HOW) -> World:
+    world = World(nodes=nodes, gpus=gpus)
+    world.boot(Policy(elastic=how))
+    return world
+
+
+def replicas(world: World, job_id: JobId) -> int:
+    job = world.job(job_id)
+    return sum(r.binding is not None for r in job.replicas.values())
+
+
+class Training:
+    """A job that reports what `seconds(replicas)` says a step of 48 samples takes."""
+
+    def __init__(self, world: World, job_id: JobId, serial_s: float = 0.0) -> None:
+        self.world, self.job_id, self.serial_s, self.step = world, job_id, serial_s, 0
+
+    def report(self) -> None:
+        job, count = self.world.job(self.job_id), replicas(self.world, self.job_id)
+        if job.phase is Phase.RUNNING and count:
+            self.step += 1
+            per_s = 48 / (self.serial_s * (count > 1) + 1.0 / count)
+            progress = Progress(self.step, world_size=count, metrics=(("samples_per_s", per_s),))
+            self.world.engine.tell(self.world.key(self.job_id, "worker", 0), progress)
+
+
+def run(world: World, *trainings: Training, seconds: int = 30) -> None:
+    for _ in range(seconds):
+        for training in trainings:
+            training.report()
+        world.tick(4, step_ms=250)
+
+
+@pytest.mark.parametrize("scope", ["replica", "job"])
+def test_a_job_that_scales_grows_into_what_is_free(scope: str) -> None:
+    world = a_world()
+    job_id = world.submit(elastic(scope))
+    run(world, Training(world, job_id))
+    job = world.job(job_id)
+    assert job.phase is Phase.RUNNING
+    assert replicas(world, job_id) == 8
+    assert (job.attempt == 1) is (scope == "replica")
+    bound = {r.binding.node for r in job.replicas.values() if r.binding is not None}
+    assert len(bound) == 2
+
+
+@pytest.mark.parametrize("scope", ["replica", "job"])
+def test_a_job_that_does_not_scale_stays_small_and_does_not_thrash(scope: str) -> None:
+    world = a_world()
+    job_id = world.submit(elastic(scope))
+    training = Training(world, job_id, serial_s=0.8)
+    run(world, training)
+    assert replicas(world, job_id) <= 4
+    before = world.store.last_seq()
+    run(world, training)
+    changes = [s.event for s in world.store.read(before) if not isinstance(s.event, ev.CheckpointSaved)]
+    assert not changes
+
+
+@pytest.mark.parametrize("scope", ["replica", "job"])
+def test_room_is_made_for_a_second_elastic_job_and_taken_back(scope: str) -> None:
+    world = a_world()
+    first = world.submit(elastic(scope))
+    training = Training(world, first)
+    run(world, training)
+    assert replicas(world, first) == 8
+    second = world.submit(elastic(scope))
+    other = Training(world, second)
+    run(world, training, other)
+    assert {world.job(j).phase for j in (first, second)} == {Phase.RUNNING}
+    assert replicas(world, first) + replicas(world, second) == 8
+    assert replicas(world, first) >= 3
+    assert replicas(world, second) >= 3
+    world.wish(ev.JobCancelRequested(world.clock.now_ms(), second, "me"))
+    run(world, training)
+    assert replicas(world, first) == 8
+
+
+def test_a_pinned_job_and_a_silent_job_are_left_alone() -> None:
+    world = a_world()
+    pinned, silent = world.submit(elastic("replica")), world.submit(elastic("replica", prefer=2))
+    world.tick(3)
+    world.wish(ev.JobScaled(world.clock.now_ms(), pinned, "me", {"worker": 3}))
+    run(world, Training(world, pinned))
+    assert replicas(world, pinned) == 3
+    assert replicas(world, silent) == 2
+
+
+def test_higher_priority_chooses_first_and_minima_stay() -> None:
+    world = a_world()
+    low = world.submit(elastic("replica", low=1, prefer=2))
+    high = world.submit(elastic("replica", high=7, priority=5))
+    run(world, Training(world, low), Training(world, high), seconds=60)
+    assert replicas(world, low) == 1
+    assert replicas(world, high) == 7
+
+
+@pytest.mark.parametrize("scope", ["replica", "job"])
+def test_room_is_made_for_a_gang_of_fixed_size(scope: str) -> None:
+    world = a_world()
+    job_id = world.submit(elastic(scope))
+    training = Training(world, job_id)
+    run(world, training)
+    assert replicas(world, job_id) == 8
+    gang = world.submit(a_spec(roles={"worker": {"command": "x", "gpu": "any:4", "cpu": 1}}))
+    run(world, training)
+    assert world.job(gang).phase is Phase.RUNNING
+    assert replicas(world, job_id) == 4
+
+
+def test_what_was_learned_survives_a_new_server() -> None:
+    world = a_world()
+    job_id = world.submit(elastic("replica"))
+    training = Training(world, job_id, serial_s=0.02)
+    run(world, training)
+    known = world.cluster.speeds[job_id]
+    world.boot(Policy(elastic=HOW))
+    world.tick(2)
+    again = world.cluster.speeds[job_id]
+    assert again.seen.keys() == known.seen.keys()
+    assert again.most_tried == known.most_tried
+    before = replicas(world, job_id)
+    run(world, training)
+    assert replicas(world, job_id) == before
+
+
+def test_a_rescale_by_restart_says_what_it_is() -> None:
+    world = a_world()
+    job_id = world.submit(elastic("job"))
+    run(world, Training(world, job_id))
+    stops = [e for e in world.events(job_id, ev.AttemptStopping) if isinstance(e, ev.AttemptStopping)]
+    assert stops
+    assert all(e.outcome.reason is Reason.RESCALED for e in stops)
+    assert world.job(job_id).failures == 0
+    assert stops[0].outcome.cause is not None
+    assert stops[0].outcome.cause.message == "1 to 4 replicas"
+
+
+def test_the_first_replica_leaves_last_and_scattered_ones_first() -> None:
+    world = a_world()
+    job_id = world.submit(elastic("replica", low=1, high=5, prefer=5))
+    world.tick(3)
+    job = world.job(job_id)
+    alone = [r.index for r in job.replicas.values() if r.binding is not None and str(r.binding.node) == "n2"]
+    leaving = surplus(job, "worker", 4)
+    assert leaving[0].index in (alone if 0 not in alone else range(1, 5))
+    assert 0 not in {r.index for r in leaving}

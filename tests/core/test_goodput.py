@@ -1,0 +1,92 @@
+"""Speed models: what is believed of sizes never tried, and how near fits come to the truth."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+
+from jobsched.core.policies.goodput import KEPT, Batches, Curve, Report, SpeedModel, Straight
+
+
+def truth(nodes: int, replicas: int, local: float) -> tuple[float, float]:
+    """(seconds of a pass, of it in synchronisation) of a job with half-hidden synchronisation."""
+    compute_s = 0.02 + 0.001 * local
+    sync_s = 0.0 if replicas == 1 else (0.1 if nodes > 1 else 0.01) + (0.002 if nodes > 1 else 0.001) * (replicas - 2)
+    step_s = (compute_s**2 + sync_s**2) ** 0.5
+    return step_s, step_s - compute_s
+
+
+def learned(sizes: list[tuple[int, int]], locals_: list[float], **fields: object) -> SpeedModel:
+    model = SpeedModel()
+    for (nodes, replicas), local in product(sizes, locals_):
+        step_s, sync_s = truth(nodes, replicas, local)
+        model.note(Report(nodes, replicas, local, step_s, sync_s, **fields))  # type: ignore[arg-type]
+    return model
+
+
+def test_without_a_measurement_a_job_is_believed_to_scale_perfectly() -> None:
+    assert SpeedModel().speedup(3, 12) == 12
+
+
+def test_one_measurement_alone_says_nothing_against_more_replicas() -> None:
+    model = learned([(1, 1)], [64.0], batches=Batches(64.0, 64.0))
+    assert model.speedup(1, 4) > 2.5
+    assert model.most_tried == 1
+
+
+def test_a_fit_predicts_sizes_in_between() -> None:
+    model = learned([(1, 1), (1, 2), (1, 4), (2, 8), (4, 16)], [32.0, 64.0])
+    curve = Curve.fit(model.seen)
+    for nodes, replicas, local in ((1, 3, 48.0), (3, 12, 40.0), (8, 32, 64.0)):
+        assert curve.pass_s(nodes, replicas, local) == pytest.approx(truth(nodes, replicas, local)[0], rel=0.1)
+
+
+def test_noise_decides_how_much_a_larger_batch_is_worth() -> None:
+    batches = Batches(64.0, 1024.0, 16.0, 256.0)
+    noisy = learned([(1, 1), (1, 4)], [64.0], noise=(1.0, 50.0), batches=batches)
+    clean = learned([(1, 1), (1, 4)], [64.0], noise=(1.0, 0.01), batches=batches)
+    assert noisy.gain(1024.0) > 8.0
+    assert clean.gain(1024.0) < 1.1
+    assert noisy.choose(1, 4)[1] > clean.choose(1, 4)[1]
+    assert clean.speedup(1, 4) < noisy.speedup(1, 4)
+
+
+def test_a_lone_replica_needs_two_passes_for_more_than_the_initial_batch() -> None:
+    batches = Batches(64.0, 1024.0, 16.0, 256.0)
+    assert batches.split(64.0, 1) == (64.0, 0)
+    assert batches.split(128.0, 1) == (64.0, 1)
+    assert batches.split(1024.0, 2) == (256.0, 1)
+
+
+def test_samples_per_second_alone_give_amdahl() -> None:
+    """Strong scaling of a fixed batch: 10 ms that do not shrink, 90 ms that do."""
+    model = SpeedModel()
+    for replicas in (1, 2, 4):
+        report = Report.of({"samples_per_s": 48 / (0.01 * (replicas > 1) + 0.09 / replicas)}, 1, replicas)
+        assert report is not None
+        model.note(report)
+    assert model.speedup(1, 4) == pytest.approx(0.09 / (0.01 + 0.09 / 4), rel=0.05)
+    assert 4.0 < model.speedup(1, 8) < 5.0
+    assert Report.of({"loss": 1.0}, 1, 2) is None
+
+
+def test_reports_travel_as_metrics() -> None:
+    for batches, noise in ((Batches(64.0, 1024.0, 16.0, 256.0), (2.0, 3.0)), (Batches(48.0, 48.0), (0.0, 0.0))):
+        report = Report(2, 8, 6.0, 0.5, 0.1, noise, batches)
+        assert Report.of(dict(report.metrics()), 2, 8) == report
+
+
+def test_a_straight_line_is_never_below_zero() -> None:
+    assert Straight.through([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]).slope == 0.0
+    assert Straight.through([1.0, 2.0], [1.0, 3.0]) == Straight(0.0, 15 / 13)
+
+
+def test_memory_is_bounded_and_new_measurements_count() -> None:
+    model = learned([(1, 1)], [float(n) for n in range(1, 2 * KEPT)])
+    assert len(model.seen) == KEPT
+    before = model.rate(1, 1)
+    for _ in range(20):
+        model.note(Report(1, 1, 2.0 * KEPT - 1, 10.0, 0.0))
+    assert model.seen[1, 1, 2.0 * KEPT - 1][0] == pytest.approx(10.0, rel=0.01)
+    assert model.rate(1, 1) != before
