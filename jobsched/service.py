@@ -46,12 +46,13 @@ from jobsched.core.node import Cordon
 from jobsched.core.observation import Sight
 from jobsched.core.policies.quota import HOUR_MS
 from jobsched.core.resources import JobId, NodeName, Resources
+from jobsched.core.shares import queue_answers
 from jobsched.core.suspicion import BY
 from jobsched.errors import Conflict, JobschedError, NotFound, Problem, SpecError, Unplaceable, Unreachable, UsageError
 from jobsched.logs import Listener, LogReader, Selection
 from jobsched.ports import Backend, Clock, JobQuery, Sample, Store
 from jobsched.spec.job import ArraySpec, JobSpec, training_roles
-from jobsched.spec.queue import GPUS, QueueSpec, distinct_queues
+from jobsched.spec.queue import QueueSpec, distinct_queues
 
 LIVE = tuple(p for p in Phase if not p.terminal)
 MAX_ARRAY = 10_000
@@ -134,10 +135,13 @@ class Service:
         _refuse_incomplete(spec)
         with self.live.view() as (cluster, _):
             queues = tuple(cluster.queues)
+            closed = _closed(cluster, spec.queue)
             never = explain.could_ever_fit(cluster, spec) if cluster.nodes and not hold else ""
         _refuse_early(queues)
         if spec.queue not in queues:
             raise NotFound(f"there is no queue {spec.queue!r}", hint=_suggest(spec.queue, queues, "queues"))
+        if closed:
+            raise closed
         if never:
             raise Unplaceable(never, hint="change the request, or submit it with --hold until such nodes exist")
         waiting_for = self._dependencies(spec, owner)
@@ -526,16 +530,7 @@ class Service:
 
     def queues(self) -> tuple[QueueAnswer, ...]:
         with self.live.view() as (cluster, _):
-            jobs, queues = tuple(cluster.jobs.values()), tuple(cluster.queues.values())
-            gpu_milli = {name: a.held.get(GPUS, 0) for name, a in cluster.quotas.accounts.items()}
-        waiting, active = dict.fromkeys((q.name for q in queues), 0), dict.fromkeys((q.name for q in queues), 0)
-        for job in jobs:
-            counted = active if job.phase.active else waiting
-            counted[job.spec.queue] = counted.get(job.spec.queue, 0) + 1
-        return tuple(
-            QueueAnswer(q, waiting[q.name], active[q.name], gpu_milli.get(q.name, 0) / 1_000)
-            for q in sorted(queues, key=lambda q: q.name)
-        )
+            return queue_answers(cluster, self._clock.now_ms())
 
     def usage(self, since_ms: int = 0) -> tuple[UsageAnswer, ...]:
         """GPU time and waits by queue and user, of the jobs that live or ended at `since_ms` or later."""
@@ -696,6 +691,16 @@ def _node_state(cluster: Cluster, name: NodeName) -> NodeState:
 
 def _cordoned(cordon: Cordon) -> NodeState:
     return "probation" if cordon.by == BY else "draining" if cordon.drain else "cordoned"
+
+
+def _closed(cluster: Cluster, queue: str) -> Conflict | None:
+    """Why a queue takes no jobs, if so."""
+    members = [name for name, spec in cluster.queues.items() if spec.cohort == queue]
+    if members:
+        return Conflict(f"{queue} is a cohort, jobs wait in its queues", hint=f"one of {', '.join(members[:5])}")
+    if queue in cluster.queues and cluster.queues[queue].draining:
+        return Conflict(f"queue {queue} is being drained and takes no more jobs", hint="'jobsched queues' shows others")
+    return None
 
 
 def _refuse_early(queues: Collection[str]) -> None:

@@ -28,9 +28,11 @@ from jobsched import __version__
 from jobsched.controller.loop import Controller
 from jobsched.core.answers import Check
 from jobsched.core.policies.elasticity import Elasticity
+from jobsched.core.policies.fairness import FairShare
 from jobsched.core.policies.health import Health
 from jobsched.core.policies.ordering import priority
 from jobsched.core.policies.placement import Score
+from jobsched.core.policies.victims import Preemption, Scope
 from jobsched.core.schedule import Policy
 from jobsched.errors import ConfigError, Conflict, MissingExtra
 from jobsched.ports import Backend, Store, Wake
@@ -193,6 +195,10 @@ def _policy(config: PolicyConfig) -> Policy:
     health = config.health
     return Policy(
         ordering=POLICIES[config.ordering],
+        fair=FairShare() if config.fair else None,
+        preemption=None if (how := config.preemption) is None else Preemption(
+            how.reclaim, Scope(how.priority), how.min_runtime, how.lost_percent
+        ),
         score=Score(config.score),
         elastic=Elasticity() if config.elastic else None,
         health=None if health is None else Health(

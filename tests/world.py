@@ -68,12 +68,14 @@ class World:
         self.backend: Backend = wrap(self.engine) if wrap else self.engine
         self.queues = queues
         self.serial = 0
+        self.policy = Policy()
         self.controller = self.boot()
 
     def boot(self, policy: Policy | None = None) -> Controller:
-        """A new server process: nothing survives but store and engine."""
+        """A new server process: nothing survives but store and engine, and its policy unless another is given."""
         self.engine.close()
-        self.controller = Controller(self.store, self.backend, self.clock, policy, queues=self.queues)
+        self.policy = policy or self.policy
+        self.controller = Controller(self.store, self.backend, self.clock, self.policy, queues=self.queues)
         return self.controller
 
     def submit(self, spec: JobSpec | None = None, **fields: object) -> JobId:

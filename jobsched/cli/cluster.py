@@ -125,21 +125,43 @@ _node_wish("uncordon", "uncordon", {}, "Use a node again.")
 _node_wish("drain", "cordon", {"drain": True}, "Start nothing new on a node, and have its jobs save and move away.")
 
 QUEUE_COLUMNS = (
-    Column("QUEUE", lambda a: a["queue"]["name"]),
+    Column("QUEUE", lambda a: "  " * a["depth"] + a["queue"]["name"]),
     Column("WEIGHT", lambda a: a["queue"]["weight"]),
-    Column("STATE", lambda a: "paused" if a["queue"]["paused"] else "open"),
+    Column("STATE", lambda a: _queue_state(a)),
     Column("WAITING", lambda a: a["waiting"]),
     Column("ACTIVE", lambda a: a["active"]),
     Column("GPUS", lambda a: f"{a['gpus_in_use']:g}"),
     Column("MAX-GPUS", lambda a: a["queue"].get("max_gpus")),
+    Column("SHARE", lambda a: f"{100 * a['share']:.0f}%"),
+    Column("QUOTA", lambda a: _per_resource(a, "quota")),
+    Column("BORROWED", lambda a: _per_resource(a, "borrowed")),
+    Column("LENT", lambda a: _per_resource(a, "lent")),
+    Column("LEFT", lambda a: _per_resource(a, "left"), wide=True),
+    Column("BUDGET-LEFT", lambda a: None if (left := a["budget_left_gpu_h"]) is None else f"{left:.1f}h", wide=True),
 )
+
+
+def _queue_state(answer: Document) -> str:
+    queue = answer["queue"]
+    return "cohort" if answer["is_cohort"] else "paused" if queue["paused"] else (
+        "draining" if queue["draining"] else "open"
+    )  # fmt: skip
+
+
+def _per_resource(answer: Document, what: str) -> str | None:
+    """`8` where only GPUs of any kind have a quota, else `gpus:8 cpu:64`; nothing for nothing."""
+    found = [h for h in answer["holdings"] if what in ("quota", "left") or h[what]]
+    shown = {h["resource"]: _gib(h[what]) if h["resource"] == "memory" else f"{h[what]:g}" for h in found}
+    if list(shown) == ["gpus"]:
+        return shown["gpus"]
+    return " ".join(f"{name}:{text}" for name, text in shown.items()) or None
 
 
 @click.command()
 @output_options
 @click.pass_context
 def queues(ctx: click.Context, view: View) -> None:
-    """List queues: jobs waiting and active, GPUs in use.
+    """List queues and cohorts: jobs waiting and active, what they hold, borrow and lend.
 
     \b
     Example:

@@ -123,11 +123,34 @@ class NodeAnswer:
 
 
 @dataclass(frozen=True, slots=True)
+class Holding:
+    """What a queue or cohort holds of one resource that has a quota. GPUs and CPUs in units, memory in bytes."""
+
+    resource: str
+    quota: float
+    used: float
+    borrowed: float = 0.0
+    lent: float = 0.0
+    left: float = 0.0
+    """What it may still take, borrowing included."""
+
+
+@dataclass(frozen=True, slots=True)
 class QueueAnswer:
+    """A queue or cohort; cohorts come before their members. Counts and sums of a cohort include its members'."""
+
     queue: QueueSpec
     waiting: int = 0
     active: int = 0
     gpus_in_use: float = 0.0
+    depth: int = 0
+    """How many cohorts it is in."""
+    is_cohort: bool = False
+    share: float = 0.0
+    """Its dominant share: the largest part that it holds of any of the cluster's resources, 0 to 1."""
+    holdings: tuple[Holding, ...] = ()
+    budget_left_gpu_h: float | None = None
+    """GPU-hours left in this window of its budget; None: it has none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from jobsched.core.cluster import Cluster, missing_replicas
 from jobsched.core.job import Cause, Job, Phase, Reason, ReplicaState, RoleShape, Shape, replica_id
 from jobsched.core.ledger import Ledger, Short
 from jobsched.core.node import kind_matches
-from jobsched.core.policies.admission import admit
+from jobsched.core.policies.admission import admit, most_ever
 from jobsched.core.policies.placement import Gang, place_gang
 from jobsched.core.policies.quota import HOUR_MS, Refused
 from jobsched.core.resources import WHOLE_GPU, JobId
@@ -158,6 +158,12 @@ def _each(role: RoleShape) -> str:
     return "(" + ", ".join(parts) + ")"
 
 
+def _amount(resource: str, amount: int) -> str:
+    if resource == MEMORY:
+        return f"{format_bytes(amount)} of memory"
+    return _many(amount / WHOLE_GPU, {GPUS: "GPU", CPU: "CPU"}.get(resource, resource))
+
+
 def _gpus(milli: int) -> str:
     return _many(milli / WHOLE_GPU, "GPU")
 
@@ -172,10 +178,11 @@ def could_ever_fit(cluster: Cluster, spec: JobSpec) -> str:
     if not cluster.nodes:
         return ""
     shape = shape_of(spec)
-    queue = cluster.queues.get(spec.queue)
-    needs = sum(r.min * r.gpu_milli for r in shape.roles)
-    if queue is not None and queue.max_gpus is not None and needs > queue.max_gpus * WHOLE_GPU:
-        return f"the job needs {_gpus(needs)}, queue {queue.name} may hold {queue.max_gpus}"
+    beyond = most_ever(cluster, spec.queue, shape)
+    if beyond is not None:
+        needs, most = (_amount(beyond.resource, n) for n in (beyond.needs, beyond.limit))
+        whose = "one user's jobs may hold" if beyond.reason is Reason.QUOTA_USER else f"queue {beyond.queue} may hold"
+        return f"the job needs {needs}, {whose} {most}"
     empty = cluster.emptied()
     if shape not in empty.ever_fits:
         empty.ever_fits[shape] = _misfit(empty, shape)

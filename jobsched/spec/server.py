@@ -487,6 +487,20 @@ class HealthConfig(SpecModel):
     """Longest time that a check may take."""
 
 
+class PreemptionConfig(SpecModel):
+    """How far room is made for waiting jobs: elastic jobs shrink, then others stop, the cheapest first, after they
+    saved."""
+
+    reclaim: Annotated[bool, Field(strict=True)] = True
+    """Whether a queue gets back what it lent."""
+    priority: Literal["off", "queue", "cohort"] = "cohort"
+    """From whom a higher priority may take: nobody, its own queue, or also what queues of its cohort borrow."""
+    min_runtime: DurationMs = 60_000
+    """No job is stopped for another sooner after its start."""
+    lost_percent: Annotated[int, Field(strict=True, ge=0, le=100)] = 25
+    """Most of a job's run time that higher priorities may make it lose, counted from its last checkpoint."""
+
+
 class PolicyConfig(SpecModel):
     """Scheduling policies by name."""
 
@@ -495,6 +509,10 @@ class PolicyConfig(SpecModel):
 
     ordering: Literal["priority"] = "priority"
     """Who goes first within a queue: higher priority, then earlier submission."""
+    fair: Annotated[bool, Field(strict=True)] = True
+    """Whether queues take turns by fair share (dominant resource by weight); else `ordering` holds over all queues."""
+    preemption: PreemptionConfig | None = PreemptionConfig()
+    """Reclaim and priority; `null`: nobody is stopped for another."""
     score: Literal["auto", "pack", "spread", "fragmentation"] = "auto"
     """Which of several nodes is taken. pack: the one left fullest. spread: the emptiest. fragmentation: where the free
     GPUs stay most useful to what is usually submitted. auto: fragmentation once a job asks for part of a GPU, else

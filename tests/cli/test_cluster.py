@@ -38,7 +38,9 @@ def test_node_wishes(verb: str, route: str, body: object, cli: Cli, server: Fake
 
 
 def test_queues(cli: Cli) -> None:
-    assert cli("queues", "--no-headers").out.split() == ["default", "1", "open", "3", "1", "2.5", "-"]
+    assert cli("queues", "--no-headers").out.split() == [
+        "default", "1", "open", "3", "1", "2.5", "-", "0%", "-", "-", "-"
+    ]  # fmt: skip
 
 
 def test_usage(cli: Cli, server: FakeServer) -> None:

@@ -13,6 +13,8 @@ from jobsched.core import explain, invariants
 from jobsched.core.cluster import Cluster
 from jobsched.core.job import Job, Phase
 from jobsched.core.lifecycle import LEGAL, Illegal, evolve_job
+from jobsched.core.policies.fairness import FairShare
+from jobsched.core.policies.victims import Preemption
 from jobsched.core.resources import JobId
 from jobsched.core.schedule import Policy, schedule
 from jobsched.sim.backend import Script
@@ -21,6 +23,12 @@ from jobsched.spec.queue import GPUS, QueueSpec
 from tests.world import World, a_gpu_node, a_spec
 
 EXAMPLES = int(os.environ.get("EXAMPLES", 10_000 if os.environ.get("BENCH") == "full" else 20))
+POLICY = Policy(fair=FairShare(), preemption=Preemption(min_runtime_ms=500))
+QUEUES = (
+    QueueSpec.model_validate({"name": "default", "cohort": "lab", "quota": {"gpus": 8}}),
+    QueueSpec.model_validate({"name": "small", "cohort": "lab", "quota": {"gpus": 2}, "max_gpus": 3}),
+    QueueSpec.model_validate({"name": "spare", "cohort": "lab", "quota": {"gpus": 6}}),
+)
 QUIET = settings(
     max_examples=EXAMPLES, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
@@ -59,8 +67,8 @@ class Life(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         self.serial = 0
-        queues = (QueueSpec(), QueueSpec(name="small", max_gpus=3))
-        self.world = World(nodes=0, queues=queues, scripts=self.script)
+        self.world = World(nodes=0, queues=QUEUES, scripts=self.script)
+        self.world.boot(POLICY)
         for index in range(3):
             kind = "h100-80gb" if index == 2 else "sim-gpu"
             node = a_gpu_node(f"n{index}", 4, kind, cpus=6, labels=(("rack", f"r{index % 2}"),))
@@ -140,12 +148,16 @@ class Life(RuleBasedStateMachine):
         if not hasattr(self, "world"):
             return
         cluster, now = self.world.cluster, self.world.clock.now_ms()
-        first = schedule(cluster, now, Policy())
-        for line in cluster.lines.values():
-            line.blocked_at = -1
-        for job_id in cluster.growing:
-            cluster.growing[job_id] = -1
-        assert schedule(cluster, now, Policy()).decisions == first.decisions
+        nominated = {job_id: dict(victims) for job_id, victims in cluster.nominated.items()}
+        plans = []
+        for _ in range(2):
+            for line in cluster.lines.values():
+                line.blocked_at = line.refused_at = -1
+            for job_id in cluster.growing:
+                cluster.growing[job_id] = -1
+            cluster.nominated = {job_id: dict(victims) for job_id, victims in nominated.items()}
+            plans.append(schedule(cluster, now, POLICY).decisions)
+        assert plans[0] == plans[1]
         assert not invariants.check(cluster)
 
     @invariant()

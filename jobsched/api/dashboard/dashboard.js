@@ -299,9 +299,12 @@ async function queues(signal) {
   const all = await get("queues", signal);
   return [
     h("h1", {}, "Queues"),
-    table(["Queue", "State", "Waiting", "Active", "GPUs in use", "Limit", "Weight"], all.map((q) => [
-      q.queue.name, q.queue.paused ? "paused" : "open", String(q.waiting), String(q.active), String(q.gpus_in_use),
+    table(["Queue", "State", "Waiting", "Active", "GPUs in use", "Limit", "Weight", "Quota", "Borrowed", "Lent"], all.map((q) => [
+      "\u2003".repeat(q.depth) + q.queue.name,
+      q.is_cohort ? "cohort" : q.queue.paused ? "paused" : q.queue.draining ? "draining" : "open",
+      String(q.waiting), String(q.active), String(q.gpus_in_use),
       q.queue.max_gpus === null ? "none" : String(q.queue.max_gpus), String(q.queue.weight),
+      ...["quota", "borrowed", "lent"].map((what) => q.holdings.map((x) => `${x.resource} ${x[what]}`).join(", ") || "none"),
     ]), "No queues."),
     h("div", { class: "row" }, command("jobsched queues")),
   ];

@@ -11,6 +11,7 @@ from dataclasses import replace
 from jobsched.core.cluster import Cluster
 from jobsched.core.job import Binding, Job, Reason, RoleShape, Shape
 from jobsched.core.policies.quota import Account, Refused, amounts_of
+from jobsched.core.resources import WHOLE_GPU
 from jobsched.spec.queue import CPU, GPUS, MEMORY
 
 
@@ -80,6 +81,22 @@ def least_needs(cluster: Cluster, account: Account, shape: Shape) -> dict[str, i
         for key in quotas.limits(account.root, resource) if amount else ():
             found[key] = found.get(key, 0) + amount
     return found
+
+
+def most_ever(cluster: Cluster, queue: str, shape: Shape) -> Refused | None:
+    """The limit that keeps such a job from ever starting in a queue, even if nothing else ran; None: none does."""
+    account, needs = cluster.quotas.account(queue), needs_of(at_least(shape))
+    gpus = needs[GPUS]
+    for each in account.path:
+        if each.spec is not None and each.spec.max_gpus is not None and gpus > each.spec.max_gpus * WHOLE_GPU:
+            return Refused(Reason.QUOTA_QUEUE, each.name, GPUS, gpus, limit=each.spec.max_gpus * WHOLE_GPU)
+    per_user = account.spec.max_gpus_per_user if account.spec is not None else None
+    if per_user is not None and gpus > per_user * WHOLE_GPU:
+        return Refused(Reason.QUOTA_USER, queue, GPUS, gpus, limit=per_user * WHOLE_GPU)
+    for key, amount in needs.items():
+        if key in account.root.nominal and amount > account.ever(key):
+            return Refused(Reason.QUOTA_QUEUE, queue, key, amount, limit=account.ever(key))
+    return None
 
 
 def limited(cluster: Cluster, job: Job, bindings: Iterable[Binding]) -> dict[str, int]:

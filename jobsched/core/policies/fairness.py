@@ -32,10 +32,13 @@ def turn(account: Account, capacity: Mapping[str, int], needs: Mapping[str, int]
 
 
 def share(account: Account, capacity: Mapping[str, int]) -> int:
-    """The largest part of any resource that the account holds, per weight."""
-    return _weighed(
-        account, max((n * SCALE // capacity[r] for r, n in account.held.items() if n and capacity.get(r)), default=0)
-    )
+    """Its dominant share, per weight."""
+    return _weighed(account, dominant(account, capacity))
+
+
+def dominant(account: Account, capacity: Mapping[str, int]) -> int:
+    """The largest part of any resource that the account holds."""
+    return max((n * SCALE // capacity[r] for r, n in account.held.items() if n and capacity.get(r)), default=0)
 
 
 def borrowed(account: Account, capacity: Mapping[str, int], needs: Mapping[str, int]) -> int:

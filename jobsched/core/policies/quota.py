@@ -98,6 +98,16 @@ class Account:
             above = min(above, nominal - kept - max(0, used - kept) + self.spec.borrowing_limit[key])
         return max(0, kept - used) + above
 
+    def ever(self, key: str) -> int:
+        """The most of a limited resource that it could hold if nobody else held any."""
+        nominal = self.nominal.get(key, 0)
+        if self.parent is None:
+            return nominal
+        kept, above = self.kept.get(key, 0), self.parent.ever(key)
+        if self.spec is not None and key in self.spec.borrowing_limit:
+            above = min(above, nominal - kept + self.spec.borrowing_limit[key])
+        return kept + above
+
     def own_room(self, key: str) -> int:
         """How much more may be taken without borrowing."""
         return self.nominal.get(key, 0) - self.used.get(key, 0)
