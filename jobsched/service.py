@@ -45,7 +45,9 @@ from jobsched.core.lifecycle import Illegal, evolve_job
 from jobsched.core.node import Cordon
 from jobsched.core.observation import Sight
 from jobsched.core.policies.quota import HOUR_MS
+from jobsched.core.rehearsal import copy_of, plan
 from jobsched.core.resources import JobId, NodeName, Resources
+from jobsched.core.schedule import Policy
 from jobsched.core.shares import queue_answers
 from jobsched.core.suspicion import BY
 from jobsched.errors import Conflict, JobschedError, NotFound, Problem, SpecError, Unplaceable, Unreachable, UsageError
@@ -87,6 +89,9 @@ class LiveView(Protocol):
 
     @property
     def leading(self) -> bool: ...
+
+    @property
+    def policy(self) -> Policy: ...
 
     def view(self) -> AbstractContextManager[tuple[Cluster, Sight]]:
         """The live cluster and what was last seen, held still while the context is open: be quick."""
@@ -165,14 +170,15 @@ class Service:
                     self.cancel(job.id, by=owner)
             return self._append(wishes)
 
-    def plan(self, spec: JobSpec) -> PlanAnswer:
-        """Where and when the job would run if it were submitted now; changes nothing."""
+    def plan(self, spec: JobSpec, *, owner: str = "") -> PlanAnswer:
+        """Where and when the job would run if it were submitted now, and who would give way; changes nothing."""
         _refuse_incomplete(spec)
         with self.live.view() as (cluster, _):
             _refuse_early(cluster.queues)
             if spec.queue not in cluster.queues:
                 raise NotFound(f"there is no queue {spec.queue!r}", hint=_suggest(spec.queue, cluster.queues, "queues"))
-            return explain.plan(cluster, spec, self._clock.now_ms())
+            twin = copy_of(cluster)
+        return plan(twin, spec, owner, self._clock.now_ms(), self.live.policy)
 
     def _submissions(
         self, spec: JobSpec, owner: str, request_id: str, hold: bool, waiting_for: tuple[JobId, ...]

@@ -17,6 +17,7 @@ from jobsched.core.launch import Launch, LaunchKey, launch_key
 from jobsched.core.node import Gpu, Node
 from jobsched.core.observation import Observation, Sight
 from jobsched.core.resources import GpuId, GpuShare, JobId, NodeName
+from jobsched.core.schedule import Policy
 from jobsched.logs import Listener
 from jobsched.ports import Capabilities, LogChunk, Store, Wake
 from jobsched.service import Service
@@ -113,6 +114,7 @@ class FoldedView:
 
     def __init__(self, store: Store) -> None:
         self.leading = True
+        self.policy = Policy()
         self.health = StillHealth()
         self.cluster = Cluster()
         self.sight = Sight()

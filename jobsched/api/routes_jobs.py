@@ -46,14 +46,14 @@ def _loaded(value: object) -> object:
     return load_job_dict(value) if isinstance(value, dict) else value
 
 
-class SpecBody(Body):
+class PlanBody(Body):
     spec: Annotated[JobSpec, BeforeValidator(_loaded)]
+    owner: Text = ""
 
 
-class SubmitBody(SpecBody):
+class SubmitBody(PlanBody):
     request_id: Text = ""
     """Idempotency key: the same one gives the same job."""
-    owner: Text = ""
     hold: bool = False
     if_exists: IfExists = ""
     """What to do when a live job of this owner has the name."""
@@ -88,9 +88,9 @@ def job_routes(service: Service, feed: Feed) -> APIRouter:
         return reply(JobPage, page, 201)
 
     @router.post("/plan")
-    def plan(body: SpecBody) -> Response:
-        """Where and when a job would run; changes nothing."""
-        return reply(PlanAnswer, service.plan(body.spec))
+    def plan(body: PlanBody) -> Response:
+        """Where and when a job would run, and who would give way; changes nothing."""
+        return reply(PlanAnswer, service.plan(body.spec, owner=body.owner))
 
     @router.get("/jobs")
     def jobs(

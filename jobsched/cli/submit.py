@@ -19,7 +19,7 @@ from jobsched.cli import attach, render
 from jobsched.cli.connection import connected
 from jobsched.cli.jobs import reasons
 from jobsched.cli.render import View, output_options, talk
-from jobsched.client.documents import Document, submission
+from jobsched.client.documents import Document, submission, user
 from jobsched.errors import SpecError, UsageError
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def plan(ctx: click.Context, /, words: Sequence[str], view: View, exit_code: boo
     """
     spec = read(words, options)
     with connected(ctx, start=True) as remote:
-        answer = json.loads(remote.post("plan", {"spec": spec.model_dump(mode="json")}))
+        answer = json.loads(remote.post("plan", {"spec": spec.model_dump(mode="json"), "owner": user()}))
     render.show_one(view, answer, lambda: _plan_text(spec, answer), key="code")
     return int(answer["code"]) if exit_code else 0
 
@@ -293,4 +293,14 @@ def _plan_text(spec: JobSpec, answer: Document) -> str:
     verdict = answer.get("verdict")
     ending = {0: "Starts now.", 10: "Must wait.", 8: "Can never start here."}[answer["code"]]
     where = render.plain_table(columns, answer["roles"]) if answer["roles"] else ""
-    return head + where + ending + "\n" + "\n".join(reasons(verdict))
+    lines = [ending, *reasons(verdict)]
+    if answer["victims"]:
+        lines[0] = "Starts as soon as others have made room:"
+        lines[1:] = [f"  {v['name']} ({v['job_id']}) {v['how']}" + (
+            f"; {v['unsaved_gpu_s']:g} GPU-seconds since its last checkpoint" if v["unsaved_gpu_s"] else ""
+        ) for v in answer["victims"]]  # fmt: skip
+    lines += [
+        f"Queue {q['queue']} then holds {q['used']:g} of its {q['quota']:g} {q['resource']}"
+        + (f", {q['borrowed']:g} of them borrowed" if q["borrowed"] else "") for q in answer["quota"]
+    ]
+    return head + where + "\n".join(lines)

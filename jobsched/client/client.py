@@ -104,7 +104,7 @@ class Client:
     def plan(self, what: Source, **overrides: Any) -> PlanAnswer:
         """Where and when a job would run; changes nothing."""
         spec = read_spec(what, overrides).model_dump(mode="json")
-        return _adapter(PlanAnswer).validate_json(self.remote.post("plan", {"spec": spec}))
+        return _adapter(PlanAnswer).validate_json(self.remote.post("plan", {"spec": spec, "owner": user()}))
 
     def jobs(
         self, *, state: Phase | str | None = None, queue: str | None = None, owner: str | None = None,

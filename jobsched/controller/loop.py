@@ -153,6 +153,10 @@ class Controller:
         return self._fence is not None
 
     @property
+    def policy(self) -> Policy:
+        return self._policy
+
+    @property
     def ready(self) -> bool:
         """Whether the cluster knows the nodes that the backend showed."""
         return self._state is not None and self._state.nodes_known

@@ -178,12 +178,38 @@ class RolePlan:
 
 
 @dataclass(frozen=True, slots=True)
+class PlanVictim:
+    """A job that would have to give way."""
+
+    job_id: JobId
+    name: str
+    how: str
+    """`stops`, or `shrinks by 2`."""
+    unsaved_gpu_s: float
+    """GPU-seconds since its last checkpoint; what it saves while it stops is not lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuotaAfter:
+    """What a queue would hold of one limited resource (GPUs, CPUs, GiB of memory) once the job runs."""
+
+    queue: str
+    resource: str
+    used: float
+    quota: float
+    borrowed: float
+
+
+@dataclass(frozen=True, slots=True)
 class PlanAnswer:
-    """`jobsched plan`: where and when a job would run; nothing is changed. `code`: 0 now, 10 must wait, 8 never."""
+    """`jobsched plan`: where and when a job would run; nothing is changed. `code`: 0 now, 10 must wait (with `roles`:
+    until the `victims` have left), 8 never."""
 
     code: int
     roles: tuple[RolePlan, ...] = ()
     verdict: Verdict | None = None
+    victims: tuple[PlanVictim, ...] = ()
+    quota: tuple[QuotaAfter, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

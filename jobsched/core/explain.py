@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from jobsched.core import events as ev
-from jobsched.core.answers import PlanAnswer, RolePlan, Verdict, Why
+from jobsched.core.answers import Verdict, Why
 from jobsched.core.cluster import Cluster, missing_replicas
 from jobsched.core.job import Cause, Job, Phase, Reason, ReplicaState, RoleShape, Shape, replica_id
 from jobsched.core.ledger import Ledger, Short
@@ -16,7 +16,7 @@ from jobsched.core.node import kind_matches
 from jobsched.core.policies.admission import admit, most_ever
 from jobsched.core.policies.placement import Gang, place_gang
 from jobsched.core.policies.quota import HOUR_MS, Refused
-from jobsched.core.resources import WHOLE_GPU, JobId
+from jobsched.core.resources import WHOLE_GPU
 from jobsched.core.shape import shape_of
 from jobsched.spec.job import JobSpec
 from jobsched.spec.quantity import format_bytes, format_cpu
@@ -122,7 +122,7 @@ def _shortage(cluster: Cluster, shape: Shape, short: Short) -> Why:
     """Names the resource that is short, with what is needed and what is free."""
     role = short.role
     ledger = cluster.ledger
-    want = f"{role.min} × {_each(role)}"
+    want = f"{role.min} × {each_of(role)}"
     if role.gpu_milli:
         classes = ledger.matching(role)
         free = sum(s.whole.get(c, 0) for s in ledger.spaces.values() if cluster.usable(s.node.name) for c in classes)
@@ -148,7 +148,7 @@ def _shortage(cluster: Cluster, shape: Shape, short: Short) -> Why:
     return Why(Reason.RESOURCES, text, "fewer replicas, or wait for running jobs to end")
 
 
-def _each(role: RoleShape) -> str:
+def each_of(role: RoleShape) -> str:
     parts = []
     if role.gpu_milli:
         parts.append(f"{role.gpu_milli / WHOLE_GPU:g} {'|'.join(role.gpu_kinds) or 'any'} GPU")
@@ -204,25 +204,7 @@ def _misfit(empty: Cluster, shape: Shape) -> str:
             want = _gpus(role.gpu_milli)
             return f"no node can ever hold role '{role.role}': it needs {want}, the biggest node has {biggest}"
     fits = f"{result.placed} of {role.min}" if result.placed else "not one"
-    return f"the whole cluster, empty, holds {fits} of role '{role.role}' at {_each(role)} each"
-
-
-def plan(cluster: Cluster, spec: JobSpec, now_ms: int) -> PlanAnswer:
-    """Where the job would run if it were submitted now. Nothing changes."""
-    never = could_ever_fit(cluster, spec)
-    probe = Job(JobId(""), spec.name or "", "", spec, now_ms, priority=spec.priority)
-    if never:
-        why = Why(Reason.UNPLACEABLE, never, "jobsched nodes shows what there is")
-        return PlanAnswer(8, (), Verdict(probe.id, (why,)))
-    result = _try(cluster, shape_of(spec))
-    reasons = tuple(_reasons(cluster, probe, now_ms))
-    if reasons or not isinstance(result, Gang):
-        return PlanAnswer(10, (), verdict(cluster, probe, now_ms))
-    roles = []
-    for role in shape_of(spec).roles:
-        mine = [b for b in result.bindings if b.role == role.role]
-        roles.append(RolePlan(role.role, len(mine), _each(role), tuple(dict.fromkeys(str(b.node) for b in mine))))
-    return PlanAnswer(0, tuple(roles))
+    return f"the whole cluster, empty, holds {fits} of role '{role.role}' at {each_of(role)} each"
 
 
 # ---- sentences ----

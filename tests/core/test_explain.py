@@ -8,7 +8,7 @@ from jobsched.core.job import Phase, Reason
 from jobsched.core.resources import GpuShare
 from jobsched.sim.backend import Script
 from jobsched.spec.queue import QueueSpec
-from tests.world import World, a_gpu_node, a_ps_spec, a_spec
+from tests.world import World, a_gpu_node, a_spec
 
 
 def reasons(world: World, job_id: str) -> dict[Reason, str]:
@@ -60,19 +60,6 @@ def test_jobs_ahead_are_counted_by_priority_and_age() -> None:
     assert places == [2, 1, 3]
     assert "2 waiting jobs of queue default before it" in reasons(world, ids[2])[Reason.PRIORITY]
 
-
-def test_asking_changes_nothing() -> None:
-    world = World(nodes=2)
-    world.submit()
-    world.tick(3)
-    before = [(s.whole_total, s.cpu_milli) for s in world.cluster.ledger.spaces.values()]
-    answer = explain.plan(world.cluster, a_ps_spec(), world.clock.now_ms())
-    assert answer.code == 0
-    assert {(r.role, r.replicas, r.where) for r in answer.roles} == {("worker", 3, ("n1",)), ("ps", 2, ("n1",))}
-    assert explain.plan(world.cluster, a_spec(roles={"worker": {"command": "x", "gpu": "any:9"}}), 0).code == 8
-    full = a_spec(roles={"worker": {"command": "x", "gpu": "any:8", "replicas": 2}})
-    assert explain.plan(world.cluster, full, world.clock.now_ms()).code == 10
-    assert [(s.whole_total, s.cpu_milli) for s in world.cluster.ledger.spaces.values()] == before
 
 
 def test_the_story_tells_a_failure_and_its_cause() -> None:
