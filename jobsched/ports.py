@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from jobsched.core.events import Event, Stored
 from jobsched.core.job import Job, Phase
 from jobsched.core.launch import Launch, LaunchKey
 from jobsched.core.node import Cordon, Node
 from jobsched.core.observation import Observation
+from jobsched.core.pools import Demand
 from jobsched.core.resources import JobId, NodeName
 from jobsched.spec.queue import QueueSpec
 
@@ -98,6 +99,18 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Let go of the engine; running replicas go on."""
+        ...
+
+
+@runtime_checkable
+class Provisioner(Protocol):
+    """What a backend besides implements if it can have nodes made (`core.policies.provisioning`)."""
+
+    def provision(self, demands: Sequence[Demand]) -> None:
+        """From now on so many nodes of each pool should exist, and those in `release` should go. Says the whole each
+        time, so it is idempotent and the last one holds; returns at once. New nodes are observed like any; until then
+        nothing is known of them, and nodes that never come are no error: the asker gives up by itself. Raises
+        BackendUnreachable: it is told again."""
         ...
 
 
@@ -262,5 +275,5 @@ class Clock(Protocol):
 
 __all__ = [
     "Addressing", "Appended", "Backend", "Capabilities", "Clock", "Job", "JobQuery", "Lease", "Loaded", "LogChunk",
-    "Rejected", "Sample", "Store", "Usage", "Wake",
+    "Provisioner", "Rejected", "Sample", "Store", "Usage", "Wake",
 ]

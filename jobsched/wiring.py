@@ -33,10 +33,12 @@ from jobsched.core.policies.health import Health
 from jobsched.core.policies.ordering import priority
 from jobsched.core.policies.placement import Score
 from jobsched.core.policies.victims import Preemption, Scope
+from jobsched.core.pools import NodePool
 from jobsched.core.schedule import Policy
 from jobsched.errors import ConfigError, Conflict, MissingExtra
-from jobsched.ports import Backend, Store, Wake
+from jobsched.ports import Backend, Provisioner, Store, Wake
 from jobsched.service import Service
+from jobsched.spec import server as spec
 from jobsched.spec.server import BackendConfig, GpuStock, LocalBackend, PolicyConfig, ServerConfig, VirtualNodes
 
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
@@ -121,10 +123,13 @@ class Server:
         from jobsched.api.auth import LOOPBACK, load_token
         from jobsched.api.http import HttpServer
 
+        if self._config.pools and not isinstance(backend, Provisioner):
+            name = backend.capabilities.name
+            raise ConfigError(f"pools: the {name} backend cannot have nodes made", hint="leave pools out")
         clock = SystemClock()
         self.token = load_token(self.home / "token")
         controller = Controller(
-            store, backend, clock, _policy(self._config.policy),
+            store, backend, clock, _policy(self._config.policy, self._config.pools),
             queues=self._config.queues,
             holder=f"{socket.gethostname()}:{self.home}",  # the next server of this home is the same leader
             lease_ttl_ms=self._config.timers.lease_ttl,
@@ -191,9 +196,20 @@ class Server:
         yield Check("server", True, f"jobsched {__version__}, Python {python}, pid {os.getpid()}, {self.url}")
 
 
-def _policy(config: PolicyConfig) -> Policy:
+def _node_pool(pool: spec.NodePool) -> NodePool:
+    return NodePool(
+        pool.name, pool.cpu, pool.memory,
+        gpu_kind=pool.gpus.kind if pool.gpus else "", gpus=pool.gpus.count if pool.gpus else 0,
+        gpu_memory_bytes=pool.gpu_memory, labels=tuple(sorted(pool.labels.items())) or (("pool", pool.name),),
+        taints=pool.taints, min=pool.min, max=pool.max, price=round(pool.price * 1_000), delay_ms=pool.delay,
+        idle_ms=pool.idle,
+    )  # fmt: skip
+
+
+def _policy(config: PolicyConfig, pools: Sequence[spec.NodePool]) -> Policy:
     health = config.health
     return Policy(
+        node_pools=tuple(_node_pool(pool) for pool in pools),
         ordering=POLICIES[config.ordering],
         fair=FairShare() if config.fair else None,
         preemption=None if (how := config.preemption) is None else Preemption(

@@ -11,6 +11,7 @@ from jobsched.core.cluster import Cluster
 from jobsched.core.job import Job, Phase
 from jobsched.core.launch import Launch, LaunchKey
 from jobsched.core.node import Gpu, Node
+from jobsched.core.pools import NodePool
 from jobsched.core.resources import GpuId, JobId, NodeName
 from jobsched.core.schedule import Policy
 from jobsched.ports import Backend, Store
@@ -61,10 +62,11 @@ class World:
         store: Store | None = None,
         queues: tuple[QueueSpec, ...] = (QueueSpec(),),
         wrap: Callable[[Backend], Backend] | None = None,
+        takes_ms: Callable[[NodePool], int] = lambda pool: pool.delay_ms,
     ) -> None:
         self.clock = SimClock()
         self.store = store or MemoryStore()
-        self.engine = SimBackend(self.clock, [numbered_node(i, gpus) for i in range(nodes)], scripts)
+        self.engine = SimBackend(self.clock, [numbered_node(i, gpus) for i in range(nodes)], scripts, takes_ms)
         self.backend: Backend = wrap(self.engine) if wrap else self.engine
         self.queues = queues
         self.serial = 0

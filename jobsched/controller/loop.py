@@ -27,12 +27,14 @@ from jobsched.core.job import ReplicaState
 from jobsched.core.judge import Senses, judge, judge_nodes
 from jobsched.core.launch import launch_key
 from jobsched.core.observation import Observation, Sight
+from jobsched.core.policies import provisioning
 from jobsched.core.policies.health import doubts, next_look_ms
+from jobsched.core.pools import Demand
 from jobsched.core.resources import JobId, NodeName
 from jobsched.core.schedule import Policy, schedule
 from jobsched.core.timers import Timers, deadline
 from jobsched.errors import StaleFence, Unreachable
-from jobsched.ports import Backend, Clock, Store
+from jobsched.ports import Backend, Clock, Provisioner, Store
 from jobsched.spec.queue import QueueSpec
 
 log = structlog.get_logger("jobsched.controller")
@@ -93,6 +95,8 @@ class Controller:
         self._clock = clock
         self._policy = policy or Policy()
         self._queues = tuple(queues)
+        self._provisioner = backend if self._policy.node_pools and isinstance(backend, Provisioner) else None
+        self._demanded: tuple[Demand, ...] | None = None
         self._secret = secret
         self._idle_ms = idle_ms
         self._leader = Leader(store, holder, lease_ttl_ms)
@@ -264,6 +268,9 @@ class Controller:
             self._policy.rank,
         )  # fmt: skip
         cluster.touched.update(dict.fromkeys(cluster.jobs))
+        if self._provisioner is not None:
+            cluster.node_pools = self._policy.node_pools
+            self._demanded = None
         self._note_absent(cluster, self._clock.now_ms())
         for job_id in cluster.elastic:
             learn_again(cluster, job_id, self._store.samples(job_id))
@@ -305,6 +312,10 @@ class Controller:
         with self._lock:
             plan = schedule(cluster, now, self._policy)
         self._append(state, plan.decisions, fence, news)
+        if self._provisioner is not None:
+            with self._lock:
+                asked = provisioning.provision(cluster, now)
+            self._append(state, asked, fence, news)
         with self._lock:
             everyone |= cluster.touched
             cluster.touched.clear()
@@ -313,6 +324,7 @@ class Controller:
             raise StaleFence("the lease ran out between deciding and acting", hint="another server may lead by now")
         try:
             actuate(self._backend, actions, sight, now, self._secret)
+            self._demand(cluster)
         except Unreachable as error:
             self.health.backend_error = error.message
             log.warning("backend unreachable; its replicas are left as they are", error=error.message)
@@ -322,6 +334,16 @@ class Controller:
         if len(plan.decisions) >= self._policy.batch:
             self._wake.set()
         return frozenset(seen_jobs)
+
+    def _demand(self, cluster: Cluster) -> None:
+        """Tell the backend which nodes should exist, whenever that changes."""
+        if self._provisioner is None:
+            return
+        with self._lock:
+            demands = provisioning.demands(cluster)
+        if demands != self._demanded:
+            self._provisioner.provision(demands)
+            self._demanded = demands
 
     def _fold(
         self, state: _State, observations: Iterable[Observation], now: int
@@ -447,6 +469,8 @@ class Controller:
         if state.cluster.parked:
             instants.append(state.cluster.parked[0][0])
         if self._policy.health is not None and (look := next_look_ms(state.cluster, self._policy.health)) > now:
+            instants.append(look)
+        if self._provisioner is not None and (look := provisioning.next_look_ms(state.cluster)) > now:
             instants.append(look)
         absent = self._sight.node_absent_at_ms
         if absent and not self._senses.absence_is_final:

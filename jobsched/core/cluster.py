@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from jobsched.core import events as ev
-from jobsched.core.job import Binding, Job, Phase, Replica, ReplicaId, ReplicaState, RoleShape, Shape
+from jobsched.core.job import Asked, Binding, Job, Phase, Replica, ReplicaId, ReplicaState, RoleShape, Shape
 from jobsched.core.ledger import GpuClass, Ledger
 from jobsched.core.lifecycle import evolve_job
 from jobsched.core.node import Cordon, Node
@@ -23,6 +23,8 @@ from jobsched.core.policies.fragmentation import Learned, Mix
 from jobsched.core.policies.goodput import SpeedModel
 from jobsched.core.policies.quota import Amounts, Quotas, amounts_of
 from jobsched.core.policies.ranking import Pool
+from jobsched.core.pools import BY as POOLS
+from jobsched.core.pools import NodePool
 from jobsched.core.resources import NOTHING, WHOLE_GPU, JobId, NodeName
 from jobsched.core.shape import elastic_role, shape_of_job
 from jobsched.core.suspicion import BY, PREFLIGHT_LABEL, Accusation, Checked, Suspicion, accusations, against_node
@@ -31,6 +33,8 @@ from jobsched.spec.queue import CPU, GPUS, MEMORY, QueueSpec
 
 ENDED_KEPT = 10_000
 POOLS_KEPT = 1_000
+IMAGINED = 1_000
+"""Most nodes of one pool that are imagined to see whether a job could ever fit."""
 SHAPES_KEPT = 10_000
 
 
@@ -149,6 +153,14 @@ class Cluster:
     dependents: dict[JobId, list[JobId]] = field(default_factory=dict)
     ended: dict[JobId, bool] = field(default_factory=dict)
     """Recently ended job -> whether it succeeded; what jobs that wait for it are told."""
+    node_pools: tuple[NodePool, ...] = ()
+    """Nodes that do not exist yet and can be had; from the configuration."""
+    asking: dict[JobId, Asked] = field(default_factory=dict)
+    """Jobs that have asked for such."""
+    late: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Pool -> how often in a row it did not deliver, and when last."""
+    idle_since: dict[NodeName, tuple[str, int]] = field(default_factory=dict)
+    """Node of a pool -> that pool, and since when nobody uses the node; scratch of `policies.provisioning`."""
     mix: Mix = field(default_factory=Mix)
     """What jobs usually ask for, learned from those that came."""
     quotas: Quotas = field(default_factory=Quotas)
@@ -200,10 +212,13 @@ class Cluster:
             case ev.NodeSeen(node=node):
                 for accusation in against_node(self.nodes.get(node.name), event):
                     self._accuse(node.name, accusation)
+                self._note_delivery(node)
                 self._put_node(node)
             case ev.NodeLost(node=name):
-                for accusation in against_node(None, event):
+                going = name in self.cordoned and self.cordoned[name].by == POOLS
+                for accusation in () if going else against_node(None, event):
                     self._accuse(name, accusation)
+                self.idle_since.pop(name, None)
                 self.lost.add(name)
                 self.ledger.drop_node(name)
                 self._repool(name)
@@ -221,6 +236,8 @@ class Cluster:
                 self._put_queue(queue)
                 self.ledger.unblock()
             case _:
+                if isinstance(event, ev.CapacityWithdrawn) and event.late:
+                    self.late[event.pool] = (self.late.get(event.pool, (0, 0))[0] + 1, event.at_ms)
                 before = self.jobs.get(event.job_id)
                 for name, accusation in accusations(before, event):
                     self._accuse(name, accusation)
@@ -265,6 +282,12 @@ class Cluster:
         self.suspicions.setdefault(name, Suspicion()).add(accusation)
         self.accused[name] = None
 
+    def _note_delivery(self, node: Node) -> None:
+        if self.late and (node.name not in self.nodes or node.name in self.lost):
+            for pool in self.node_pools:
+                if pool.has(node):
+                    self.late.pop(pool.name, None)
+
     def _reopen(self, name: NodeName) -> None:
         """Its cordon has changed: everything is worth another try."""
         if name in self.nodes and name not in self.lost:
@@ -274,13 +297,17 @@ class Cluster:
         self.ledger.unblock()
 
     def emptied(self) -> Cluster:
-        """The same nodes, all healthy, ready and used by nobody; kept until a node changes. What could ever fit does
-        here."""
+        """The same nodes, all healthy, ready and used by nobody, and those that can be had; kept until a node changes.
+        What could ever fit does here."""
         if self._emptied is None:
             self._emptied = Cluster()
             for node in self.nodes.values():
                 gpus = tuple(replace(gpu, healthy=True) for gpu in node.gpus)
                 self._emptied._put_node(replace(node, gpus=gpus, foreign=NOTHING, foreign_gpus=(), ready=True))
+            for pool in self.node_pools:
+                have = sum(pool.has(node) for node in self.nodes.values())
+                for index in range(min(pool.max, IMAGINED) - have):
+                    self._emptied._put_node(pool.node(index))
         return self._emptied
 
     def _put_node(self, node: Node) -> None:
@@ -308,6 +335,10 @@ class Cluster:
         if checked is not None:
             self._note_check(NodeName(checked), after, at_ms)
         self._note_leaving(before, after)
+        if after.asked is not None and not after.phase.terminal:
+            self.asking[job_id] = after.asked
+        else:
+            self.asking.pop(job_id, None)
         if after.phase.terminal:
             self._remember_end(after)
             self.jobs.pop(job_id, None)

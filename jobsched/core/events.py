@@ -318,6 +318,33 @@ class FailuresForgiven:
 
 
 @dataclass(frozen=True, slots=True)
+class CapacityRequested:
+    """A waiting job asked for nodes of a pool, all or nothing."""
+
+    at_ms: int
+    job_id: JobId
+    pool: str
+    nodes: int
+    target: int
+    """How many nodes the pool has when they are there."""
+    until_ms: int
+    """They are late from then on."""
+    kind: Literal["CapacityRequested"] = "CapacityRequested"
+
+
+@dataclass(frozen=True, slots=True)
+class CapacityWithdrawn:
+    """A waiting job does not ask for nodes any more; `late`: because the pool did not deliver."""
+
+    at_ms: int
+    job_id: JobId
+    pool: str
+    message: str
+    late: bool = False
+    kind: Literal["CapacityWithdrawn"] = "CapacityWithdrawn"
+
+
+@dataclass(frozen=True, slots=True)
 class AttemptStopping:
     """STARTING | RUNNING -> STOPPING, with where it goes afterwards and why."""
 
@@ -366,7 +393,8 @@ JobEvent = (
     JobSubmitted | JobCancelRequested | JobHeld | JobReleased | JobRestartRequested | JobScaled | JobPriorityChanged
     | JobEdited | AttemptPlaced | ReplicasStarted | AttemptStarted | ReplicaExited | ReplicasLost | ReplicasRestarted
     | ReplicasUnbound | ReplicasBound | ReplicasReleased | ReplicasGone | HangSuspected | HangCleared
-    | CheckpointSaved | FailuresForgiven | AttemptStopping | AttemptEnded | JobEnded | DependencyMet
+    | CheckpointSaved | FailuresForgiven | CapacityRequested | CapacityWithdrawn
+    | AttemptStopping | AttemptEnded | JobEnded | DependencyMet
 )
 ClusterEvent = NodeCordoned | NodeUncordoned | QueueDefined | NodeSeen | NodeLost
 Event = JobEvent | ClusterEvent

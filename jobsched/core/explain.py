@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from jobsched.core import events as ev
 from jobsched.core.answers import Verdict, Why
 from jobsched.core.cluster import Cluster, missing_replicas
-from jobsched.core.job import Cause, Job, Phase, Reason, ReplicaState, RoleShape, Shape, replica_id
+from jobsched.core.job import Asked, Cause, Job, Phase, Reason, ReplicaState, RoleShape, Shape, replica_id
 from jobsched.core.ledger import Ledger, Short
 from jobsched.core.node import kind_matches
 from jobsched.core.policies.admission import admit, most_ever
@@ -39,6 +39,8 @@ def verdict(cluster: Cluster, job: Job, now_ms: int) -> Verdict:
         if ahead and isinstance(short, Short):
             text = f"{_many(ahead, 'waiting job')} of queue {job.spec.queue} before it"
             reasons.append(Why(Reason.PRIORITY, text))
+    if job.asked is not None:
+        reasons.insert(0, _provisioning(job.asked))
     in_line = cluster.line_of(job.id) is not None
     return Verdict(job.id, tuple(reasons), position if in_line else 0, nearest)
 
@@ -68,6 +70,12 @@ def _reasons(cluster: Cluster, job: Job, now_ms: int) -> Iterator[Why]:
     never = could_ever_fit(cluster, job.spec)
     if never:
         yield Why(Reason.UNPLACEABLE, never, "ask for less, or wait for other nodes (jobsched nodes)")
+
+
+def _provisioning(asked: Asked) -> Why:
+    hour, minute = divmod(asked.at_ms // 60_000 % 1_440, 60)
+    text = f"waiting for {_many(asked.nodes, 'node')} of pool {asked.pool}, asked {hour:02}:{minute:02} UTC"
+    return Why(Reason.PROVISIONING, text, "if they are late, the next pool by price is asked")
 
 
 def _limit(refused: Refused) -> Why:
@@ -307,6 +315,10 @@ def sentence(event: ev.Event) -> str:
             return f"suspected of hanging: {event.message}; taking stacks"
         case ev.HangCleared():
             return "progress again; suspicion cleared"
+        case ev.CapacityRequested():
+            return f"asked for {_many(event.nodes, 'node')} of pool {event.pool}"
+        case ev.CapacityWithdrawn():
+            return f"asks for no nodes of pool {event.pool} any more: {event.message}"
         case ev.CheckpointSaved():
             return f"checkpoint at step {event.step}"
         case ev.AttemptStopping():

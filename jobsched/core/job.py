@@ -197,6 +197,18 @@ class CheckpointMark:
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """Nodes that do not exist yet and that a waiting job has asked for."""
+
+    pool: str
+    nodes: int
+    target: int
+    """How many nodes the pool has when they are there."""
+    at_ms: int
+    until_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     id: JobId
     name: str
@@ -244,6 +256,7 @@ class Job:
     """Dependencies that have not succeeded yet."""
     array_id: str = ""
     array_index: int = -1
+    asked: Asked | None = None
     avoid: tuple[NodeName, ...] = ()
     """Nodes that just failed this job."""
     first_placed_at_ms: int = 0

@@ -12,6 +12,7 @@ from typing import Final
 
 from jobsched.core import events as ev
 from jobsched.core.job import (
+    Asked,
     CheckpointMark,
     FailureClass,
     Job,
@@ -57,6 +58,8 @@ LEGAL: Final[Mapping[type, tuple[Phase, ...]]] = {
     ev.HangCleared:              (R,),
     ev.CheckpointSaved:          ACTIVE,
     ev.FailuresForgiven:         LIVE,
+    ev.CapacityRequested:        (Q,),
+    ev.CapacityWithdrawn:        (Q,),
 }  # fmt: skip
 """Terminal phases allow nothing: an ended job never changes again."""
 
@@ -211,7 +214,16 @@ def _placed(job: Job, e: ev.AttemptPlaced) -> Job:
         attempt_started_at_ms=e.at_ms,
         first_placed_at_ms=job.first_placed_at_ms or e.at_ms,
         not_before_ms=0,
+        asked=None,
     )
+
+
+def _capacity_requested(job: Job, e: ev.CapacityRequested) -> Job:
+    return changed(job, asked=Asked(e.pool, e.nodes, e.target, e.at_ms, e.until_ms))
+
+
+def _capacity_withdrawn(job: Job, e: ev.CapacityWithdrawn) -> Job:
+    return changed(job, asked=None)
 
 
 def _replicas_started(job: Job, e: ev.ReplicasStarted) -> Job:
@@ -358,6 +370,8 @@ _STEPS: Final[Mapping[type, Callable[..., Job]]] = {
     ev.HangCleared: _hang_cleared,
     ev.CheckpointSaved: _checkpoint_saved,
     ev.FailuresForgiven: _forgiven,
+    ev.CapacityRequested: _capacity_requested,
+    ev.CapacityWithdrawn: _capacity_withdrawn,
     ev.AttemptStopping: _stopping,
     ev.AttemptEnded: _ended,
     ev.JobEnded: _job_ended,

@@ -23,6 +23,7 @@ from jobsched.core.policies.placement import Gang, Score, place_gang, place_more
 from jobsched.core.policies.preemption import Replan, replan
 from jobsched.core.policies.quota import Refused
 from jobsched.core.policies.victims import NOTHING, Hunt, Preemption, Victim, evictions, hold, may_claim
+from jobsched.core.pools import NodePool
 from jobsched.core.resources import JobId
 from jobsched.spec.job import RestartScope, restart_policy
 
@@ -47,6 +48,8 @@ class Policy:
     pass_every_ms: int = 0
     """Passes only at multiples of this; 0: whenever something happened."""
     score: Score = Score.AUTO
+    node_pools: tuple[NodePool, ...] = ()
+    """Nodes that can be had (`policies.provisioning`)."""
     health: Health | None = None
     """When nodes are doubted; None: never."""
     batch: int = 1_000

@@ -14,6 +14,7 @@ from jobsched.core.job import Reason
 from jobsched.core.launch import Launch, LaunchKey
 from jobsched.core.node import Node
 from jobsched.core.observation import Observation, Progress, ReplicaReport, Seen
+from jobsched.core.pools import Demand, NodePool
 from jobsched.core.resources import NodeName
 from jobsched.errors import BackendUnreachable
 from jobsched.ports import Addressing, Capabilities, Clock, LogChunk
@@ -58,7 +59,11 @@ class _Replica:
 
 
 class SimBackend:
-    def __init__(self, clock: Clock, nodes: Sequence[Node], scripts: Scripts | None = None) -> None:
+    def __init__(
+        self, clock: Clock, nodes: Sequence[Node], scripts: Scripts | None = None,
+        takes_ms: Callable[[NodePool], int] = lambda pool: pool.delay_ms,
+    ) -> None:  # fmt: skip
+        """`takes_ms`: how long a node of the pool takes to come; `FOREVER_MS`: none ever does."""
         self._clock = clock
         self._nodes = {node.name: node for node in nodes}
         self._scripts = scripts or (lambda launch: Script())
@@ -69,7 +74,15 @@ class SimBackend:
         self._gone: dict[LaunchKey, None] = {}
         self._nodes_changed: dict[NodeName, None] = {}
         self._full = True
+        self._takes_ms = takes_ms
+        self._coming: dict[str, list[tuple[int, Node]]] = {}
+        """Pool -> (instant, node) of those that were asked for."""
+        self._made = 0
+        self.demands: tuple[Demand, ...] = ()
+        """What was asked for last."""
         self.unreachable = False
+        self.keeps = False
+        """Whether nodes that should go stay."""
 
     @property
     def capabilities(self) -> Capabilities:
@@ -80,6 +93,10 @@ class SimBackend:
     def observe(self, timeout_ms: int = 0) -> Observation:
         self._reach()
         now = self._clock.now_ms()
+        for name, coming in self._coming.items():
+            for _, node in (come := [entry for entry in coming if entry[0] <= now]):
+                self.put_node(node)
+            self._coming[name] = [entry for entry in coming if entry not in come]
         while self._due and self._due[0][0] <= now:
             _, key = heapq.heappop(self._due)
             self._changed[key] = None
@@ -149,6 +166,24 @@ class SimBackend:
         """Simulated replicas say nothing."""
         return iter(())
 
+    def provision(self, demands: Sequence[Demand]) -> None:
+        """Nodes come one by one, each after its time; those not wanted any more do not come."""
+        self._reach()
+        self.demands = tuple(demands)
+        now = self._clock.now_ms()
+        for demand in demands:
+            pool = demand.pool
+            for name in demand.release:
+                if name in self._nodes and not self.keeps:
+                    assert all(r.launch.node != name or r.ends_at_ms <= now for r in self._replicas.values()), name
+                    self.lose_node(name)
+            have = sum(pool.has(node) for node in self._nodes.values())
+            coming = self._coming.setdefault(pool.name, [])
+            del coming[max(0, demand.nodes - have):]
+            while have + len(coming) < demand.nodes:
+                coming.append((min(now + self._takes_ms(pool), FOREVER_MS), pool.node(self._made)))
+                self._made += 1
+
     def close(self) -> None:
         """A later observer begins with a full observation again."""
         self._full = True
@@ -214,7 +249,8 @@ class SimBackend:
         """When there will be something to observe; None: never, unless somebody acts."""
         if self._full or self._changed or self._gone or self._nodes_changed:
             return self._clock.now_ms()
-        return self._due[0][0] if self._due else None
+        coming = [at for entries in self._coming.values() for at, _ in entries if at < FOREVER_MS]
+        return min([*coming, *(at for at, _ in self._due[:1])], default=None)
 
     def ends_now(self) -> bool:
         """Whether a replica comes to its end at this instant."""

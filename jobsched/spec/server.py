@@ -289,6 +289,9 @@ class DockerBackend(SpecModel):
     """Size of the logs."""
     ports: PortRange = PortRange()
     """Ports for replicas, where several engines share the hosts' network."""
+    provision: tuple[Text, ...] = ()
+    """Command that makes and removes the engines of `pools`; gets what is wanted as JSON on stdin and prints the
+    engines that there are."""
 
     @field_validator("engines")
     @classmethod
@@ -501,6 +504,41 @@ class PreemptionConfig(SpecModel):
     """Most of a job's run time that higher priorities may make it lose, counted from its last checkpoint."""
 
 
+class NodePool(SpecModel):
+    """Like nodes that do not exist yet and can be had, by whatever the backend has for that."""
+
+    name: Name
+    """Shown in `jobsched why`; a node of the pool has the label `pool` with it, unless `labels` are given."""
+    gpus: GpuStock | None = None
+    """GPUs of one node: `a100-80gb:8`."""
+    gpu_memory: Bytes = 16 * 2**30
+    """Memory of one GPU."""
+    cpu: CpuMilli = 8_000
+    """CPUs of one node."""
+    memory: Bytes = 32 * 2**30
+    """Memory of one node."""
+    labels: Labels = Field(default={})
+    """Labels by which its nodes are known, for example `{cloud.google.com/gke-nodepool: a100}`."""
+    taints: tuple[Text, ...] = ()
+    """Taints (key or key=value) of its nodes."""
+    min: Annotated[int, Field(strict=True, ge=0, le=10_000)] = 0
+    """Nodes that are always kept."""
+    max: Annotated[int, Field(strict=True, ge=1, le=10_000)] = 1
+    """Most nodes that may exist at once."""
+    price: Annotated[float, Field(ge=0, le=1e9)] = 0.0
+    """Of a node for an hour, in any currency: the cheapest pool that holds a whole gang is asked first."""
+    delay: Annotated[DurationMs, Field(ge=1_000)] = 300_000
+    """How long its nodes take to come; after twice as long the next pool by price is asked."""
+    idle: Annotated[DurationMs, Field(ge=1_000)] = 600_000
+    """A node that nobody used for so long is let go."""
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"pool {self.name}: min is {self.min}, max is {self.max}")
+        return self
+
+
 class PolicyConfig(SpecModel):
     """Scheduling policies by name."""
 
@@ -545,6 +583,8 @@ class ServerConfig(SpecModel):
     """Where replicas run."""
     queues: tuple[QueueSpec, ...] = (QueueSpec(),)
     """Queues that jobs may name."""
+    pools: Annotated[tuple[NodePool, ...], Field(max_length=1_000)] = ()
+    """Nodes on demand."""
     policy: PolicyConfig = PolicyConfig()
     """Scheduling policies."""
     timers: Timers = Timers()
@@ -554,3 +594,13 @@ class ServerConfig(SpecModel):
     @classmethod
     def _queues(cls, value: tuple[QueueSpec, ...]) -> tuple[QueueSpec, ...]:
         return distinct_queues(value)
+
+    @field_validator("pools")
+    @classmethod
+    def _pools(cls, value: tuple[NodePool, ...], info: ValidationInfo) -> tuple[NodePool, ...]:
+        if len({pool.name for pool in value}) < len(value):
+            raise ValueError("two pools have the same name")
+        backend = info.data.get("backend")
+        if value and backend is not None and backend.docker is not None and not backend.docker.provision:
+            raise ValueError("the docker backend needs a command that makes nodes: backend.docker.provision")
+        return value
