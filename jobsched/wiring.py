@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from importlib import import_module
@@ -78,6 +78,7 @@ class Server:
         self._config = config
         self._embedded = embedded
         self._stop_wish = threading.Event()
+        self._operator_check: Callable[[], Check] | None = None
         self._open = ExitStack()
 
     def __enter__(self) -> Server:
@@ -145,6 +146,8 @@ class Server:
             service, self.token, version=__version__, shutdown=self.wish_to_stop,
             hosts=LOOPBACK if host in LOOPBACK_HOSTS else None,
         )  # fmt: skip
+        if self._config.kubernetes_objects is not None:
+            opened.callback(self._start_operator(self._config.kubernetes_objects, service, controller, clock))
         _await_first_tick(controller)
         http = HttpServer(app, listener, drain_s=DRAIN_S)
         http.start(timeout_s=START_S)
@@ -153,6 +156,26 @@ class Server:
         self.url = f"http://[{near}]:{port}" if ":" in near else f"http://{near}:{port}"
         self._announce()
         opened.callback(self._retract)
+
+    def _start_operator(
+        self, config: spec.KubernetesObjects, service: Service, controller: Controller, clock: SystemClock
+    ) -> Callable[[], None]:
+        """Follow the objects; the result stops that."""
+        from jobsched.backends.registry import load_engine
+
+        load_engine("kubernetes.config", "kubernetes")
+        from jobsched.backends.kubernetes_api import Api
+        from jobsched.operator.loop import Operator
+
+        given = {name: text for name in ("kubeconfig", "context", "namespace") if (text := getattr(config, name))}
+        backend = self._config.backend.kubernetes or spec.KubernetesBackend()
+        operator = Operator(
+            Api(backend.model_copy(update=given)), service, controller, clock, directory=config.directory,
+            configured=[queue.name for queue in self._config.queues],
+        )  # fmt: skip
+        self._operator_check = operator.check
+        operator.start()
+        return operator.close
 
     def _bind(self) -> socket.socket:
         listen = self._config.listen
@@ -193,6 +216,8 @@ class Server:
         yield Check("home", free > LITTLE_DISK_BYTES, f"{self.home}, {free / 2**30:.1f} GiB free",
                     "" if free > LITTLE_DISK_BYTES else "make room: logs and checkpoints are kept there")  # fmt: skip
         python = ".".join(map(str, sys.version_info[:3]))
+        if self._operator_check is not None:
+            yield self._operator_check()
         yield Check("server", True, f"jobsched {__version__}, Python {python}, pid {os.getpid()}, {self.url}")
 
 

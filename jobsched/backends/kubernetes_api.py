@@ -138,6 +138,11 @@ class Api:
         """`Exists` when there is one. Fields that the server does not know are refused, not dropped."""
         return self._json("POST", path, {"fieldValidation": "Strict"}, body)
 
+    def patch(self, path: str, body: Json) -> Json:
+        """Fields laid over an object's (RFC 7396; null removes one). With `metadata.resourceVersion` in it, `Exists`
+        when the object has changed since."""
+        return self._json("PATCH", path, {"fieldValidation": "Strict"}, body)
+
     def delete(self, path: str, grace_s: int | None = None, selector: str = "") -> None:
         """One object, or with a selector all that carry its labels; those that are gone are fine. `grace_s` 0 asks no
         kubelet."""
@@ -193,7 +198,8 @@ class Api:
         """The open response to a request that was granted."""
         self.calls[f"{method} {_kind(path)}"] += 1
         url = self.host + path + ("?" + urlencode(query) if query else "")
-        headers = self._headers() | ({"Content-Type": "application/json"} if body is not None else {})
+        kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
+        headers = self._headers() | ({"Content-Type": kind} if body is not None else {})
         timeout = urllib3.Timeout(*timeout_s) if isinstance(timeout_s, tuple) else urllib3.Timeout(timeout_s, timeout_s)
         data = None if body is None else json.dumps(body, separators=(",", ":")).encode()
         with _errors():

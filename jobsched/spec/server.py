@@ -570,6 +570,20 @@ class Timers(SpecModel):
     """Longest time between two ticks when nothing happens."""
 
 
+class KubernetesObjects(SpecModel):
+    """Jobs and queues as objects of a Kubernetes cluster: what `kubectl apply` brings is submitted, its status kept."""
+
+    kubeconfig: Text = ""
+    """File with access to the cluster; default: as `backend.kubernetes`."""
+    context: Text = ""
+    """Context of that file; default: as `backend.kubernetes`."""
+    namespace: Name | Literal[""] = ""
+    """Where the objects are; default: that of `backend.kubernetes`, else the context's."""
+    directory: Text = ""
+    """Directory that relative ones in jobs start from, where replicas run; the annotation `jobsched.dev/directory` of a
+    job says otherwise for that job."""
+
+
 class ServerConfig(SpecModel):
     """One server."""
 
@@ -581,6 +595,8 @@ class ServerConfig(SpecModel):
     """Where the API answers."""
     backend: BackendConfig = BackendConfig()
     """Where replicas run."""
+    kubernetes_objects: KubernetesObjects | None = None
+    """Follow `TrainingJob` and `TrainingQueue` objects; `{}` turns it on."""
     queues: tuple[QueueSpec, ...] = (QueueSpec(),)
     """Queues that jobs may name."""
     pools: Annotated[tuple[NodePool, ...], Field(max_length=1_000)] = ()

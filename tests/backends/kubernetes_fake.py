@@ -234,6 +234,27 @@ class FakeCluster:
             edit(fresh)
             return self.put(resource, namespace, name, fresh)
 
+    def patch(self, resource: str, namespace: str, name: str, sub: str, body: Json) -> Json:
+        """RFC 7396. `status` is reached by the sub-resource of that name only; a new spec is a new generation; an object
+        that is being deleted goes with its last finalizer."""
+        version = body.get("metadata", {}).get("resourceVersion")
+
+        def edit(found: Json) -> None:
+            if version is not None and version != found["metadata"]["resourceVersion"]:
+                raise Problem(409, "the object has been modified")
+            spec, status = copy.deepcopy(found.get("spec")), copy.deepcopy(found.get("status"))
+            _merge(found, {"status": body.get("status")} if sub == "status" else body)
+            if sub != "status" and status is not None:
+                found["status"] = status
+            if found.get("spec") != spec:
+                found["metadata"]["generation"] = found["metadata"].get("generation", 1) + 1
+
+        with self.news:
+            made = self.change(resource, namespace, name, edit)
+            if made["metadata"].get("deletionTimestamp") and not made["metadata"].get("finalizers"):
+                self.remove(resource, namespace, name)
+            return made
+
     # pods ---------------------------------------------------------------------------------------------------------
 
     def create(self, resource: str, namespace: str, body: Json) -> Json:
@@ -249,6 +270,7 @@ class FakeCluster:
                 raise Problem(413, "Request entity too large")
             if resource == "pods":
                 body = body | {"status": {"phase": "Pending"}}
+            body["metadata"].setdefault("generation", 1)
             made = self.put(resource, namespace, name, body)
         if resource == "pods":
             threading.Thread(target=self._schedule, args=(namespace, name), daemon=True).start()
@@ -504,6 +526,18 @@ def matches(found: Json, query: dict[str, str]) -> bool:
     return True
 
 
+def _merge(below: Json, above: Json) -> None:
+    for name, value in above.items():
+        if value is None:
+            below.pop(name, None)
+        elif isinstance(value, dict):
+            if not isinstance(below.get(name), dict):
+                below[name] = {}
+            _merge(below[name], value)
+        else:
+            below[name] = value
+
+
 def _handler(cluster: FakeCluster) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -555,6 +589,8 @@ def _handler(cluster: FakeCluster) -> type[BaseHTTPRequestHandler]:
                     self._list(resource, namespace, query)
                 case "POST":
                     self._json(201, cluster.create(resource, namespace, body))
+                case "PATCH":
+                    self._json(200, cluster.patch(resource, namespace, name, sub, body))
                 case "DELETE":
                     self._delete(resource, namespace, name, query, body)
                     self._json(200, {"kind": "Status", "status": "Success"})
@@ -569,6 +605,9 @@ def _handler(cluster: FakeCluster) -> type[BaseHTTPRequestHandler]:
             for one in chosen:
                 if resource == "pods":
                     cluster.delete_pod(namespace, one, int(body.get("gracePeriodSeconds", 30)))
+                elif cluster.objects[resource][(namespace, one)]["metadata"].get("finalizers"):
+                    cluster.change(resource, namespace, one,
+                                   lambda found: found["metadata"].setdefault("deletionTimestamp", now()))
                 else:
                     cluster.remove(resource, namespace, one)
 
@@ -719,6 +758,9 @@ def _handler(cluster: FakeCluster) -> type[BaseHTTPRequestHandler]:
 
         def do_POST(self) -> None:
             self._serve("POST")
+
+        def do_PATCH(self) -> None:
+            self._serve("PATCH")
 
         def do_DELETE(self) -> None:
             self._serve("DELETE")
