@@ -431,6 +431,7 @@ class Service:
         _refuse_incomplete(spec)
         with self.live.view() as (cluster, _):
             queues = tuple(cluster.queues)
+            closed = _closed(cluster, spec.queue)
             never = explain.could_ever_fit(cluster, spec) if cluster.nodes else ""
         _refuse_early(queues)
 
@@ -444,6 +445,8 @@ class Service:
                 raise UsageError(f"{fixed[0]} cannot be changed", hint="cancel the job and submit it again")
             if new.queue not in queues:
                 raise NotFound(f"there is no queue {new.queue!r}", hint=_suggest(new.queue, queues, "queues"))
+            if closed and "queue" in change.fields:
+                raise closed
             if never:
                 raise Unplaceable(never, hint="change the request")
             return ev.JobEdited(at_ms, job.id, by, new, change.fields, change.wanted, change.restart)

@@ -496,7 +496,7 @@ class FakeCluster:
         """Kubelets renew their Leases."""
         while not self._closing.wait(0.5):
             with self.news:
-                for (_, name) in list(self.objects["nodes"]):
+                for (_, name) in list(self.objects.get("nodes", {})):
                     if name not in self.dead and ("kube-node-lease", name) in self.objects["leases"]:
                         self.change("leases", "kube-node-lease", name,
                                     lambda one: one["spec"].update(renewTime=stamp()))
