@@ -1,4 +1,4 @@
-"""The operator: what `kubectl` does to TrainingJobs and TrainingQueues becomes use cases of the service, and what becomes
+"""The operator: what `kubectl` does to TrainingJobs and TrainingQueues becomes use cases of the service, and what comes
 of them goes back into their status and events.
 
 Started by `wiring` where the configuration has `kubernetes_objects`. Works only while this server leads. One thread

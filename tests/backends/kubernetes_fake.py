@@ -235,8 +235,8 @@ class FakeCluster:
             return self.put(resource, namespace, name, fresh)
 
     def patch(self, resource: str, namespace: str, name: str, sub: str, body: Json) -> Json:
-        """RFC 7396. `status` is reached by the sub-resource of that name only; a new spec is a new generation; an object
-        that is being deleted goes with its last finalizer."""
+        """RFC 7396. `status` is reached by the sub-resource of that name only; a new spec is a new generation; what is
+        being deleted goes with its last finalizer."""
         version = body.get("metadata", {}).get("resourceVersion")
 
         def edit(found: Json) -> None:
