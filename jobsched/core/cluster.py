@@ -19,6 +19,7 @@ from jobsched.core.job import Asked, Binding, Job, Phase, Replica, ReplicaId, Re
 from jobsched.core.ledger import GpuClass, Ledger
 from jobsched.core.lifecycle import evolve_job
 from jobsched.core.node import Cordon, Node
+from jobsched.core.policies.estimate import Estimates
 from jobsched.core.policies.fragmentation import Learned, Mix
 from jobsched.core.policies.goodput import SpeedModel
 from jobsched.core.policies.quota import Amounts, Quotas, amounts_of
@@ -174,6 +175,8 @@ class Cluster:
     """When the order of a re-plan changes by itself; 0: not before something happens."""
     window_ms: int = 0
     """When the next budget window begins; 0: no queue has a budget."""
+    estimates: Estimates = field(default_factory=Estimates)
+    """How long jobs run, learned from those that ran."""
     service: dict[JobId, Service] = field(default_factory=dict)
     """Attained service of live jobs that were placed once."""
     elastic: dict[JobId, None] = field(default_factory=dict)
@@ -340,6 +343,7 @@ class Cluster:
         else:
             self.asking.pop(job_id, None)
         if after.phase.terminal:
+            self.estimates.ended(after)
             self._remember_end(after)
             self.jobs.pop(job_id, None)
             self.growing.pop(job_id, None)
@@ -350,6 +354,7 @@ class Cluster:
             return
         self.jobs[job_id] = after
         if before is None:
+            self.estimates.submitted(after)
             for dependency in after.waiting_for:
                 self.dependents.setdefault(dependency, []).append(job_id)
         if before is None or before.wanted is not after.wanted or before.spec is not after.spec:

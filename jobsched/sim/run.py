@@ -19,7 +19,15 @@ from jobsched.core.job import FailureClass, Job, Phase
 from jobsched.core.launch import Launch, LaunchKey, parse_key
 from jobsched.core.observation import Progress
 from jobsched.core.policies.elasticity import Elasticity
-from jobsched.core.policies.ordering import fifo, gpu_time, least_attained, priority, shortest
+from jobsched.core.policies.ordering import (
+    fifo,
+    gpu_time,
+    knapsack,
+    learned,
+    least_attained,
+    priority,
+    shortest,
+)
 from jobsched.core.policies.preemption import Order, Replan
 from jobsched.core.resources import WHOLE_GPU, JobId, NodeName
 from jobsched.core.schedule import Policy
@@ -87,7 +95,9 @@ class Player:
         if run is None or run.attempt != job.attempt:
             self.catch_up()
             now = self._clock.now_ms()
-            start_ms = 0 if self.workload.rules.pause_everyone else self._arrivals[job_id].work.start_ms
+            rules = self.workload.rules
+            start_ms = 0 if rules.pause_everyone else self._arrivals[job_id].work.start_ms
+            start_ms += rules.restart_ms if job.attempt > 1 else 0
             run = self._runs[job_id] = _Run(job.attempt, now, self._seats(job), start_ms, now)
         run.keys.append(launch.key)
         left = run.pause_ms + self.course(job_id).left_ms(run.seats) - run.ran_ms(self._clock.now_ms())
@@ -340,7 +350,9 @@ POLICIES: dict[str, PolicyMaker] = {
     "edf": _ranked(_deadline),
     "srtf": _preempting(lambda sim: shortest(sim.player.left_ms)),
     "srsf": _preempting(lambda sim: shortest(gpu_time(sim.player.left_ms))),
+    "knapsack": _preempting(lambda sim: knapsack(sim.player.left_ms)),
     "las": _preempting(_las),
+    "learned": _preempting(lambda sim: learned),
     "elastic": _elastic,
 }
 """Policies by the name that `jobsched simulate --policy` takes. sjf, qssf, srtf and srsf are told run times."""

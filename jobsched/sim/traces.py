@@ -86,7 +86,7 @@ def philly(name: str = "philly_2017-10", nodes: str = "philly_vc_nodes_load85", 
         arrivals=tuple(arrivals),
         nodes=tuple(make_node(f"{vc}-{i:03}", 8, labels=(("vc", vc),)) for vc, n in sizes.items() for i in range(n)),
         queues=tuple(QueueSpec(name=f"vc-{vc}") for vc in sizes),
-        rules=Rules(kill_ms=0, strict=True),
+        rules=Rules(kill_ms=0, strict=True, restart_ms=30_000),
     )
 
 

@@ -29,6 +29,8 @@ class Rules:
 
     pause_everyone: bool = False
     """At every arrival, end and change of queue, each running job makes no progress for its start cost (Muri)."""
+    restart_ms: int = 0
+    """Time without progress after each start but the first: what being preempted costs a job."""
     kill_ms: int = 5
     """How long a replica takes to die once told to."""
     pass_every_ms: int = 0

@@ -11,8 +11,10 @@ from math import ceil
 
 from jobsched.core.cluster import Cluster, LineKey, Place
 from jobsched.core.job import Job, Phase
+from jobsched.core.policies.estimate import EDGES_MS, Estimates, bucket_of, ran_ms
 from jobsched.core.policies.preemption import Order, Turn
 from jobsched.core.resources import WHOLE_GPU
+from jobsched.spec.queue import GPUS
 
 OrderKey = tuple[int, int, int, str]
 Ordering = Callable[[LineKey, Place], OrderKey]
@@ -80,5 +82,83 @@ def least_attained(thresholds_gpu_s: Sequence[int], whole_seconds: bool = True) 
             rows.append((level, place, age, Turn(job, level, until_ms)))
         rows.sort(key=lambda row: row[:3])
         return [row[3] for row in rows]
+
+    return order
+
+
+FIRM = 1.5
+"""A waiting job takes a running one's place only if it is so many times better: what preemption costs is not known
+exactly, and two jobs whose estimates cross must not chase each other."""
+SURE_PER_MS = 1e-15
+
+
+def learned(cluster: Cluster, runnable: Sequence[Job], now_ms: int) -> list[Turn]:
+    """Highest Gittins index per GPU first, with run times learned per family (`estimate`), and reported progress where
+    there is some: what SRSF does when run times are known, and least attained service when nothing is. The default."""
+    estimates = cluster.estimates
+    for job in runnable:
+        estimates.ran(job.id, ran_ms(job, now_ms))
+    rows: list[tuple[int, float, bool, int, str, Turn]] = []
+    for job in runnable:
+        running = job.phase is not Phase.QUEUED
+        ran = ran_ms(job, now_ms)
+        until_ms = 0
+        if running:
+            bucket = bucket_of(ran)
+            if bucket + 1 < len(EDGES_MS):
+                until_ms = now_ms + EDGES_MS[bucket + 1] - ran
+        cost = max(1, gpus_asked(job)) / max(SURE_PER_MS, _index(estimates, job, ran, now_ms))
+        if running:
+            cost /= FIRM
+        rows.append((-job.priority, cost, not running, job.submitted_at_ms, job.id, Turn(job, 0, until_ms)))
+    rows.sort(key=lambda row: row[:5])
+    return [row[5] for row in rows]
+
+
+def _index(estimates: Estimates, job: Job, ran: int, now_ms: int) -> float:
+    """Ends per millisecond that the job promises. One that runs keeps what it promised when it was let in until that
+    quantum is over."""
+    left = estimates.reported_left_ms(job, now_ms)
+    if left is not None:
+        return 1 / left
+    curve = estimates.curve(job)
+    bucket = bucket_of(ran)
+    begun = bucket_of(job.ran_ms) if job.phase is not Phase.QUEUED else bucket
+    return max(curve.rate[k] for k in range(begun, bucket + 1) if k == bucket or curve.until[k] > bucket)
+
+
+def knapsack(told: Told) -> Order:
+    """Of all sets of jobs that hold no more GPUs than there are, first the one that ends most jobs per second: the
+    knapsack of which SRSF is the greedy answer. Then the rest, smallest remaining service first.
+
+    O(distinct sizes * GPUs^2 / size) a pass."""
+
+    def order(cluster: Cluster, runnable: Sequence[Job], now_ms: int) -> list[Turn]:
+        sizes: dict[int, list[tuple[int, int, str, Job]]] = {}
+        for job in runnable:
+            left = max(1, told(job))
+            sizes.setdefault(max(1, ceil(gpus_asked(job) / WHOLE_GPU)), []).append(
+                (left, job.submitted_at_ms, job.id, job)
+            )
+        room = cluster.capacity()[GPUS] // WHOLE_GPU
+        value = [0.0] * (room + 1)
+        chosen: list[tuple[tuple[int, int], ...]] = [()] * (room + 1)
+        for size in sorted(sizes, reverse=True):
+            best = sorted(sizes[size])[: room // size]
+            gains = [0.0]
+            for left, *_ in best:
+                gains.append(gains[-1] + 1 / left)
+            values, choices = list(value), list(chosen)
+            for held in range(size, room + 1):
+                for count in range(1, min(len(best), held // size) + 1):
+                    found = value[held - count * size] + gains[count]
+                    if found > values[held]:
+                        values[held], choices[held] = found, (*chosen[held - count * size], (size, count))
+            value, chosen = values, choices
+            sizes[size].sort()
+        first = [row[3] for size, count in chosen[room] for row in sizes[size][:count]]
+        taken = {job.id for job in first}
+        rest = [(row[0] * size, *row[1:]) for size, rows in sizes.items() for row in rows if row[2] not in taken]
+        return [Turn(job, 0) for job in first] + [Turn(row[3], 0) for row in sorted(rest)]
 
     return order

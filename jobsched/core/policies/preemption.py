@@ -117,7 +117,11 @@ def _choose(
         for binding, role in bookings:
             ledger.lend(binding, role)
     wanted: dict[JobId, _Wanted] = {}
+    too_big: set[Shape] = set()
     for turn in turns:
+        asked = cluster.shape(turn.job)
+        if asked in too_big:  # less and less is free
+            continue
         shape = admit(turn.job)
         if isinstance(shape, Refused):
             continue
@@ -125,6 +129,8 @@ def _choose(
         if isinstance(gang, Gang):
             wanted[turn.job.id] = _Wanted(shape, gang.bindings)
             booked(turn.job, gang.bindings)
+        else:
+            too_big.add(asked)
     ledger.rollback(mark)
     return wanted
 

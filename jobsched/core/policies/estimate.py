@@ -1,0 +1,298 @@
+"""How long jobs run, learned from those that ran before: survival tables per job family, kept up one job at a time.
+
+Kaplan-Meier hazards in doubling buckets of run time: of the jobs that entered a bucket, how many ended in it. Jobs that
+still run count for every bucket they have passed, so that long jobs teach before they end. Tables are nested (all jobs
+> same GPUs > same family > same name > same campaign); each level starts from the one above as if it had seen some jobs
+like that, so a family with few ends leans on its parents. A family is what a user runs again and again: queue, owner,
+image, programs, GPUs. A campaign is a run of submissions of one family with short gaps: siblings of a sweep run alike.
+Reported progress, where a job tells its total, replaces all of that.
+
+`Cluster` folds job events into its `Estimates`; orderings, backfill and answers ask. Learned from the past only.
+Sources: Gittins 1979 for the index (as in Tiresias, NSDI'19); Kaplan & Meier 1958; Helios (SC'21) and 3Sigma
+(EuroSys'18) for families.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+
+from jobsched.core.job import Job, Phase
+from jobsched.core.resources import WHOLE_GPU, JobId
+
+BASE_MS = 60_000
+EDGES_MS = (0, *(BASE_MS << k for k in range(17)))
+"""Where buckets of run time begin: 0, 1 min, 2 min, … 45 days; the last is open."""
+BUCKETS = len(EDGES_MS)
+_ENDS_MS = (*EDGES_MS[1:], 2 * EDGES_MS[-1])
+PRIOR_HAZARD = 0.5
+"""Before anything was seen: half of those that ran so long end before they have run twice as long (Pareto, as Harchol-
+Balter & Downey 1997 measured of Unix processes)."""
+TRUST = (2.0, 10.0, 5.0, 3.0, 3.0)
+"""As if so many jobs like the level above had been seen, for all jobs, same GPUs, family, name, campaign."""
+CAMPAIGN_GAP_MS = 600_000
+REPORT_AFTER_MS = 60_000
+"""A reported rate counts once it was measured over so long."""
+REFRESH = 16
+"""Tables of families that saw nothing themselves follow their parents after so many ends."""
+
+Key = tuple[object, ...]
+
+
+@dataclass(slots=True)
+class Tally:
+    """What one level has seen: per bucket, jobs that entered it and jobs that ended in it."""
+
+    entered: list[int] = field(default_factory=lambda: [0] * BUCKETS)
+    ended: list[int] = field(default_factory=lambda: [0] * BUCKETS)
+    version: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """What is known of the run time of a job: hazards per bucket, and from each bucket the Gittins index."""
+
+    hazard: tuple[float, ...]
+    rate: tuple[float, ...]
+    """Ends per millisecond when it runs from this bucket on for the best quantum."""
+    until: tuple[int, ...]
+    """The bucket before which that quantum ends."""
+    seen: int
+    """Ended jobs of its own family."""
+
+    def left_ms(self, ran_ms: int, quantile: float) -> int:
+        """Such a share of the jobs that ran so long end within this time; linear within a bucket."""
+        bucket = bucket_of(ran_ms)
+        survive, at_ms = 1.0, ran_ms
+        while True:
+            end_ms = _ENDS_MS[bucket]
+            # hazard of what is left of the bucket, as if ends were spread evenly over it
+            part = (end_ms - at_ms) / (end_ms - EDGES_MS[bucket])
+            hazard = self.hazard[bucket]
+            hazard = hazard * part / (1 - hazard * (1 - part))
+            if survive * (1 - hazard) <= 1 - quantile or bucket == BUCKETS - 1:
+                share = 1.0 if hazard <= 0 else min(1.0, (1 - (1 - quantile) / survive) / hazard)
+                return round(at_ms + share * (end_ms - at_ms)) - ran_ms
+            survive *= 1 - hazard
+            at_ms, bucket = end_ms, bucket + 1
+
+    def mean_left_ms(self, ran_ms: int) -> int:
+        """Expected time to the end of one that ran so long. What ran past the last bucket is not looked at."""
+        bucket = bucket_of(ran_ms)
+        survive, at_ms, total = 1.0, ran_ms, 0.0
+        for k in range(bucket, BUCKETS):
+            part = (_ENDS_MS[k] - at_ms) / (_ENDS_MS[k] - EDGES_MS[k])
+            hazard = self.hazard[k] * part / (1 - self.hazard[k] * (1 - part))
+            total += survive * (1 - hazard / 2) * (_ENDS_MS[k] - at_ms)
+            survive *= 1 - hazard
+            at_ms = _ENDS_MS[k]
+        return max(1, round(total))
+
+
+def bucket_of(ran_ms: int) -> int:
+    """The bucket that a job is in which ran so long."""
+    return bisect_right(EDGES_MS, ran_ms) - 1 if ran_ms > 0 else 0
+
+
+def ran_ms(job: Job, now_ms: int) -> int:
+    """How long the job has run, all attempts together."""
+    return job.ran_ms + (max(0, now_ms - job.running_since_ms) if job.phase is Phase.RUNNING else 0)
+
+
+@dataclass(slots=True)
+class _Known:
+    """A live job: its keys, widest first, and how many buckets it has passed."""
+
+    keys: tuple[Key, ...]
+    passed: int = 0
+
+
+@dataclass(slots=True)
+class _Report:
+    """Progress of one attempt: first and latest report."""
+
+    attempt: int
+    first_step: int
+    first_at_ms: int
+    step: int
+    at_ms: int
+    total: int
+
+
+@dataclass(slots=True)
+class Estimates:
+    """All that was learned. Every method costs O(buckets) at most, but `curve` after news: O(buckets squared)."""
+
+    _tallies: dict[Key, Tally] = field(default_factory=dict)
+    _live: dict[JobId, _Known] = field(default_factory=dict)
+    _campaigns: dict[Key, tuple[int, int]] = field(default_factory=dict)
+    """Family -> (its last submission, which campaign that was)."""
+    _curves: dict[Key, tuple[int, Curve]] = field(default_factory=dict)
+    _reports: dict[JobId, _Report] = field(default_factory=dict)
+    _ends: int = 0
+
+    # ---- learning ----
+
+    def submitted(self, job: Job) -> None:
+        """A job came."""
+        if job.id in self._live:
+            return
+        family = family_of(job)
+        last_ms, nth = self._campaigns.get(family, (job.submitted_at_ms, 0))
+        if job.submitted_at_ms - last_ms > CAMPAIGN_GAP_MS:
+            self._drop_campaign((*family, nth))
+            nth += 1
+        self._campaigns[family] = (max(last_ms, job.submitted_at_ms), nth)
+        name = _COUNTER.sub("", str(job.spec.name)) if job.spec.name else ""
+        keys: tuple[Key, ...] = ((), (family[-1],), family, (*family, name), (*family, nth))
+        self._live[job.id] = _Known(keys)
+        for key in keys:
+            self._tallies.setdefault(key, Tally())
+
+    def ran(self, job_id: JobId, for_ms: int) -> None:
+        """A live job has run so long and goes on."""
+        known = self._live.get(job_id)
+        if known is None:
+            return
+        bucket = bucket_of(for_ms)
+        if bucket > known.passed:
+            for key in known.keys:
+                tally = self._tallies.setdefault(key, Tally())
+                tally.version += 1
+                for k in range(known.passed, bucket):
+                    tally.entered[k] += 1
+            known.passed = bucket
+
+    def ended(self, job: Job) -> None:
+        """A job ended, however it did; one that never ran teaches nothing."""
+        self._reports.pop(job.id, None)
+        if job.ran_ms > 0:
+            self.ran(job.id, job.ran_ms)
+            known = self._live.get(job.id)
+            if known is not None:
+                bucket = bucket_of(job.ran_ms)
+                for key in known.keys:
+                    tally = self._tallies.setdefault(key, Tally())
+                    tally.version += 1
+                    tally.entered[bucket] += 1
+                    tally.ended[bucket] += 1
+                self._ends += 1
+        self._live.pop(job.id, None)
+
+    def learn(self, jobs: Iterable[Job]) -> None:
+        """What ended before a leader began, oldest first."""
+        for job in jobs:
+            self.submitted(job)
+            self.ended(job)
+
+    def reported(self, job: Job, step: int, total: int, at_ms: int) -> None:
+        """A running job told how far it is."""
+        report = self._reports.get(job.id)
+        if report is None or report.attempt != job.attempt or step < report.first_step:
+            self._reports[job.id] = _Report(job.attempt, step, at_ms, step, at_ms, total)
+        else:
+            report.step, report.at_ms, report.total = step, at_ms, total
+
+    def _drop_campaign(self, key: Key) -> None:
+        """A past campaign teaches only through its family; jobs of it that still live make a new table if need be."""
+        self._tallies.pop(key, None)
+        self._curves.pop(key, None)
+
+    # ---- answers ----
+
+    def curve(self, job: Job) -> Curve:
+        """What is known of this job's run time."""
+        known = self._live.get(job.id)
+        keys = known.keys if known is not None else ((), (gpus_milli(job),))
+        tallies = [self._tallies.get(key) for key in keys]
+        own = sum(tally.version for tally in tallies[2:] if tally is not None)
+        stamp = own + self._ends // REFRESH
+        cached = self._curves.get(keys[-1])
+        if cached is not None and cached[0] == stamp:
+            return cached[1]
+        hazard = [PRIOR_HAZARD] * BUCKETS
+        for tally, trust in zip(tallies, TRUST, strict=False):
+            if tally is not None and tally.version:
+                ended, entered = tally.ended, tally.entered
+                hazard = [(ended[k] + trust * hazard[k]) / (entered[k] + trust) for k in range(BUCKETS)]
+        family = tallies[2] if len(tallies) > 2 else None
+        curve = _curve(hazard, sum(family.ended) if family is not None else 0)
+        self._curves[keys[-1]] = (stamp, curve)
+        return curve
+
+    def reported_left_ms(self, job: Job, now_ms: int) -> int | None:
+        """Time to the end at the reported rate; None before enough was reported."""
+        report = self._reports.get(job.id)
+        if report is None or report.total <= 0:
+            return None
+        steps, took_ms = report.step - report.first_step, report.at_ms - report.first_at_ms
+        if steps <= 0 or took_ms < REPORT_AFTER_MS:
+            return None
+        left = max(0, report.total - report.step) * took_ms // steps
+        return max(1, left - (now_ms - report.at_ms if job.phase is Phase.RUNNING else 0))
+
+    def left_ms(self, job: Job, now_ms: int, quantile: float = 0.5) -> int:
+        """Time to the end: by reported progress, else by that quantile of its family, else by its time limit; never
+        longer than the limit allows."""
+        limit = job.spec.time_limit
+        ran = ran_ms(job, now_ms)
+        left = self.reported_left_ms(job, now_ms)
+        if left is None:
+            curve = self.curve(job)
+            left = limit - ran if limit and not curve.seen else curve.left_ms(ran, quantile)
+        return max(1, min(left, limit - ran) if limit else left)
+
+    def seen(self, job: Job) -> int:
+        """Ended jobs of the job's family."""
+        return self.curve(job).seen
+
+
+def _curve(hazard: list[float], seen: int) -> Curve:
+    """The Gittins index from each bucket: the most ends per time over all quanta that stop at a bucket's end."""
+    survive = [1.0]
+    for h in hazard:
+        survive.append(survive[-1] * (1 - h))
+    area = [
+        (_ENDS_MS[k] - EDGES_MS[k]) * (survive[k] + survive[k + 1]) / 2 for k in range(BUCKETS)
+    ]
+    rate, until = [], []
+    for k in range(BUCKETS):
+        best, bound, spent = 0.0, k + 1, 0.0
+        for m in range(k, BUCKETS):
+            spent += area[m]
+            found = (survive[k] - survive[m + 1]) / spent if spent > 0 else 0.0
+            if found > best * (1 + 1e-9):
+                best, bound = found, m + 1
+        rate.append(best)
+        until.append(bound)
+    return Curve(tuple(hazard), tuple(rate), tuple(until), seen)
+
+
+def gpus_milli(job: Job) -> int:
+    """GPUs that the job wants, in thousandths."""
+    return sum(role.gpu.milli * job.wanted_count(name) for name, role in job.spec.roles.items() if role.gpu)
+
+
+_COUNTER = re.compile(r"[-_.]?[0-9a-f]*[0-9]+[0-9a-f]*$")
+"""What tells the runs of one name apart; names that the server makes up end in digits too."""
+
+
+def family_of(job: Job) -> Key:
+    """What the job has in common with its like; its GPUs come last."""
+    spec = job.spec
+    runs = tuple((name, role.image, _program(role.command)) for name, role in spec.roles.items())
+    return (spec.queue, job.owner, spec.image, runs, gpus_milli(job))
+
+
+def _program(command: Sequence[str] | str) -> str:
+    """`python train.py` of `python train.py --lr 0.1`: a sweep's members differ in what follows."""
+    words = command.split() if isinstance(command, str) else command
+    return " ".join(takewhile(lambda word: not word.startswith("-"), words))
+
+
+def service_rank(cost_ms: float, job: Job) -> int:
+    """Milliseconds of expected run time times GPUs: who delays others least goes first."""
+    return round(cost_ms * max(1, gpus_milli(job)) / WHOLE_GPU)
