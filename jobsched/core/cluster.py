@@ -22,6 +22,7 @@ from jobsched.core.node import Cordon, Node
 from jobsched.core.policies.estimate import Estimates
 from jobsched.core.policies.fragmentation import Learned, Mix
 from jobsched.core.policies.goodput import SpeedModel
+from jobsched.core.policies.parts import Crowd, Parts, PoolKey, pool_key
 from jobsched.core.policies.quota import Amounts, Quotas, amounts_of
 from jobsched.core.policies.ranking import Pool
 from jobsched.core.pools import BY as POOLS
@@ -171,6 +172,14 @@ class Cluster:
     """Lines for whose heads no room could be made yet -> when the next protected job may be stopped for them."""
     standing: dict[JobId, Standing] = field(default_factory=dict)
     """Where each runnable job stood in the last re-plan; scratch of `policies.preemption`."""
+    crowds: dict[PoolKey, Crowd] = field(default_factory=dict)
+    """Live jobs by where they may run."""
+    stirred: dict[PoolKey, None] = field(default_factory=dict)
+    """Pools in which a job came, went or waits anew since the last re-plan."""
+    parts: Parts = field(default_factory=Parts)
+    """Scratch of `policies.preemption`."""
+    pools_moved: int = 0
+    """Rises when what may be bound where changes."""
     next_pass_ms: int = 0
     """When the order of a re-plan changes by itself; 0: not before something happens."""
     window_ms: int = 0
@@ -198,6 +207,7 @@ class Cluster:
     _charged: dict[tuple[JobId, ReplicaId], Amounts] = field(default_factory=dict)
     """What each bound replica counts for in its queue; its GPUs' kind may be forgotten before it ends."""
     _place: dict[JobId, tuple[LineKey, Place]] = field(default_factory=dict)
+    _crowd_of: dict[JobId, PoolKey] = field(default_factory=dict)
     _shape: dict[JobId, Shape] = field(default_factory=dict)
     _shapes: dict[Shape, Shape] = field(default_factory=dict)
     """Like jobs share one shape."""
@@ -344,6 +354,7 @@ class Cluster:
             self.asking.pop(job_id, None)
         if after.phase.terminal:
             self.estimates.ended(after)
+            self._stir(before, after)
             self._remember_end(after)
             self.jobs.pop(job_id, None)
             self.growing.pop(job_id, None)
@@ -361,6 +372,7 @@ class Cluster:
             self._shape[job_id] = self._shape_of(after)
         if before is None:
             self.mix.learn(self._shape[job_id])
+        self._stir(before, after)
         if after.phase is Phase.QUEUED:
             self._join_line(after)
         if before is None or before.phase is not after.phase:
@@ -433,6 +445,34 @@ class Cluster:
             del levels[job.priority][job.id]
             if not levels[job.priority]:
                 del levels[job.priority]
+    def _stir(self, before: Job | None, after: Job) -> None:
+        """Note where something may be decided anew."""
+        shape = self._shape.get(after.id)
+        if shape is None:
+            return
+        key = pool_key(shape)
+        if after.phase.terminal:
+            self._leave_crowd(after.id)
+            self.standing.pop(after.id, None)
+        elif before is None or before.spec is not after.spec:
+            self._leave_crowd(after.id)
+            crowd = self.crowds.get(key)
+            if crowd is None:
+                crowd = self.crowds[key] = Crowd(shape)
+            crowd.jobs[after.id] = None
+            self._crowd_of[after.id] = key
+        elif after.phase is not Phase.QUEUED and (before.stop_wish, before.cancel_by, before.wanted) == (
+            after.stop_wish, after.cancel_by, after.wanted,
+        ):  # fmt: skip
+            return
+        self.stirred[key] = None
+
+    def _leave_crowd(self, job_id: JobId) -> None:
+        key = self._crowd_of.pop(job_id, None)
+        if key is not None:
+            del self.crowds[key].jobs[job_id]
+            if not self.crowds[key].jobs:
+                del self.crowds[key]
 
     def _remember_end(self, job: Job) -> None:
         self.ended[job.id] = job.phase is Phase.SUCCEEDED
@@ -495,6 +535,7 @@ class Cluster:
         self._line_up(job)
 
     def _line_up(self, job: Job) -> None:
+        self.stirred[pool_key(self._shape[job.id])] = None
         owner = job.owner if _tells_users_apart(self.queues.get(job.spec.queue)) else ""
         key = LineKey(job.spec.queue, job.priority, self._shape[job.id], job.array_id, owner)
         line = self.lines.get(key)
@@ -636,6 +677,10 @@ class Cluster:
     def shape(self, job: Job) -> Shape:
         return self._shape.get(job.id) or shape_of_job(job)
 
+    def waits(self, job_id: JobId) -> bool:
+        """Whether the job may start."""
+        return job_id in self._place
+
     def line_of(self, job_id: JobId) -> Line | None:
         """The line that a job waits in; None when it may not start (held, backoff, dependency) or runs."""
         found = self._place.get(job_id)
@@ -644,7 +689,7 @@ class Cluster:
     def pool(self, shape: Shape) -> Pool:
         """Nodes that something of this shape may be bound on at all: usable, with its labels, without taints or
         avoidance against it. Kept true from one question to the next."""
-        key = (shape.node_labels, shape.tolerate, shape.avoid)
+        key = pool_key(shape)
         found = self._pools.get(key)
         if found is None:
             if len(self._pools) >= POOLS_KEPT:
@@ -662,6 +707,7 @@ class Cluster:
 
     def _repool(self, name: NodeName) -> None:
         """A node changed: it may belong to other pools now."""
+        self.pools_moved += 1
         for shape, pool in self._pools.values():
             if self._may_use(shape, name):
                 pool[name] = None

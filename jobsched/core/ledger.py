@@ -252,6 +252,11 @@ class Ledger:
         else:
             self.freed += 1  # a quota may have room again
 
+    @property
+    def unblocked(self) -> int:
+        """Changes whenever everything is worth another try."""
+        return self._freed_everywhere
+
     def unblock(self) -> None:
         """Whatever did not fit is worth another try, wherever it looks."""
         self.freed += 1

@@ -313,10 +313,10 @@ def _ranked(rank: Callable[[Simulation], Rank]) -> PolicyMaker:
     return lambda sim: _policy(sim, ordering=fifo, rank=rank(sim))
 
 
-def _preempting(order: Callable[[Simulation], Order]) -> PolicyMaker:
+def _preempting(order: Callable[[Simulation], Order], remember: bool = False) -> PolicyMaker:
     def make(sim: Simulation) -> Policy:
         rules = sim.workload.rules
-        return _policy(sim, replan=Replan(order(sim), True, rules.running_first, rules.settle))
+        return _policy(sim, replan=Replan(order(sim), rules.repack, rules.running_first, remember, rules.settle))
 
     return make
 
@@ -351,7 +351,7 @@ POLICIES: dict[str, PolicyMaker] = {
     "srtf": _preempting(lambda sim: shortest(sim.player.left_ms)),
     "srsf": _preempting(lambda sim: shortest(gpu_time(sim.player.left_ms))),
     "knapsack": _preempting(lambda sim: knapsack(sim.player.left_ms)),
-    "las": _preempting(_las),
+    "las": _preempting(_las, remember=True),
     "learned": _preempting(lambda sim: learned),
     "elastic": _elastic,
 }

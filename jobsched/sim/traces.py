@@ -122,7 +122,9 @@ def muri(name: str = "trace3", *, counted: bool = False, once: bool = False) -> 
         name=name,
         arrivals=tuple(arrivals),
         nodes=(make_node("n00", 64),) if counted else tuple(make_node(f"n{i:02}", 8) for i in range(8)),
-        rules=Rules(pause_everyone=not once, kill_ms=0, settle=True, running_first=True, whole_seconds=True),
+        rules=Rules(
+            pause_everyone=not once, kill_ms=0, repack=True, settle=True, running_first=True, whole_seconds=True
+        ),
     )
 
 
@@ -205,8 +207,8 @@ def pollux(name: str = "workload-1.0_6", elastic: bool = False) -> Workload:
         arrivals=tuple(arrivals),
         nodes=tuple(make_node(f"n{i:02}", 4) for i in range(16)),
         rules=Rules(
-            kill_ms=0, pass_every_ms=60_000, settle=True, score=Score.SPREAD, thresholds_gpu_s=(57_600,),
-            report_every_ms=60_000 if elastic else 0,
+            kill_ms=0, pass_every_ms=60_000, repack=True, settle=True, score=Score.SPREAD,
+            thresholds_gpu_s=(57_600,), report_every_ms=60_000 if elastic else 0,
         ),
     )  # fmt: skip
 
@@ -229,7 +231,7 @@ def tiresias(name: str = "60_job") -> Workload:
         _steady(place, float(row["submit_time"]), float(row["duration"]), int(row["num_gpu"]), 4, row["model_name"])
         for place, row in enumerate(rows(find("tiresias", name)))
     ]
-    return Workload(name, tuple(arrivals), make_nodes("15x4"), rules=Rules(whole_seconds=True))
+    return Workload(name, tuple(arrivals), make_nodes("15x4"), rules=Rules(repack=True, whole_seconds=True))
 
 
 def chronus(name: str = "trace_job_Philly_MIX1", unit_s: float = 60.0) -> Workload:

@@ -41,6 +41,8 @@ class Rules:
     """Least attained service: within a level, jobs that run stand before those that wait."""
     strict: bool = False
     """The first job of a queue that does not fit stops the queue."""
+    repack: bool = False
+    """Preemptive passes place everybody from nothing and move who runs."""
     settle: bool = False
     """Preemptive passes start nobody before everything that was stopped is gone."""
     report_every_ms: int = 0

@@ -42,13 +42,24 @@ REFRESH = 16
 Key = tuple[object, ...]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Tally:
     """What one level has seen: per bucket, jobs that entered it and jobs that ended in it."""
 
     entered: list[int] = field(default_factory=lambda: [0] * BUCKETS)
     ended: list[int] = field(default_factory=lambda: [0] * BUCKETS)
     version: int = 0
+    stamp: int = -1
+    """What `curve` was made from, here and at the levels above."""
+    curve: Curve | None = None
+
+    def add(self, first: int, bucket: int, ends: bool) -> None:
+        """A job has passed buckets `first`..`bucket`-1, and ended in `bucket` or not."""
+        self.version += 1
+        for k in range(first, bucket + ends):
+            self.entered[k] += 1
+        if ends:
+            self.ended[bucket] += 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +115,9 @@ def ran_ms(job: Job, now_ms: int) -> int:
 
 @dataclass(slots=True)
 class _Known:
-    """A live job: its keys, widest first, and how many buckets it has passed."""
+    """A live job: its levels, widest first, and how many buckets it has passed."""
 
-    keys: tuple[Key, ...]
+    levels: tuple[Tally, ...]
     passed: int = 0
 
 
@@ -128,9 +139,8 @@ class Estimates:
 
     _tallies: dict[Key, Tally] = field(default_factory=dict)
     _live: dict[JobId, _Known] = field(default_factory=dict)
-    _campaigns: dict[Key, tuple[int, int]] = field(default_factory=dict)
-    """Family -> (its last submission, which campaign that was)."""
-    _curves: dict[Key, tuple[int, Curve]] = field(default_factory=dict)
+    _campaigns: dict[Key, tuple[int, Tally]] = field(default_factory=dict)
+    """Family -> (its last submission, the campaign that was of)."""
     _reports: dict[JobId, _Report] = field(default_factory=dict)
     _ends: int = 0
 
@@ -138,19 +148,18 @@ class Estimates:
 
     def submitted(self, job: Job) -> None:
         """A job came."""
-        if job.id in self._live:
-            return
+        if job.id not in self._live:
+            self._live[job.id] = _Known(self._levels(job))
+
+    def _levels(self, job: Job) -> tuple[Tally, ...]:
         family = family_of(job)
-        last_ms, nth = self._campaigns.get(family, (job.submitted_at_ms, 0))
-        if job.submitted_at_ms - last_ms > CAMPAIGN_GAP_MS:
-            self._drop_campaign((*family, nth))
-            nth += 1
-        self._campaigns[family] = (max(last_ms, job.submitted_at_ms), nth)
         name = _COUNTER.sub("", str(job.spec.name)) if job.spec.name else ""
-        keys: tuple[Key, ...] = ((), (family[-1],), family, (*family, name), (*family, nth))
-        self._live[job.id] = _Known(keys)
-        for key in keys:
-            self._tallies.setdefault(key, Tally())
+        last_ms, campaign = self._campaigns.get(family, (0, None))
+        if campaign is None or job.submitted_at_ms - last_ms > CAMPAIGN_GAP_MS:
+            campaign = Tally()
+        self._campaigns[family] = (max(last_ms, job.submitted_at_ms), campaign)
+        keys: tuple[Key, ...] = ((), (family[-1],), family, (*family, name))
+        return (*(self._tallies.setdefault(key, Tally()) for key in keys), campaign)
 
     def ran(self, job_id: JobId, for_ms: int) -> None:
         """A live job has run so long and goes on."""
@@ -159,28 +168,18 @@ class Estimates:
             return
         bucket = bucket_of(for_ms)
         if bucket > known.passed:
-            for key in known.keys:
-                tally = self._tallies.setdefault(key, Tally())
-                tally.version += 1
-                for k in range(known.passed, bucket):
-                    tally.entered[k] += 1
+            for tally in known.levels:
+                tally.add(known.passed, bucket, ends=False)
             known.passed = bucket
 
     def ended(self, job: Job) -> None:
         """A job ended, however it did; one that never ran teaches nothing."""
         self._reports.pop(job.id, None)
-        if job.ran_ms > 0:
-            self.ran(job.id, job.ran_ms)
-            known = self._live.get(job.id)
-            if known is not None:
-                bucket = bucket_of(job.ran_ms)
-                for key in known.keys:
-                    tally = self._tallies.setdefault(key, Tally())
-                    tally.version += 1
-                    tally.entered[bucket] += 1
-                    tally.ended[bucket] += 1
-                self._ends += 1
-        self._live.pop(job.id, None)
+        known = self._live.pop(job.id, None)
+        if known is not None and job.ran_ms > 0:
+            for tally in known.levels:
+                tally.add(known.passed, bucket_of(job.ran_ms), ends=True)
+            self._ends += 1
 
     def learn(self, jobs: Iterable[Job]) -> None:
         """What ended before a leader began, oldest first."""
@@ -196,32 +195,28 @@ class Estimates:
         else:
             report.step, report.at_ms, report.total = step, at_ms, total
 
-    def _drop_campaign(self, key: Key) -> None:
-        """A past campaign teaches only through its family; jobs of it that still live make a new table if need be."""
-        self._tallies.pop(key, None)
-        self._curves.pop(key, None)
-
     # ---- answers ----
+
+    def campaign(self, job_id: JobId) -> Tally | None:
+        """The job's own level: jobs of one campaign that ran equally long have the same curve."""
+        known = self._live.get(job_id)
+        return known.levels[-1] if known is not None else None
 
     def curve(self, job: Job) -> Curve:
         """What is known of this job's run time."""
         known = self._live.get(job.id)
-        keys = known.keys if known is not None else ((), (gpus_milli(job),))
-        tallies = [self._tallies.get(key) for key in keys]
-        own = sum(tally.version for tally in tallies[2:] if tally is not None)
-        stamp = own + self._ends // REFRESH
-        cached = self._curves.get(keys[-1])
-        if cached is not None and cached[0] == stamp:
-            return cached[1]
+        levels = known.levels if known is not None else (self._tallies.get((), Tally()),)
+        last = levels[-1]
+        stamp = sum([tally.version for tally in levels[2:]]) + self._ends // REFRESH
+        if last.curve is not None and last.stamp == stamp:
+            return last.curve
         hazard = [PRIOR_HAZARD] * BUCKETS
-        for tally, trust in zip(tallies, TRUST, strict=False):
-            if tally is not None and tally.version:
+        for tally, trust in zip(levels, TRUST, strict=False):
+            if tally.version:
                 ended, entered = tally.ended, tally.entered
                 hazard = [(ended[k] + trust * hazard[k]) / (entered[k] + trust) for k in range(BUCKETS)]
-        family = tallies[2] if len(tallies) > 2 else None
-        curve = _curve(hazard, sum(family.ended) if family is not None else 0)
-        self._curves[keys[-1]] = (stamp, curve)
-        return curve
+        last.stamp, last.curve = stamp, _curve(hazard, sum(levels[2].ended) if len(levels) > 2 else 0)
+        return last.curve
 
     def reported_left_ms(self, job: Job, now_ms: int) -> int | None:
         """Time to the end at the reported rate; None before enough was reported."""

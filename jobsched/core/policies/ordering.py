@@ -11,7 +11,7 @@ from math import ceil
 
 from jobsched.core.cluster import Cluster, LineKey, Place
 from jobsched.core.job import Job, Phase
-from jobsched.core.policies.estimate import EDGES_MS, Estimates, bucket_of, ran_ms
+from jobsched.core.policies.estimate import EDGES_MS, Estimates, Tally, bucket_of, ran_ms
 from jobsched.core.policies.preemption import Order, Turn
 from jobsched.core.resources import WHOLE_GPU
 from jobsched.spec.queue import GPUS
@@ -57,6 +57,9 @@ def shortest(told: Told) -> Order:
     return order
 
 
+LAST = 1 << 60
+
+
 def least_attained(thresholds_gpu_s: Sequence[int], whole_seconds: bool = True) -> Order:
     """Discretised two-dimensional least attained service: Tiresias-L (NSDI'19). A job sinks one level each time its
     GPU-seconds pass a threshold; within a level first come first served, newly sunk ones last. `whole_seconds` rounds
@@ -78,7 +81,7 @@ def least_attained(thresholds_gpu_s: Sequence[int], whole_seconds: bool = True) 
                 if level < len(limits) and job.phase is not Phase.QUEUED:
                     until_ms = now_ms + max(1, ceil(limits[level] - ran_ms))
             kept = standing is not None and standing.level == level
-            place = standing.place if standing is not None and kept else len(cluster.standing)
+            place = standing.place if standing is not None and kept else LAST
             rows.append((level, place, age, Turn(job, level, until_ms)))
         rows.sort(key=lambda row: row[:3])
         return [row[3] for row in rows]
@@ -97,34 +100,43 @@ def learned(cluster: Cluster, runnable: Sequence[Job], now_ms: int) -> list[Turn
     there is some: what SRSF does when run times are known, and least attained service when nothing is. The default."""
     estimates = cluster.estimates
     for job in runnable:
-        estimates.ran(job.id, ran_ms(job, now_ms))
+        if job.phase is not Phase.QUEUED:
+            estimates.ran(job.id, ran_ms(job, now_ms))
     rows: list[tuple[int, float, bool, int, str, Turn]] = []
+    fresh: dict[Tally | None, float] = {}
+    """Campaign -> what each of its jobs costs that never ran: there may be thousands of them."""
     for job in runnable:
-        running = job.phase is not Phase.QUEUED
-        ran = ran_ms(job, now_ms)
-        until_ms = 0
-        if running:
-            bucket = bucket_of(ran)
-            if bucket + 1 < len(EDGES_MS):
-                until_ms = now_ms + EDGES_MS[bucket + 1] - ran
-        cost = max(1, gpus_asked(job)) / max(SURE_PER_MS, _index(estimates, job, ran, now_ms))
+        running, ran, until_ms, bound = job.phase is not Phase.QUEUED, job.ran_ms, 0, 0
+        if running or ran or job.wanted:
+            ran = ran_ms(job, now_ms)
+            cost, bound = _cost(estimates, job, ran, now_ms)
+        else:
+            campaign = estimates.campaign(job.id)
+            known = fresh.get(campaign)
+            if known is None:
+                known = fresh[campaign] = _cost(estimates, job, 0, now_ms)[0]
+            cost = known
         if running:
             cost /= FIRM
+            if bound < len(EDGES_MS):
+                until_ms = now_ms + EDGES_MS[bound] - ran
         rows.append((-job.priority, cost, not running, job.submitted_at_ms, job.id, Turn(job, 0, until_ms)))
-    rows.sort(key=lambda row: row[:5])
+    rows.sort()  # ids differ, so turns are never compared
     return [row[5] for row in rows]
 
 
-def _index(estimates: Estimates, job: Job, ran: int, now_ms: int) -> float:
-    """Ends per millisecond that the job promises. One that runs keeps what it promised when it was let in until that
-    quantum is over."""
+def _cost(estimates: Estimates, job: Job, ran: int, now_ms: int) -> tuple[float, int]:
+    """GPUs (in thousandths) over ends per millisecond that the job promises, and the bucket at which that changes. One
+    that runs keeps what it promised when it was let in until that quantum is over."""
+    gpus = max(1, gpus_asked(job))
     left = estimates.reported_left_ms(job, now_ms)
     if left is not None:
-        return 1 / left
+        return gpus * left, len(EDGES_MS)
     curve = estimates.curve(job)
     bucket = bucket_of(ran)
     begun = bucket_of(job.ran_ms) if job.phase is not Phase.QUEUED else bucket
-    return max(curve.rate[k] for k in range(begun, bucket + 1) if k == bucket or curve.until[k] > bucket)
+    best = max((k for k in range(begun, bucket + 1) if curve.until[k] > bucket), key=lambda k: curve.rate[k])
+    return gpus / max(SURE_PER_MS, curve.rate[best]), curve.until[best]
 
 
 def knapsack(told: Told) -> Order:

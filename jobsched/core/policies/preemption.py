@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from jobsched.core import events as ev
 from jobsched.core.cluster import Cluster, Standing
@@ -19,8 +20,7 @@ from jobsched.core.policies.quota import Refused
 from jobsched.core.resources import JobId
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
+class Turn(NamedTuple):
     """One runnable job in its place: lower level first. `until_ms`: when it changes by itself (0: never)."""
 
     job: Job
@@ -38,9 +38,12 @@ class Replan:
 
     order: Order
     repack: bool = False
-    """Move running jobs too when a better one finds no place between them."""
+    """Place everybody from nothing, and move running jobs too when a better one finds no place between them; else
+    whoever runs keeps its seats or is stopped."""
     running_first: bool = False
     """Within a level, jobs that run stand before those that wait (Tiresias in Muri's simulator)."""
+    remember: bool = False
+    """The order looks at where jobs stood the last time."""
     settle: bool = False
     """Start nobody before everything that was stopped is gone."""
 
@@ -54,17 +57,45 @@ def replan(
     cluster: Cluster, now_ms: int, how: Replan, score: Score, admit: Admit, booked: Booked
 ) -> tuple[list[Decision], int]:
     """Decisions that bring the cluster nearer to the wanted set of running jobs, and how many jobs were looked at. Must
-    run inside `ledger.trial()`. O(runnable jobs log)."""
-    jobs = cluster.jobs
+    run inside `ledger.trial()`. O(n log n) in the runnable jobs of those parts of the cluster where something changed
+    or comes due."""
+    parts = cluster.parts
+    everything = parts.renew(
+        (cluster.pools_moved, cluster.ledger.unblocked), cluster.queues.values(), cluster.crowds, cluster.pool
+    )
+    dirty = {parts.part_of[key]: None for key in cluster.stirred if key in parts.part_of}
+    dirty |= {part: None for part, due in parts.due_ms.items() if due <= now_ms}
+    cluster.stirred.clear()
+    groups: dict[int, list[Job]] = {}
+    for key, crowd in cluster.crowds.items():
+        part = parts.part_of[key]
+        if everything or part in dirty:
+            groups.setdefault(part, []).extend(cluster.jobs[job_id] for job_id in crowd.jobs)
+    decisions: list[Decision] = []
+    for part, jobs in groups.items():
+        found, until_ms = _replan_part(cluster, jobs, now_ms, how, score, admit, booked)
+        decisions += found
+        parts.due_ms.pop(part, None)
+        if until_ms:
+            parts.due_ms[part] = until_ms
+    cluster.next_pass_ms = min(parts.due_ms.values(), default=0)
+    return decisions, sum(map(len, groups.values()))
+
+
+def _replan_part(
+    cluster: Cluster, jobs: Sequence[Job], now_ms: int, how: Replan, score: Score, admit: Admit, booked: Booked
+) -> tuple[list[Decision], int]:
+    """The same for jobs that compete with each other and with nobody else; and when their order changes by itself."""
     runnable = [
         job
-        for job in jobs.values()
-        if (job.phase is Phase.QUEUED and cluster.line_of(job.id) is not None)
+        for job in jobs
+        if (job.phase is Phase.QUEUED and cluster.waits(job.id))
         or (job.phase in (Phase.STARTING, Phase.RUNNING) and not job.cancel_by and not job.stop_wish)
     ]
     turns = how.order(cluster, runnable, now_ms)
-    held = {job.id: _held(cluster, job) for job in jobs.values() if job.replicas}
-    wanted = _choose(cluster, turns, held, score, admit, booked)
+    held = {job.id: _held(cluster, job) for job in jobs if job.replicas}
+    choose = _choose if how.repack else _choose_beside
+    wanted = choose(cluster, turns, held, score, admit, booked)
     stays = {job_id for job_id in wanted if job_id in held}
     moves: set[JobId] = set()
     fresh = [turn.job for turn in turns if turn.job.id in wanted and turn.job.id not in held]
@@ -72,14 +103,14 @@ def replan(
         moves = {job_id for job_id in stays if set(wanted[job_id].bindings) != {b for b, _ in held[job_id]}}
         stays -= moves
     decisions: list[Decision] = []
-    for turn in turns:
+    for turn in turns if len(stays) < len(held) else ():
         job = turn.job
         if job.id in held and job.id not in stays:
             reason = Reason.MOVED if job.id in moves else Reason.PREEMPTED
             cause = Cause(reason, FailureClass.PREEMPTED, "a job that goes first needs the place")
             outcome = Outcome(Phase.QUEUED, reason, cause)
             decisions.append(ev.AttemptStopping(now_ms, job.id, job.attempt, outcome))
-    leaving = bool(decisions) or any(job.phase is Phase.STOPPING for job in jobs.values())
+    leaving = bool(decisions) or any(job.phase is Phase.STOPPING for job in jobs)
     running = set(stays)
     if not (how.settle and leaving):
         for job in fresh:
@@ -88,9 +119,9 @@ def replan(
                 break
             running.add(job.id)
             decisions.append(ev.AttemptPlaced(now_ms, job.id, job.attempt + 1, gang.bindings, gang.coordinator_port))
-    _remember(cluster, turns, running if not leaving else set(wanted), how.running_first)
-    cluster.next_pass_ms = min((t.until_ms for t in turns if t.until_ms and t.job.id in running), default=0)
-    return decisions, len(turns)
+    if how.remember:
+        _remember(cluster, turns, running if not leaving else set(wanted), how.running_first)
+    return decisions, min((t.until_ms for t in turns if t.until_ms and t.job.id in running), default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +148,9 @@ def _choose(
         for binding, role in bookings:
             ledger.lend(binding, role)
     wanted: dict[JobId, _Wanted] = {}
-    too_big: set[Shape] = set()
+    too_big: set[int] = set()
     for turn in turns:
-        asked = cluster.shape(turn.job)
+        asked = id(cluster.shape(turn.job))  # like jobs share their shape, and hashing one costs as much as placing it
         if asked in too_big:  # less and less is free
             continue
         shape = admit(turn.job)
@@ -133,6 +164,104 @@ def _choose(
             too_big.add(asked)
     ledger.rollback(mark)
     return wanted
+
+
+def _choose_beside(
+    cluster: Cluster, turns: Sequence[Turn], held: _Held, score: Score, admit: Admit, booked: Booked
+) -> dict[JobId, _Wanted]:
+    """Who would run, best first, when nobody who runs is moved: a waiting job may take the seats of those that stand
+    after it, of as few of the last as it needs. Leaves the ledger as it was.
+
+    O(turns + waiting shapes * log(running) placements); one that fits nowhere is tried once per shape."""
+    ledger = cluster.ledger
+    start = ledger.mark()
+    for job_id, bookings in held.items():
+        if cluster.jobs[job_id].phase is Phase.STOPPING:
+            _lend(cluster, bookings)
+    wanted: dict[JobId, _Wanted] = {}
+    too_big: set[int] = set()
+    last = [turn.job.id for turn in reversed(turns) if turn.job.id in held]
+    """Who runs and still has its seats, worst first."""
+    lent: set[JobId] = set()
+    for turn in turns:
+        job = turn.job
+        shape = cluster.shape(job)
+        if job.id in held:
+            if job.id in lent:
+                if not _sit_again(cluster, held[job.id]):
+                    continue
+            else:
+                last.pop()
+            bindings = tuple(binding for binding, _ in held[job.id])
+            wanted[job.id] = _Wanted(shape, bindings)
+            booked(job, bindings)
+            continue
+        if id(shape) in too_big:  # less and less is free, and fewer and fewer stand after
+            continue
+        admitted = admit(job)
+        if isinstance(admitted, Refused):
+            continue
+        victims, gang = _fewest_victims(cluster, admitted, last, held, score)
+        if gang is None:
+            too_big.add(id(shape))
+            continue
+        lent.update(last[:victims])
+        del last[:victims]
+        wanted[job.id] = _Wanted(admitted, gang.bindings)
+        booked(job, gang.bindings)
+    ledger.rollback(start)
+    return wanted
+
+
+def _fewest_victims(
+    cluster: Cluster, shape: Shape, last: Sequence[JobId], held: _Held, score: Score
+) -> tuple[int, Gang | None]:
+    """How many of `last` must give up their seats for a gang, which is then placed; None when all are not enough."""
+
+    def seat(count: int) -> Gang | None:
+        for job_id in last[:count]:
+            _lend(cluster, held[job_id])
+        gang = place_gang(cluster, shape, (), score)
+        return gang if isinstance(gang, Gang) else None
+
+    mark = cluster.ledger.mark()
+    if (gang := seat(0)) is not None or not last:
+        return 0, gang
+    if seat(len(last)) is None:
+        cluster.ledger.rollback(mark)
+        return 0, None
+    few, many = 0, len(last)
+    while many - few > 1:
+        cluster.ledger.rollback(mark)
+        middle = (few + many) // 2
+        few, many = (few, middle) if seat(middle) is not None else (middle, many)
+    cluster.ledger.rollback(mark)
+    return many, seat(many)
+
+
+def _lend(cluster: Cluster, bookings: Sequence[tuple[Binding, RoleShape]]) -> None:
+    for binding, role in bookings:
+        cluster.ledger.lend(binding, role)
+
+
+def _sit_again(cluster: Cluster, bookings: Sequence[tuple[Binding, RoleShape]]) -> bool:
+    """Give lent seats back to whom they belonged, unless somebody sits there now."""
+    ledger = cluster.ledger
+    mark = ledger.mark()
+    for binding, role in bookings:
+        space = ledger.spaces.get(binding.node)
+        if space is None:
+            continue  # the node is gone, and the job with it: not ours to decide
+        if (
+            space.cpu_milli < role.cpu_milli
+            or space.memory_bytes < role.memory_bytes
+            or not space.ports_used.isdisjoint(binding.ports)
+            or any(space.gpu_free.get(share.gpu, 0) < share.milli for share in binding.gpus)
+        ):
+            ledger.rollback(mark)
+            return False
+        ledger.take(binding, role)
+    return True
 
 
 def _fits_beside(
@@ -152,4 +281,5 @@ def _fits_beside(
 
 def _remember(cluster: Cluster, turns: Sequence[Turn], running: set[JobId], running_first: bool) -> None:
     ordered = sorted(turns, key=lambda t: (t.level, running_first and t.job.id not in running))
-    cluster.standing = {turn.job.id: Standing(turn.level, place) for place, turn in enumerate(ordered)}
+    for place, turn in enumerate(ordered):
+        cluster.standing[turn.job.id] = Standing(turn.level, place)

@@ -1,0 +1,75 @@
+"""The cluster in parts that do not compete: what changes in one need not be planned anew in another.
+
+Jobs that may be bound on the same nodes form a crowd; crowds whose nodes overlap, or whose queues share a limit, belong
+to one part. Kept by `Cluster`, used by `preemption.replan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from jobsched.core.job import Shape
+from jobsched.core.resources import JobId, NodeName
+from jobsched.spec.queue import QueueSpec
+
+PoolKey = tuple[tuple[tuple[str, str], ...], tuple[str, ...], tuple[str, ...]]
+"""Labels, tolerations and avoidance of a shape: where it may be bound at all."""
+
+
+def pool_key(shape: Shape) -> PoolKey:
+    return (shape.node_labels, shape.tolerate, shape.avoid)
+
+
+@dataclass(slots=True)
+class Crowd:
+    """Live jobs that may be bound on the same nodes; `shape` is one of theirs."""
+
+    shape: Shape
+    jobs: dict[JobId, None] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Parts:
+    """Which part each crowd belongs to, and when each part is planned anew; scratch kept between re-plans."""
+
+    part_of: dict[PoolKey, int] = field(default_factory=dict)
+    due_ms: dict[int, int] = field(default_factory=dict)
+    """Part -> when its order changes by itself."""
+    _made_for: tuple[object, ...] = ()
+
+    def renew(
+        self,
+        state: tuple[int, ...],
+        queues: Collection[QueueSpec],
+        crowds: Mapping[PoolKey, Crowd],
+        pool: Callable[[Shape], Iterable[NodeName]],
+    ) -> bool:
+        """Divide anew if who competes has changed (`state` stands for nodes and limits), and whether that was so.
+        O(pools * nodes) then."""
+        coupled = any(_limits(queue) for queue in queues)
+        made_for = (*state, coupled, len(queues))
+        if made_for == self._made_for and crowds.keys() <= self.part_of.keys():
+            return False
+        self._made_for, self.due_ms = made_for, {}
+        self.part_of = dict.fromkeys(crowds, 0)
+        if coupled:
+            return True
+        owner: dict[NodeName, int] = {}
+        for number, (key, crowd) in enumerate(crowds.items()):
+            nodes = list(pool(crowd.shape))
+            met = {owner[name] for name in nodes if name in owner}
+            part = self.part_of[key] = min(met, default=number)
+            for name in nodes:
+                owner[name] = part
+            if len(met) > 1:
+                self.part_of = {other: part if old in met else old for other, old in self.part_of.items()}
+                owner = {name: part if old in met else old for name, old in owner.items()}
+        return True
+
+
+def _limits(queue: QueueSpec) -> bool:
+    """Whether what one of its jobs holds may keep another from starting."""
+    return bool(queue.cohort or queue.quota or queue.borrowing_limit or queue.lending_limit or queue.budget) or (
+        queue.max_gpus is not None or queue.max_gpus_per_user is not None
+    )
