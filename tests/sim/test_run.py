@@ -78,6 +78,45 @@ def test_least_attained_service_lets_a_newcomer_pass_a_job_that_had_its_share() 
     assert ends(result) == pytest.approx([5_100, 3_100], abs=0.1)
 
 
+def test_knapsack_fills_the_cluster_where_the_greedy_order_leaves_a_hole() -> None:
+    """Three GPUs first by service, then no room for the four; two pairs end more jobs per second."""
+    jobs = ((0, 100, 3), (0, 160, 2), (0, 160, 2))
+    assert ends(run(a_workload(*jobs), "srsf")) == pytest.approx([100, 260, 260], abs=0.1)
+    assert ends(run(a_workload(*jobs), "knapsack")) == pytest.approx([260, 160, 160], abs=0.1)
+
+
+def test_learned_lets_a_newcomer_pass_and_keeps_the_seats_of_who_runs() -> None:
+    result = run(a_workload((0, 5_000, 1), (0, 5_000, 3), (3_000, 50, 2)), "learned")
+    assert ends(result)[2] == pytest.approx(3_050, abs=0.1)
+    assert result.accounts.jobs[JobId("000")].attempts == 1
+    assert result.accounts.jobs[JobId("001")].attempts == 2
+
+
+def test_learned_knows_long_siblings_from_short_ones() -> None:
+    """After some long and some short jobs of two sizes, the short kind passes a waiting job of the long kind."""
+    taught = [(n * 2_000, 1_500, 4) for n in range(12)] + [(30_000 + n * 2_000, 30, 2) for n in range(12)]
+    result = run(a_workload(*taught, (60_000, 600, 4), (60_001, 1_500, 4), (60_002, 30, 2)), "learned")
+    assert ends(result)[26] < ends(result)[25]
+
+
+def test_a_change_in_one_pool_leaves_the_others_alone() -> None:
+    """Two pools by label: the same ends as each alone."""
+    spec = {name: gang_spec(1, 4, node_label=("pool", name)) for name in "ab"}
+    nodes = tuple(
+        replace(node, labels=(("pool", "ab"[i]),)) for i, node in enumerate(make_nodes("2x2"))
+    )
+    arrivals = tuple(
+        Arrival(n * 1_000, JobId(f"{n:03}"), spec["ab"[n % 2]], Steady(60_000 * (1 + n % 7))) for n in range(40)
+    )
+    for policy in ("learned", "srtf", "las"):
+        both = run(Workload("both", arrivals, nodes), policy)
+        for part in (0, 1):
+            alone = run(Workload("one", arrivals[part::2], nodes[part : part + 1]), policy)
+            if policy != "learned":  # what one pool teaches helps the other
+                assert ends(alone) == ends(both)[part::2], policy
+        assert both.summary.ended == 40
+
+
 def test_deadlines_first() -> None:
     late, urgent = a_workload((0, 50, 4), (1, 10, 4), (2, 10, 4)).arrivals[1:]
     first = a_workload((0, 50, 4)).arrivals[0]
