@@ -31,6 +31,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--batch", type=int, default=48, help="samples of all ranks together")
     parser.add_argument("--pause-ms", type=float, default=0, help="extra time per step, to watch it")
+    parser.add_argument("--sample-ms", type=float, default=0, help="extra time per sample of one rank")
     parser.add_argument("--timeout-s", type=float, default=60, help="longest wait for a peer within one step")
     parser.add_argument("--accuracy", type=float, default=0.95, help="fail below this")
     options = parser.parse_args()
@@ -55,7 +56,7 @@ def main() -> int:
         loaded = torch.zeros(train, device=where).index_add_(0, indices, torch.ones(len(indices), device=where))
         sums = trainer.step(loss, used=loaded)
         trainer.state["used"] += sums["used"]
-        time.sleep(options.pause_ms / 1_000)
+        time.sleep((options.pause_ms + options.sample_ms * len(indices)) / 1_000)
         context.report(samples_per_s=float(sums["used"].sum()) / (time.perf_counter() - began))
         if batch.last and sums["used"].any():  # zeros: the step broke off and comes again
             if not (trainer.state["used"] == 1).all():

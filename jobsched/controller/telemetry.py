@@ -58,7 +58,7 @@ NODES = "nodes"
 """Metric that samples of elastic jobs carry: on how many nodes the gang was, so that speeds can be learned again."""
 
 
-def learn_speed(cluster: Cluster, job: Job, progress: JobProgress) -> int:
+def learn_speed(cluster: Cluster, job: Job, progress: JobProgress, now_ms: int) -> int:
     """Take a report of a running elastic job into its speed model, once the whole gang trains at its present size.
     Returns on how many nodes that was; 0 when nothing was learned."""
     name = elastic_role(job.spec)
@@ -72,7 +72,9 @@ def learn_speed(cluster: Cluster, job: Job, progress: JobProgress) -> int:
     report = Report.of(dict(progress.metrics), nodes, len(bound))
     if report is None:
         return 0
-    cluster.speeds.setdefault(job.id, SpeedModel()).note(report)
+    model = cluster.speeds.setdefault(job.id, SpeedModel())
+    model.note(report)
+    model.passed(len(bound), progress.step, progress.total, now_ms)
     return nodes
 
 
@@ -112,9 +114,9 @@ class Sampler:
                 sample.attempt, sample.step, sample.metrics,
             ):  # fmt: skip
                 continue
-            nodes = learn_speed(cluster, job, progress)
             ending = job.outcome is not None or any(r.exit_code is not None for r in job.replicas.values())
             if last is None or ending or now_ms - last.at_ms >= SAMPLE_EVERY_MS:
                 self._last[job_id] = sample
+                nodes = learn_speed(cluster, job, progress, now_ms)
                 found.append(replace(sample, metrics=(*sample.metrics, (NODES, float(nodes)))) if nodes else sample)
         return found

@@ -86,7 +86,20 @@ def test_memory_is_bounded_and_new_measurements_count() -> None:
     model = learned([(1, 1)], [float(n) for n in range(1, 2 * KEPT)])
     assert len(model.seen) == KEPT
     before = model.rate(1, 1)
-    for _ in range(20):
+    for _ in range(60):
         model.note(Report(1, 1, 2.0 * KEPT - 1, 10.0, 0.0))
     assert model.seen[1, 1, 2.0 * KEPT - 1][0] == pytest.approx(10.0, rel=0.01)
     assert model.rate(1, 1) != before
+
+
+def test_what_is_left_follows_the_pace_at_the_present_size() -> None:
+    model = SpeedModel()
+    model.passed(2, 100, 1_000, 10_000)
+    assert model.left_ms == float("inf")
+    model.passed(2, 200, 1_000, 20_000)
+    assert model.left_ms == 80_000
+    model.passed(4, 210, 1_000, 21_000)
+    model.passed(4, 250, 1_000, 23_000)
+    assert model.left_ms == 750 * 2_000 / 40
+    model.passed(4, 1_000, 1_000, 60_000)
+    assert model.left_ms == 0

@@ -1,7 +1,8 @@
 """Elasticity: how many replicas each elastic job should have, and the decisions that bring it there.
 
 Called by `schedule` at most every `Elasticity.every_ms`. What it knows of a job is its `SpeedModel` (what the job
-itself reported), the GPU time that it has attained, and nothing of how long it will still run. It maximises the sum of
+itself reported) and the GPU time that it has attained. How long a job will still run is asked only to spare it a change
+that does not pay any more, and where it says so itself. It maximises the sum of
 
     log(1 + speedup * GPUs of a replica) / (attained GPU time + 600 s) ** 0.3
 
@@ -11,9 +12,10 @@ jobs that have had little, because most jobs are short (least attained service; 
 with a price per GPU, found by bisection, at which each job chooses for itself: O(jobs * sizes * log), where Pollux
 evolves populations of whole schedules and Sia solves an integer program.
 
-Nobody moves for little: a job that changes counts as slower by what the change costs, spread over `horizon_ms`. A job
-is not trusted with more than `growth` times the replicas that it was measured with. Minima are never touched, and a job
-that its user has scaled, or that reports no speed, is left as it is. Higher priorities choose first.
+Nobody moves for little: a job that changes counts as slower by `doubt`, and by what the change costs, spread over
+`horizon_ms`, or over what is left of the job where it reports that. A job is not trusted with more than `growth` times
+the replicas that it was measured with. Minima are never touched, and a job that its user has scaled, or that reports no
+speed, is left as it is. Higher priorities choose first.
 
 Roles whose replicas come and go in place grow and shrink while the attempt runs. All others save, stop, and start again
 with another size; the places found for them are kept in `Cluster.targets` until then. Nothing of this is in the log but
@@ -66,6 +68,8 @@ class Elasticity:
     """What a change costs where the job has to start again, unless it has shown how long it takes."""
     in_place_ms: int = 5_000
     """And where its replicas come and go in place."""
+    doubt: float = 0.1
+    """Measurements are only so good: a change must promise more than this part of the job's speed."""
 
 
 Option = tuple[int, float]
@@ -156,7 +160,7 @@ def _mover(cluster: Cluster, job: Job, now_ms: int, how: Elasticity) -> Mover | 
     pool = space.gpu_class[first.gpus[0].gpu]
     most = min(limits.max, max(len(bound), how.growth * model.most_tried))
     most = len(bound) + more(cluster, job, role, most - len(bound), pool[0], now_ms)
-    kept = _kept_after_change(job, in_place, how)
+    kept = _kept_after_change(job, model, in_place, how)
     options = _options(cluster, job, role, pool, model, (limits.min, most), len(bound), len(nodes), kept, now_ms)
     return Mover(job, shape, role, pool, len(bound), limits.min, options, in_place)
 
@@ -183,13 +187,14 @@ def _newcomer(cluster: Cluster, job: Job, now_ms: int, how: Elasticity) -> Mover
     )  # fmt: skip
 
 
-def _kept_after_change(job: Job, in_place: bool, how: Elasticity) -> float:
+def _kept_after_change(job: Job, model: SpeedModel, in_place: bool, how: Elasticity) -> float:
     """What is left of a job's speed over the horizon when it changes its size."""
     cost_ms = how.in_place_ms
     if not in_place:
         shown = job.running_since_ms - job.attempt_started_at_ms if job.running_since_ms else 0
         cost_ms = max(how.restart_ms, shown)
-    return max(0.0, 1.0 - cost_ms / how.horizon_ms)
+    horizon_ms = min(how.horizon_ms, model.left_ms)
+    return (1.0 - how.doubt) * (1.0 - cost_ms / horizon_ms) if horizon_ms > cost_ms else 0.0
 
 
 def _options(

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import ceil, log
+from math import ceil, inf, log
 
 OVERLAPS = (1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
 """Candidates for `g`: 1 is no overlap, 10 is nearly perfect."""
 KEPT = 64
 """Most measurements kept per job; the oldest kind goes first."""
-FRESH = 0.3
-"""Weight of a new measurement beside older ones of the same kind."""
+FRESH = 0.1
+"""Least weight of a new measurement beside the mean of older ones of the same kind."""
 BATCHES_TRIED = 20
 """Batch sizes looked at between the smallest and the largest, in geometric steps."""
 FURTHER = 1.1
@@ -39,7 +39,7 @@ class Batches:
     largest: float = 1.0
     local_least: float = 0.0
     """Least and most that one replica takes in one pass."""
-    local_most: float = float("inf")
+    local_most: float = inf
 
     def split(self, batch: float, replicas: int) -> tuple[float, int]:
         """(batch of one replica and pass, extra passes that only accumulate gradients) for a total batch. A single
@@ -226,32 +226,46 @@ class SpeedModel:
     seen: dict[tuple[int, int, float], tuple[float, float]] = field(default_factory=dict)
     most_tried: int = 0
     """Most replicas measured so far."""
+    left_ms: float = inf
+    """Time to the end at the pace of late, where the job reports how many steps it will make."""
+    _times: dict[tuple[int, int, float], int] = field(default_factory=dict)
+    """How often each kind was measured."""
+    _pace: tuple[int, int, int] = (0, -1, 0)
+    """(replicas, step, instant) since which the pace is reckoned."""
     _curve: Curve | None = None
     _choices: dict[tuple[int, int], tuple[float, float, int]] = field(default_factory=dict)
 
     def copy(self) -> SpeedModel:
         """One that learns on its own."""
-        return replace(self, seen=dict(self.seen), _choices=dict(self._choices))
+        return replace(self, seen=dict(self.seen), _times=dict(self._times), _choices=dict(self._choices))
 
     def note(self, report: Report) -> None:
         """Learn from one measurement. O(1); the curve is fitted when next asked for."""
-        key = (report.nodes, report.replicas, report.local)
-        old = self.seen.pop(key, None)
-        if old is None or old != (report.step_s, report.sync_s):
-            step_s, sync_s = report.step_s, report.sync_s
-            if old is not None:
-                step_s = FRESH * step_s + (1.0 - FRESH) * old[0]
-                sync_s = FRESH * sync_s + (1.0 - FRESH) * old[1] if min(sync_s, old[1]) >= 0.0 else sync_s
-            self.seen[key] = (step_s, sync_s)
+        key, told = (report.nodes, report.replicas, report.local), (report.step_s, report.sync_s)
+        old = self.seen.pop(key, told)
+        times = self._times[key] = self._times.get(key, 0) + 1
+        if old != told:
+            part = max(FRESH, 1.0 / times)
+            step_s, sync_s = (part * new + (1.0 - part) * before for new, before in zip(told, old, strict=True))
+            told = (step_s, sync_s if min(told[1], old[1]) >= 0.0 else told[1])
+        if times == 1 or old != told:
             self._curve = None
-            if len(self.seen) > KEPT:
-                del self.seen[next(iter(self.seen))]
-        else:
-            self.seen[key] = old
+        self.seen[key] = told
+        if len(self.seen) > KEPT:
+            oldest = next(iter(self.seen))
+            del self.seen[oldest], self._times[oldest]
         if report.noise != self.noise or report.batches != self.batches or self._curve is None:
             self._choices.clear()
         self.noise, self.batches = report.noise, report.batches
         self.most_tried = max(self.most_tried, report.replicas)
+
+    def passed(self, replicas: int, step: int, total: int, now_ms: int) -> None:
+        """Learn how far the job is. The pace is that since it has had so many replicas."""
+        since, first, began_ms = self._pace
+        if since != replicas or step < first:
+            self._pace, self.left_ms = (replicas, step, now_ms), inf
+        elif total >= 0 and step > first and now_ms > began_ms:
+            self.left_ms = max(0, total - step) * (now_ms - began_ms) / (step - first)
 
     def rate(self, nodes: int, replicas: int) -> float:
         """Units of progress a second at the best batch; 0 where no batch is possible."""

@@ -1,0 +1,97 @@
+"""An elastic job gives way to an urgent one and grows back, on a real server with real training: four virtual nodes of
+eight simulated GPUs, all of them in use."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from jobsched.cli.demo import clear_away
+from jobsched.client import locate
+from jobsched.client.client import Client, JobHandle
+from jobsched.core import events as ev
+from jobsched.core.job import Phase, ReplicaState
+from jobsched.load import load_job_file
+
+pytest.importorskip("torch")
+pytestmark = pytest.mark.e2e
+
+JOBS = Path(__file__).parents[2] / "jobs"
+PATIENCE_S = 170.0
+CONFIG = """
+backend:
+  local:
+    virtual_nodes: [{count: 4, cpu: 16, memory: 64Gi, gpus: "sim-gpu:8"}]
+"""
+
+
+@pytest.fixture
+def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
+    for name in ("JOBSCHED_SERVER", "JOBSCHED_OUTPUT"):
+        monkeypatch.delenv(name, raising=False)
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "server.yaml").write_text(CONFIG)
+    monkeypatch.setenv("JOBSCHED_HOME", str(home))
+    monkeypatch.setenv("JOBSCHED_CONFIG", str(home / "none.toml"))
+    locate.start(home, config=home / "server.yaml")
+    with Client() as found:
+        yield found
+    assert clear_away(home) == []
+
+
+def until(job: JobHandle, holds: Callable[[JobHandle], bool]) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not holds(job.refresh()):
+        assert not job.state.terminal, (job.state, [line.text for line in job.logs()][-20:])
+        assert time.monotonic() < end, [stored.event for stored in job.events()][-12:]
+        time.sleep(0.1)
+
+
+def trains_with(count: int) -> Callable[[JobHandle], bool]:
+    """Whether so many replicas run and say that they train together."""
+
+    def holds(job: JobHandle) -> bool:
+        running = sum(r.state is ReplicaState.RUNNING for r in job.answer.job.replicas.values())
+        return running == count and job.progress is not None and job.progress.world_size == count
+
+    return holds
+
+
+@pytest.mark.timeout(600)
+def test_an_elastic_job_shrinks_for_an_urgent_one_after_saving_and_grows_back(client: Client) -> None:
+    filler = {"command": ["sleep", "3600"], "gpu": "any:7", "cpu": "100m", "replicas": 4}
+    fill = client.submit({"name": "fill", "roles": {"worker": filler}})
+    assert isinstance(fill, JobHandle)
+    fill.wait(until="running", timeout=PATIENCE_S)
+    spec = load_job_file(JOBS / "digits_ddp" / "job.yaml").model_dump(mode="json")
+    # Time that grows with a replica's share of the batch stands for work: more replicas are faster, as on real GPUs.
+    command = [sys.executable, "digits_ddp/train.py", "--epochs", "12", "--sample-ms", "10"]
+    spec["roles"]["worker"] |= {"command": command, "replicas": {"min": 2, "max": 4, "prefer": 4}}
+    digits = client.submit(spec)
+    assert isinstance(digits, JobHandle)
+    until(digits, trains_with(4))
+
+    hurry = {"command": ["sleep", "2"], "gpu": "any:1", "cpu": "100m", "replicas": 2}
+    urgent = client.submit({"name": "urgent", "priority": 100, "roles": {"worker": hurry}})
+    assert isinstance(urgent, JobHandle)
+    urgent.wait(until="succeeded", timeout=PATIENCE_S)
+    assert digits.refresh().state is Phase.RUNNING
+    until(digits, trains_with(4))
+    digits.wait(until="succeeded", timeout=PATIENCE_S)  # the job itself checks accuracy and every epoch's samples
+
+    kinds = [stored.event for stored in digits.events()]
+    released = next(e for e in kinds if isinstance(e, ev.ReplicasReleased))
+    gone = next(e for e in kinds if isinstance(e, ev.ReplicasGone))
+    assert len(released.replicas) == 2
+    between = kinds[kinds.index(released) : kinds.index(gone)]
+    assert any(isinstance(e, ev.CheckpointSaved) for e in between), "the state is saved before a replica leaves"
+    assert digits.answer.job.attempt == 1
+    told = dict(digits.metrics()[-1].metrics)
+    assert told["epoch_exact"] == 1.0
+    assert told["accuracy"] >= 0.95
+    assert fill.refresh().state is Phase.RUNNING
