@@ -1,0 +1,95 @@
+"""Speed as a test: small sizes of the benchmarks against the baselines in `limits.toml`, with room for noise.
+
+Costs are CPU time in units of one fixed loop of plain Python, timed in the same process just before, so that a slower
+or busier machine measures about the same. `python -m tests.benchmarks.test_limits` prints the figures as they are here.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jobsched.sim.run import POLICIES, Simulation
+from jobsched.sim.workload import synthetic
+from tests.benchmarks import cycle
+from tests.benchmarks.scale import tick_ms
+from tests.world import World, a_spec
+
+LIMITS = tomllib.loads((Path(__file__).parent / "limits.toml").read_text())
+TRIES = 3
+"""The best of so many counts."""
+
+
+def unit_s() -> float:
+    """CPU time of the loop that everything is compared to."""
+    begin = time.process_time()
+    table: dict[int, int] = {}
+    for number in range(300_000):
+        table[number % 1_000] = table.get(number % 1_000, 0) + number
+    return time.process_time() - begin
+
+
+def cycle_tick() -> float:
+    """Median pass over 200 nodes and 2,000 waiting gangs of which 1 % changed."""
+    found = cycle.Bench(200, 2_000).measure()
+    return sorted(found.ticks_ms)[len(found.ticks_ms) // 2] / 1_000 / unit_s()
+
+
+def cycle_cold() -> float:
+    """A thousand bindings on an empty cluster of 200 nodes."""
+    return 1_000 / cycle.Bench(200, 2_000).measure().bindings_per_s / unit_s()
+
+
+def simulated_jobs() -> float:
+    """A thousand simulated jobs through the real controller."""
+    result = Simulation(synthetic(1_000, nodes="16x8"), POLICIES["priority"], "priority").run()
+    return result.cpu_s / unit_s()
+
+
+def waiting_growth() -> float:
+    """Tick with 10,000 jobs waiting unchanged, relative to 1,000."""
+
+    def idle(waiting: int) -> float:
+        world = World(nodes=1, gpus=1)
+        for _ in range(waiting):
+            world.submit(a_spec(roles={"worker": {"command": "x", "gpu": "any:1"}}))
+        world.controller.tick()
+        world.controller.tick()
+        return min(tick_ms(world) for _ in range(20))
+
+    return idle(10_000) / idle(1_000)
+
+
+FIGURES: dict[str, Callable[[], float]] = {
+    "cycle-tick": cycle_tick, "cycle-cold": cycle_cold, "simulated-jobs": simulated_jobs,
+    "waiting-growth": waiting_growth,
+}  # fmt: skip
+
+
+def test_every_limit_is_measured() -> None:
+    assert LIMITS.keys() == FIGURES.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIGURES)
+def test_it_costs_no_more_than_it_did(name: str) -> None:
+    limit = LIMITS[name]["baseline"] * LIMITS[name]["room"]
+    costs = []
+    for _ in range(TRIES):
+        costs.append(FIGURES[name]())
+        if costs[-1] <= limit:
+            return
+    pytest.fail(f"{name} costs {min(costs):.3f}, more than {limit:g}: see limits.toml")
+
+
+if __name__ == "__main__":
+    for name, measure in FIGURES.items():
+        baseline = LIMITS[name]["baseline"]
+        cost = measure()
+        print(json.dumps({"name": f"limit-{name}", "value": round(cost, 4), "unit": "fixed loops", "peer": baseline,
+                          "ratio": round(cost / baseline, 3)}))  # fmt: skip
