@@ -8,8 +8,13 @@ from __future__ import annotations
 
 import gc
 
+OLD_ENOUGH = 2
+"""Collections of the middle generation after which what is left is taken to live long."""
+
 
 def settle() -> None:
-    """Collect what is young and set everything else aside for good. Costs what is young; call it now and then."""
-    gc.collect(1)
-    gc.freeze()
+    """Once enough was allocated: collect what is young and set everything else aside for good. Costs what is young;
+    called after every tick."""
+    if gc.get_count()[2] >= OLD_ENOUGH:
+        gc.collect(1)
+        gc.freeze()

@@ -43,8 +43,6 @@ JUDGE_ROUNDS = 8
 """Judging an event may call for judging another job (dependencies); more rounds than this wait for the next tick."""
 OBSERVE_WAIT_MS = 1_000
 NO_NEWS = Observation(full=False)
-SETTLE_EVERY = 100
-"""Ticks between two calls of `settle`."""
 RETRY_MS = 1_000
 IDLE_MS = 10_000
 """Longest sleep: a tick without news is cheap."""
@@ -186,8 +184,7 @@ class Controller:
         while not self._stopping.is_set():
             try:
                 wait_ms = self.tick()
-                if self.health.ticks % SETTLE_EVERY == 1:
-                    settle()
+                settle()
                 self.health.store_error = ""
             except StaleFence:
                 log.warning("another leader took over")

@@ -320,6 +320,15 @@ class Shape:
     node_labels: tuple[tuple[str, str], ...] = ()
     tolerate: tuple[str, ...] = ()
     avoid: tuple[str, ...] = ()
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Shapes are looked up all the time; their hash is computed once."""
+        parts = (self.roles, self.within, self.prefer, self.spread, self.node_labels, self.tolerate, self.avoid)
+        object.__setattr__(self, "_hash", hash(parts))
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,8 @@ class Space:
     """Rolls through the node's range, so that a port is not handed out again soon after its release."""
     bound: int = 0
     """How many replicas are bound here."""
+    notes: dict[tuple[int, GpuClass], tuple[object, int]] = field(default_factory=dict)
+    """What scores found out about the node; gone as soon as anything is taken or freed."""
     _levels: dict[GpuClass, tuple[int, ...]] = field(default_factory=dict)
     _state: GpuState | None = None
 
@@ -287,6 +289,7 @@ class Ledger:
                 space.next_port = max(binding.ports) + 1
         else:
             space.ports_used.difference_update(binding.ports)
+        space.notes.clear()
         self.note_change(binding.node)
         if not binding.gpus:
             return

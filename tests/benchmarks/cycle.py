@@ -32,7 +32,6 @@ NODES = (1_000, 5_000, 10_000)
 WAITING = (10_000, 100_000)
 QUEUES = 4
 TICKS = 100
-SETTLES = 16
 POLICY = Policy()
 COMPLETED = Outcome(Phase.SUCCEEDED, Reason.COMPLETED)
 CANCELLED = Cause(Reason.CANCELLED)
@@ -48,6 +47,13 @@ def any_spec(random: Random) -> JobSpec:
     """Mostly small, up to 64 GPUs."""
     gpus = min(64, int(random.paretovariate(0.7)))
     return spec(gpus, random.random() < 0.5, random.randrange(QUEUES), random.randrange(3))
+
+
+def drawn(ids: list[JobId], random: Random) -> JobId:
+    """Any of them, taken out."""
+    at = random.randrange(len(ids))
+    ids[at], ids[-1] = ids[-1], ids[at]
+    return ids.pop()
 
 
 @dataclass(slots=True)
@@ -79,13 +85,18 @@ class Bench:
     def node(index: int) -> Node:
         return make_node(f"n{index:05}", 8, labels=(("rack", f"r{index // 32:03}"),))
 
-    def submit(self, count: int) -> None:
+    def arrivals(self, count: int) -> list[ev.JobEvent]:
+        found: list[ev.JobEvent] = []
         for _ in range(count):
             self.serial += 1
             job_id = JobId(f"j{self.serial:07}")
-            made = any_spec(self.random)
-            self.cluster.evolve(ev.JobSubmitted(self.now_ms, job_id, job_id, "me", made))
+            found.append(ev.JobSubmitted(self.now_ms, job_id, job_id, "me", any_spec(self.random)))
             self.waiting.append(job_id)
+        return found
+
+    def fold(self, events: list[ev.JobEvent]) -> None:
+        for event in events:
+            self.cluster.evolve(event)
 
     def run_pass(self) -> int:
         """Schedule and fold; returns the bindings made."""
@@ -100,52 +111,39 @@ class Bench:
         self.cluster.touched.clear()
         return bindings
 
-    def forget(self) -> None:
-        self.waiting = [j for j in self.waiting if j in self.cluster.jobs and not self.cluster.jobs[j].phase.active]
-
-    def end(self, job_id: JobId) -> None:
-        job = self.cluster.jobs[job_id]
-        self.cluster.evolve(ev.AttemptStopping(self.now_ms, job_id, job.attempt, COMPLETED))
-        self.cluster.evolve(ev.AttemptEnded(self.now_ms, job_id, job.attempt, Phase.SUCCEEDED))
-
-    def cancel(self, job_id: JobId) -> None:
-        self.cluster.evolve(ev.JobEnded(self.now_ms, job_id, Phase.CANCELLED, CANCELLED))
-
-    def change(self) -> None:
+    def changes(self) -> list[ev.JobEvent]:
         """1 % of the running end, 1 % of the waiting are cancelled; as many are submitted."""
+        found: list[ev.JobEvent] = []
         for _ in range(max(1, len(self.running) // 100)):
-            at = self.random.randrange(len(self.running))
-            self.running[at], self.running[-1] = self.running[-1], self.running[at]
-            self.end(self.running.pop())
+            job = self.cluster.jobs[drawn(self.running, self.random)]
+            found.append(ev.AttemptStopping(self.now_ms, job.id, job.attempt, COMPLETED))
+            found.append(ev.AttemptEnded(self.now_ms, job.id, job.attempt, Phase.SUCCEEDED))
         cancelled = 0
         while cancelled < self.target // 100:
-            at = self.random.randrange(len(self.waiting))
-            self.waiting[at], self.waiting[-1] = self.waiting[-1], self.waiting[at]
-            job_id = self.waiting.pop()
-            job = self.cluster.jobs.get(job_id)
-            if job is not None and job.phase is Phase.QUEUED:
-                self.cancel(job_id)
+            waiter = self.cluster.jobs.get(drawn(self.waiting, self.random))
+            if waiter is not None and waiter.phase is Phase.QUEUED:
+                found.append(ev.JobEnded(self.now_ms, waiter.id, Phase.CANCELLED, CANCELLED))
                 cancelled += 1
-        self.submit(self.target - self.cluster.waiting_count())
+        return found + self.arrivals(self.target + cancelled - self.cluster.waiting_count())
 
     def measure(self) -> Figures:
-        self.submit(self.target)
+        self.fold(self.arrivals(self.target))
         settle()
         bindings, begin = 0, time.process_time()
         while made := self.run_pass():
             bindings += made
         cold_s = time.process_time() - begin
-        self.submit(self.target - self.cluster.waiting_count())
+        self.fold(self.arrivals(self.target - self.cluster.waiting_count()))
         started, ticks, folding = 0, [], []
         for tick in range(TICKS + 10):
             self.now_ms += 1_000
+            events = self.changes()
             begin = time.process_time()
-            self.change()
-            if tick % SETTLES == 0:
-                settle()
+            self.fold(events)
             changed = time.process_time()
             before = len(self.running)
             self.run_pass()
+            settle()
             ended = time.process_time()
             if tick >= 10:
                 folding.append(1_000 * (changed - begin))

@@ -22,6 +22,7 @@ from functools import cache
 from math import exp, log
 from random import Random
 
+from jobsched.controller.longevity import settle
 from jobsched.core.cluster import Cluster
 from jobsched.core.events import NodeSeen
 from jobsched.core.job import RoleShape, Shape
@@ -39,6 +40,8 @@ LISTS = (
     "multigpu50",
 )  # fmt: skip
 SEEDS = range(42, 52)
+TICK = 100
+"""Pods between two calls of what the controller calls after every tick."""
 ARRIVES = 1.3
 FGD_PODS_PER_CPU_S = 2.7
 PUBLISHED = {"random": "01-Random", "packing": "04-GpuPacking", "bestfit": "05-BestFit", "fgd": "06-FGD"}
@@ -114,7 +117,9 @@ def place(name: str, seed: int, policy: str) -> tuple[float, int, float]:
     used = 0
     begin = time.process_time()
     with cluster.ledger.trial():
-        for shape in coming:
+        for number, shape in enumerate(coming):
+            if number % TICK == 0:
+                settle()
             cluster.mix.learn(shape)
             if isinstance(place_gang(cluster, shape, (), how), Gang):
                 used += gpu_milli(shape)

@@ -9,7 +9,7 @@ integers; `ranking` keeps their order.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import exp
@@ -40,60 +40,108 @@ def demand_of(role: RoleShape) -> Demand:
     )
 
 
-class _Use(NamedTuple):
-    """What one demand could use of a node in a given GPU state: `reach` as soon as one replica has its CPUs, `each`
-    per replica up to `most`."""
-
-    cpu_milli: int
-    reach: int
-    each: int
-    most: int
+_Use = tuple[int, int, int, int]
+"""(CPUs of a replica, reach, each, most): what one demand could use of a node in a given GPU state, which is `reach` as
+soon as one replica has its CPUs, and `each` per replica up to `most`."""
 
 
-@dataclass(slots=True)
-class _State:
-    """What is known of one class and state of GPUs."""
+class _Demands:
+    """The demands that may use one GPU class, by CPUs needed, and what they could use of a single GPU."""
 
-    free: int
-    uses: list[_Use]
-    """By CPUs needed."""
-    asked: int = 0
-    steps: list[int] = field(default_factory=list)
-    """CPUs from which on less is wasted."""
-    wasted: list[int] = field(default_factory=list)
-    """With fewer CPUs than the first step, than the second, …"""
+    def __init__(self, demands: Iterable[tuple[Demand, int]]) -> None:
+        self.singles = [(d.cpu_milli, d.gpu_milli, n) for d, n in demands if d.gpu_milli <= WHOLE_GPU]
+        self.multiples = [(d.cpu_milli, d.gpu_milli, n) for d, n in demands if d.gpu_milli > WHOLE_GPU]
+        self._rows: dict[int, tuple[list[int], list[int]]] = {}
+
+    def row(self, level: int) -> tuple[list[int], list[int]]:
+        """(how many replicas of each single-GPU demand fit on a GPU at this level, what it could reach of it)."""
+        row = self._rows.get(level)
+        if row is None:
+            most = [level // gpu for _, gpu, _ in self.singles]
+            row = self._rows[level] = (most, [level if count else 0 for count in most])
+        return row
+
+    def uses(self, levels: Levels, fill: bool) -> list[_Use]:
+        rows = [self.row(level) for level in levels if level]
+        mosts = map(sum, zip(*[row[0] for row in rows], strict=True))
+        reaches = map(sum, zip(*[row[1] for row in rows], strict=True))
+        found = [
+            (cpu, count * reach * (2 if fill else 1), count * gpu if fill else 0, most)
+            for (cpu, gpu, count), most, reach in zip(self.singles, mosts, reaches, strict=False)
+            if most
+        ]
+        whole = levels.count(WHOLE_GPU)
+        for cpu, gpu, count in self.multiples:
+            if most := whole // (gpu // WHOLE_GPU):
+                reach = count * whole * WHOLE_GPU
+                insort(found, (cpu, reach * (2 if fill else 1), count * gpu if fill else 0, most))
+        return found
+
+
+OFTEN = 6
+STATES_KEPT = 50_000
 
 
 class Waste:
     """The free GPUs that a mix of demands would leave unused, in thousandths times the mix's total count.
 
     Averaged over the demands: all that is free minus what this demand could use, which is FGD's measure (GPUs with
-    room for it, if the node has CPUs for one) and, with `fill`, to equal parts what the node would hold filled with
-    this demand alone. For a given state of the GPUs it falls in steps as the CPUs grow; states that are asked for often
-    get a table of these steps."""
+    room for it, if the node has CPUs for one) and, with `fill`, to a third what the node would hold filled with this
+    demand alone."""
 
     def __init__(self, counts: Mapping[Demand, int], fill: bool) -> None:
         self.total = sum(counts.values())
-        self._fill = fill
+        self.fill = fill
         self._counts = sorted((d, n) for d, n in counts.items() if d.gpu_milli)
-        self._of_class: dict[GpuClass, list[tuple[Demand, int]]] = {}
-        self._known: dict[tuple[GpuClass, Levels], _State] = {}
+        self._of_class: dict[GpuClass, _Demands] = {}
+        self._states: dict[tuple[GpuClass, Levels], State] = {}
 
-    def __call__(self, cls: GpuClass, levels: Levels, cpu_milli: int) -> int:
-        """O(log steps) in the long run."""
-        key = (cls, levels)
-        state = self._known.get(key)
-        if state is None:
-            if len(self._known) >= STATES_KEPT:
-                self._known.clear()
-            state = self._known[key] = self._look(cls, levels)
-        if state.steps:
-            return state.wasted[bisect_right(state.steps, cpu_milli)]
-        state.asked += 1
-        if state.asked > OFTEN:
-            _tabulate(state)
-        wasted = state.free
-        for need, reach, each, most in state.uses:
+    def of(self, space: Space, cls: GpuClass) -> tuple[State, int]:
+        """The state of a node's GPUs of one class, and what is wasted there now."""
+        key = (id(self), cls)
+        found = space.notes.get(key)
+        if found is None:
+            state = self.state(cls, space.levels(cls))
+            found = space.notes[key] = (state, state.wasted(space.cpu_milli))
+        assert isinstance(found[0], State)
+        return found[0], found[1]
+
+    def state(self, cls: GpuClass, levels: Levels) -> State:
+        found = self._states.get((cls, levels))
+        if found is None:
+            if len(self._states) >= STATES_KEPT:
+                self._states.clear()
+            demands = self._of_class.get(cls)
+            if demands is None:
+                demands = self._of_class[cls] = _Demands([(d, n) for d, n in self._counts if _usable(cls, d)])
+            found = self._states[cls, levels] = State(self, cls, levels, demands)
+        return found
+
+
+class State:
+    """One state of a node's GPUs of one class: what is wasted there falls in steps as the node's CPUs grow. States that
+    are asked for often get a table of these steps."""
+
+    __slots__ = ("_afters", "_asked", "_cls", "_free", "_levels", "_steps", "_uses", "_waste", "_wasted")
+
+    def __init__(self, waste: Waste, cls: GpuClass, levels: Levels, demands: _Demands) -> None:
+        self._waste, self._cls, self._levels = waste, cls, levels
+        self._free = sum(levels) * waste.total * (3 if waste.fill else 1)
+        self._uses = demands.uses(levels, waste.fill)
+        self._afters: dict[int, list[tuple[State, int]]] = {}
+        self._asked = 0
+        self._steps: list[int] = []
+        self._wasted: list[int] = []
+
+    def wasted(self, cpu_milli: int) -> int:
+        """With so many CPUs free. O(log steps) in the long run."""
+        if self._steps:
+            return self._wasted[bisect_right(self._steps, cpu_milli)]
+        self._asked += 1
+        if self._asked > OFTEN:
+            self._tabulate()
+        wasted = self._free
+        for need, reach, each, most in self._uses:
             if need > cpu_milli:
                 break
             if each:
@@ -103,38 +151,31 @@ class Waste:
                 wasted -= reach
         return wasted
 
-    def _look(self, cls: GpuClass, levels: Levels) -> _State:
-        demands = self._of_class.get(cls)
-        if demands is None:
-            demands = self._of_class[cls] = [(d, n) for d, n in self._counts if _usable(cls, d)]
-        free, whole = sum(levels), levels.count(WHOLE_GPU)
-        parts = 2 if self._fill else 1
-        uses = []
-        for demand, count in demands:
-            gpu = demand.gpu_milli
-            most = sum([level // gpu for level in levels]) if gpu < WHOLE_GPU else whole // (gpu // WHOLE_GPU)
-            if most:
-                reach = sum([level for level in levels if level >= gpu]) if gpu < WHOLE_GPU else whole * WHOLE_GPU
-                uses.append(_Use(demand.cpu_milli, count * reach, count * gpu if self._fill else 0, most))
-        return _State(free * self.total * parts, uses)
+    def _tabulate(self) -> None:
+        falls: dict[int, int] = {0: 0}
+        for need, reach, each, most in self._uses:
+            falls[need] = falls.get(need, 0) + reach + (each if need else each * most)
+            if each and need:
+                for count in range(2, most + 1):
+                    falls[need * count] = falls.get(need * count, 0) + each
+        self._steps = sorted(falls)
+        self._wasted = [self._free]
+        for step in self._steps:
+            self._wasted.append(self._wasted[-1] - falls[step])
 
-
-OFTEN = 6
-STATES_KEPT = 100_000
-
-
-def _tabulate(state: _State) -> None:
-    falls: dict[int, int] = {0: 0}
-    for need, reach, each, most in state.uses:
-        falls[need] = falls.get(need, 0) + reach + (each if need else each * most)
-        if each and need:
-            for count in range(2, most + 1):
-                falls[need * count] = falls.get(need * count, 0) + each
-    steps = sorted(falls)
-    wasted = [state.free]
-    for step in steps:
-        wasted.append(wasted[-1] - falls[step])
-    state.steps, state.wasted = steps, wasted
+    def after(self, gpu_milli: int) -> list[tuple[State, int]]:
+        """Every way to take whole GPUs or a share: the state that it leaves, and the level of the GPU that it is taken
+        from, fullest first."""
+        found = self._afters.get(gpu_milli)
+        if found is None:
+            waste, cls, levels = self._waste, self._cls, self._levels
+            if gpu_milli >= WHOLE_GPU:
+                count = gpu_milli // WHOLE_GPU
+                found = [(waste.state(cls, (0,) * count + levels[: len(levels) - count]), WHOLE_GPU)]
+            else:
+                found = [(waste.state(cls, _less(levels, at, gpu_milli)), at) for at in _choices(levels, gpu_milli)]
+            self._afters[gpu_milli] = found
+        return found
 
 
 def _usable(cls: GpuClass, demand: Demand) -> bool:
@@ -142,15 +183,11 @@ def _usable(cls: GpuClass, demand: Demand) -> bool:
     return kind_matches(cls[0], demand.kinds) and demand.memory_min_bytes <= cls[1] <= (high or cls[1])
 
 
-def _after(levels: Levels, level: int, gpu_milli: int) -> Levels:
-    """The GPU state once a share is taken from a GPU at `level`, or whole GPUs."""
+def _less(levels: Levels, level: int, gpu_milli: int) -> Levels:
+    """Once a share is taken from a GPU at `level`."""
     left = list(levels)
-    if gpu_milli >= WHOLE_GPU:
-        count = gpu_milli // WHOLE_GPU
-        return (0,) * count + levels[: len(levels) - count]
     left.remove(level)
-    rest = level - gpu_milli
-    left.insert(bisect_left(left, rest), rest)
+    insort(left, level - gpu_milli)
     return tuple(left)
 
 
@@ -161,19 +198,17 @@ def _choices(levels: Levels, gpu_milli: int) -> list[int]:
     return list(dict.fromkeys(levels[bisect_left(levels, gpu_milli) :]))
 
 
-def _gains(waste: Waste, space: Space, cls: GpuClass, role: RoleShape) -> Iterable[tuple[int, int]]:
+def _gains(waste: Waste, space: Space, cls: GpuClass, role: RoleShape) -> list[tuple[int, int]]:
     """(by how much the waste shrinks, GPU level) of each way to put a replica here."""
-    cpu = space.cpu_milli - role.cpu_milli
-    if not role.gpu_milli:
-        gain = 0
-        for own in space.whole:
-            levels = space.levels(own)
-            gain += waste(own, levels, space.cpu_milli) - waste(own, levels, cpu)
-        return [(gain, WHOLE_GPU)]
-    levels = space.levels(cls)
-    before = waste(cls, levels, space.cpu_milli)
-    gpu = role.gpu_milli
-    return [(before - waste(cls, _after(levels, level, gpu), cpu), level) for level in _choices(levels, gpu)]
+    cpu, gpu = space.cpu_milli - role.cpu_milli, role.gpu_milli
+    if gpu:
+        state, before = waste.of(space, cls)
+        return [(before - left.wasted(cpu), level) for left, level in state.after(gpu)]
+    gain = 0
+    for own in space.whole:
+        state, before = waste.of(space, own)
+        gain += before - state.wasted(cpu)
+    return [(gain, WHOLE_GPU)]
 
 
 @dataclass(slots=True)
@@ -278,8 +313,12 @@ class Learned:
         return self.mix.version
 
     def rate(self, space: Space, cls: GpuClass, role: RoleShape) -> Rated:
-        gain, level = max(_gains(self.mix.waste, space, cls, role), key=lambda choice: (choice[0], -choice[1]))
-        return Rated(gain, level)
+        gains = _gains(self.mix.waste, space, cls, role)
+        best = gains[0]
+        for choice in gains:
+            if choice[0] > best[0]:
+                best = choice
+        return Rated(*best)
 
 
 MOST_CPU_MILLI = 128_000

@@ -12,6 +12,7 @@ import heapq
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import NamedTuple, Protocol
 
 from jobsched.core.job import RoleShape
@@ -130,10 +131,14 @@ def best(
 ) -> Fit | None:
     """The best rated of these nodes. Amortised O(states new since the last such question) for a `Pool`, else
     O(among)."""
-    if not isinstance(among, Pool) or not score.steady:
+    if not isinstance(among, Pool):
         return _best_of(ledger, score, role, classes, among)
     among.follow(ledger)
-    key = (id(score), classes, role.gpu_milli, role.cpu_milli, role.memory_bytes)
+    if not score.steady:
+        spaces, groups = ledger.spaces, among.groups.values()
+        fitting = [group.names for group in groups if _rate(spaces[group.names[0]], score, role, classes)]
+        return _best_of(ledger, score, role, classes, chain.from_iterable(fitting))
+    key = (id(score), classes, role.gpu_milli, role.cpu_milli)
     ranking = among.rankings.get(key)
     if ranking is None:
         if len(among.rankings) >= RANKINGS_KEPT:
@@ -143,8 +148,9 @@ def best(
     if ranking.version != score.version or ranking.epoch != among.epoch:
         ranking.version, ranking.epoch, ranking.cursor = score.version, among.epoch, 0
         heap.clear()
+    cpu, memory = role.cpu_milli, role.memory_bytes
     for group in made[ranking.cursor :] if ranking.cursor else list(among.groups.values()):
-        if group.names:
+        if group.names and group.state[0] >= cpu:
             rated = _rate(ledger.spaces[group.names[0]], score, role, classes)
             if rated is not None:
                 heapq.heappush(heap, (-rated.value, group.state, group.serial, rated.level, group))
@@ -160,7 +166,9 @@ def best(
             continue
         if found is not None and entry[0] != value:
             break
-        name = next((n for n in group.names if _has_ports(ledger.spaces[n], role)), None)
+        name = None
+        if group.state[1] >= memory:
+            name = next((n for n in group.names if _has_ports(ledger.spaces[n], role)), None)
         if name is not None and (found is None or name < found.node):
             found, value = Fit(name, 1, entry[3]), entry[0]
         if found is not None and not score.by_name:
@@ -179,7 +187,7 @@ def _best_of(
     fit: Fit | None = None
     for name in among:
         space = ledger.spaces.get(name)
-        if space is None or not _has_ports(space, role):
+        if space is None or space.memory_bytes < role.memory_bytes or not _has_ports(space, role):
             continue
         state = (space.cpu_milli, space.memory_bytes, space.gpu_state())
         rated = seen.get(state) if state in seen and score.steady else _rate(space, score, role, classes)
@@ -192,8 +200,8 @@ def _best_of(
 
 
 def _rate(space: Space, score: NodeScore, role: RoleShape, classes: tuple[GpuClass, ...]) -> Rated | None:
-    """The best of the node's classes, the first of equals; None when the replica does not fit."""
-    if space.cpu_milli < role.cpu_milli or space.memory_bytes < role.memory_bytes:
+    """The best of the node's classes, the first of equals; None when it has too few CPUs or GPUs for the replica."""
+    if space.cpu_milli < role.cpu_milli:
         return None
     gpu, found = role.gpu_milli, None
     for cls in classes:
