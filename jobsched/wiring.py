@@ -129,7 +129,7 @@ class Server:
             raise ConfigError(f"pools: the {name} backend cannot have nodes made", hint="leave pools out")
         clock = SystemClock()
         self.token = load_token(self.home / "token")
-        controller = Controller(
+        controller = self.controller = Controller(
             store, backend, clock, _policy(self._config.policy, self._config.pools),
             queues=self._config.queues,
             holder=f"{socket.gethostname()}:{self.home}",  # the next server of this home is the same leader

@@ -42,6 +42,8 @@ log = structlog.get_logger("jobsched.controller")
 JUDGE_ROUNDS = 8
 """Judging an event may call for judging another job (dependencies); more rounds than this wait for the next tick."""
 OBSERVE_WAIT_MS = 1_000
+NEWS = 10_000
+"""Events read from the log at a time."""
 NO_NEWS = Observation(full=False)
 RETRY_MS = 1_000
 IDLE_MS = 10_000
@@ -421,11 +423,13 @@ class Controller:
 
     def _read_news(self, state: _State) -> list[ev.Stored]:
         news: list[ev.Stored] = []
-        while batch := self._store.read(state.cluster.seq):
+        while batch := self._store.read(state.cluster.seq, NEWS):
             with self._lock:
                 for stored in batch:
                     state.cluster.evolve(stored.event, stored.seq)
             news += batch
+            if len(batch) < NEWS:
+                break  # that was the end of the log a moment ago
         return news
 
     def _append(self, state: _State, events: Sequence[ev.Event], fence: int, news: list[ev.Stored]) -> None:

@@ -216,6 +216,7 @@ def _among(*columns: ColumnElement[Any]) -> ColumnElement[bool]:
 
 
 _LOG: Final = select(schema.events.c.seq, schema.events.c.body).order_by(schema.events.c.seq)
+_NEWS: Final = _LOG.where(schema.events.c.seq > bindparam("after")).limit(bindparam("limit"))
 _HEAD: Final = select(
     select(func.max(schema.events.c.seq)).scalar_subquery().label("seq"),
     select(schema.lease.c.fence).scalar_subquery().label("fence"),
@@ -557,7 +558,9 @@ class SqlStore:
     # ---- the log ----
 
     def read(self, after: int, limit: int = 10_000) -> Sequence[Stored]:
-        return self._log(_LOG.where(schema.events.c.seq > after), limit)
+        with self._transaction("read") as connection:
+            rows = connection.execute(_NEWS, {"after": after, "limit": limit}).all()
+        return tuple(self._written.get(row.seq) or _stored(row) for row in rows)
 
     def history(self, job_id: JobId, after: int = 0, limit: int = 10_000) -> Sequence[Stored]:
         return self._log(_LOG.where(schema.events.c.job_id == job_id, schema.events.c.seq > after), limit)
