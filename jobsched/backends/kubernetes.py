@@ -93,6 +93,9 @@ class Replica(Known):
     """The log that is being read."""
     blind_since: float = field(default_factory=time.monotonic)
     """Since when nothing can be heard from it; 0 while its log is open."""
+    tried_at: float = 0.0
+    """When its log could last not be opened."""
+    retry_at: float = 0.0
 
     def told(self) -> ReplicaReport:
         """Silence does not count while nothing could be heard."""
@@ -104,8 +107,10 @@ class Replica(Known):
         return replace(report, progress=replace(report.progress, step_age_ms=max(step, 0), beat_age_ms=max(beat, 0)))
 
     def silent(self, now: float) -> bool:
+        """A log that cannot be opened, tried just now; or reports that should have come."""
         if self.blind_since:
-            return now - self.blind_since >= SILENT_S
+            starting = self.report.state is Seen.STARTING
+            return now - self.blind_since >= SILENT_S and (starting or now - self.tried_at <= 2 * PULSE_S)
         return self.progress is not None and now - self.progress.beat_at >= SILENT_S
 
 
@@ -249,7 +254,14 @@ class KubernetesBackend:
             for replica in self.table.all():
                 if replica.alive and replica.progress is not None:
                     self.table.mark(replica)
-        self.table.hurry()
+            self._reopen(self.table.all())
+
+    def _reopen(self, replicas: Sequence[Replica]) -> None:
+        """Try to open logs now rather than later."""
+        with self.table.changed:
+            for replica in replicas:
+                replica.retry_at = 0.0
+            self.table.changed.notify_all()
 
     def _writes(self, key: LaunchKey) -> bool:
         replica = self.table.get(key)
@@ -486,7 +498,10 @@ class KubernetesBackend:
                 if ended:
                     break
                 pause = REOPEN_S[0] if heard else min(pause * 2, REOPEN_S[1])
-                self._pause(replica, time.monotonic() + pause)
+                replica.tried_at = time.monotonic()
+                replica.retry_at = replica.tried_at + pause
+                self.table.wait(
+                    lambda: replica.end is not None or self._closing.is_set(), lambda: replica.retry_at)
             if replica.end is not None and not self._closing.is_set():
                 self._finish(replica, replica.end)
         finally:
@@ -494,9 +509,6 @@ class KubernetesBackend:
                 replica.attended = False
                 if not replica.alive:
                     self.table.mark(replica)
-
-    def _pause(self, replica: Replica, until: float) -> None:
-        self.table.wait(lambda: replica.end is not None or self._closing.is_set(), lambda: until)
 
     def _collect(self, replica: Replica, follow: bool) -> bool:
         """Read its log to the end; whether it could be opened."""
@@ -656,7 +668,7 @@ class KubernetesBackend:
         if self._leases.problem:
             return
         now = time.monotonic()
-        for name, age_s, stamp in self.fleet.late(self.config.node_lost_after / 1000):
+        for name, age_s, stamp in self.fleet.late(self.config.node_lost_after / 1000, self._leases.since):
             why = f"its kubelet has not renewed its Lease for {age_s:.0f} s"
             there = [one for one in self.table.all() if one.alive and one.report.node == name]
             if not there:
@@ -665,6 +677,8 @@ class KubernetesBackend:
                 log.warning("node lost", node=name, lease_age_s=round(age_s, 1), replicas=len(there))
                 self.fleet.lose(name, stamp)
                 self._lose_replicas(name, f"node {name} is lost: {why}, and its replicas are silent")
+            else:
+                self._reopen([replica for replica in there if replica.blind_since])
         self.table.hurry()
 
     def _still(self, name: str, stamp: str) -> bool:

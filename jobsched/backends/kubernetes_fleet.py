@@ -22,6 +22,7 @@ Json = dict[str, Any]
 
 SETTLE_S = 1.0
 """How long changes of what others use are gathered before they are told."""
+ALL_LATE = 3
 
 
 @dataclass(slots=True)
@@ -170,12 +171,17 @@ class Fleet:
 
     # lost nodes ---------------------------------------------------------------------------------------------------
 
-    def late(self, age_s: float) -> list[tuple[str, float, str]]:
-        """(node, age of its Lease in seconds, its stamp) of those whose Lease is older and who are not lost yet."""
+    def late(self, age_s: float, since: float) -> list[tuple[str, float, str]]:
+        """(node, age of its Lease in seconds, its stamp) of those whose Lease is older and who are not lost yet.
+        `since`: when we last got in touch; what was not heard before does not count. When all nodes are late at once
+        it is rather the way to them: then they are given `ALL_LATE` times as long."""
         now = time.monotonic()
         with self._lock:
-            return [(name, now - lease.seen_at, lease.stamp) for name, lease in self._leases.items()
-                    if now - lease.seen_at >= age_s and name in self._objects and name not in self._lost]
+            ages = {name: now - max(lease.seen_at, since) for name, lease in self._leases.items()
+                    if name in self._objects and name not in self._lost}
+            if len(ages) > 1 and min(ages.values()) >= age_s:
+                age_s *= ALL_LATE
+            return [(name, age, self._leases[name].stamp) for name, age in ages.items() if age >= age_s]
 
     def lose(self, name: str, stamp: str) -> None:
         """Not offered any more, until its Lease is renewed."""

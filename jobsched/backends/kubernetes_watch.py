@@ -40,6 +40,8 @@ class Informer:
     ) -> None:
         self.path, self.problem = path, "not connected yet"
         """Why it is out of touch; empty while it follows."""
+        self.since = 0.0
+        """When it last found touch (monotonic seconds)."""
         self.synced = threading.Event()
         """A listing came, or failed to."""
         self.begun = 0.0
@@ -93,7 +95,7 @@ class Informer:
 
     def _in_touch(self) -> None:
         if self.problem:
-            self.problem = ""
+            self.since, self.problem = time.monotonic(), ""
             self._told()
         self.synced.set()
 

@@ -495,6 +495,8 @@ class FakeCluster:
     def _keep_alive(self) -> None:
         """Kubelets renew their Leases."""
         while not self._closing.wait(0.5):
+            if self.down:
+                continue
             with self.news:
                 for (_, name) in list(self.objects.get("nodes", {})):
                     if name not in self.dead and ("kube-node-lease", name) in self.objects["leases"]:

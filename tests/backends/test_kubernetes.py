@@ -293,6 +293,27 @@ def test_an_api_server_that_is_away_is_unreachable_and_nothing_is_held_against_r
     assert watcher.sight.replicas[launch.key].state is Seen.RUNNING
 
 
+def test_an_api_server_that_was_away_is_no_reason_to_take_nodes_for_dead(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kubelets could not renew their Leases either, and no log could be read."""
+    monkeypatch.setattr("jobsched.backends.kubernetes.SILENT_S", 0.5)
+    engine = start(quick={"node_lost_after": 1_500})
+    watcher = watch(engine)
+    launches = [run(watcher, "/bin/sleep", "60", key=a_key(index=i), node=f"node-{i}") for i in range(2)]
+    watcher.running(*(launch.key for launch in launches))
+    engine.cluster.down = True
+    engine.cluster.break_off()
+    time.sleep(4.0)
+    engine.cluster.down = False
+    until(lambda: not _unreachable(engine.backend))
+    deadline = time.monotonic() + 3.0
+    while time.monotonic() < deadline:
+        watcher.look(100)
+    assert all(report.state is Seen.RUNNING for report in watcher.sight.replicas.values())
+    assert len(watcher.sight.nodes) == 2
+
+
 def _unreachable(backend: KubernetesBackend) -> bool:
     try:
         backend.observe()
