@@ -1,0 +1,150 @@
+"""The example jobs, the same files, on a real Ray cluster of two nodes, while all that can be killed is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jobsched.backends.supervisor import processes
+from jobsched.client.client import Client, JobHandle
+from jobsched.core.job import Phase
+from jobsched.errors import Unreachable
+from tests.backends import ray_stage
+
+JOBS = Path(__file__).parents[2] / "jobs"
+PROGRAM = Path(sys.executable).with_name("jobsched")
+PATIENCE_S = 240.0
+BACK_S = 60.0
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600), ray_stage.needs_ray]
+
+
+class Served:
+    """A server of its own process over the test cluster, that may be killed and started again."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.config = home.parent / "server.yaml"
+        self.config.write_text(json.dumps({"home": str(home), "listen": "127.0.0.1:0", "backend": {"ray": {
+            "address": ray_stage.address(), "gpu_kinds": {"SIM": "sim-gpu"}, "scratch": str(home.parent),
+            "ports": "24000-24999",
+        }}}))
+        self.start()
+
+    def start(self) -> None:
+        with open(self.home.parent / "server.log", "ab") as log:
+            self.process = subprocess.Popen(
+                [PROGRAM, "serve", "--config", self.config], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                said = json.loads((self.home / "server.json").read_text())
+                if said["pid"] == self.process.pid:
+                    self.client = Client(said["url"], token=(self.home / "token").read_text().strip())
+                    if self.client.nodes():
+                        return
+            except (OSError, ValueError, Unreachable):
+                pass
+            assert time.monotonic() < deadline, (self.home.parent / "server.log").read_text()[-2_000:]
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    @property
+    def owner(self) -> str:
+        return (self.home / "supervisor" / "ray-id").read_text().strip()
+
+    def pids(self, job: JobHandle, place: str = "") -> set[int]:
+        """Processes of a replica, or of the whole job."""
+        wanted = f":{job.id}/"
+        return {p.pid for p in processes.table().values()
+                if p.alive and wanted in (mark := processes.marker(p.pid)) and (f"/{place}/" in mark or not place)}
+
+    def left_over(self, job: JobHandle) -> list[object]:
+        return [*ray_stage.actors(self.owner), *ray_stage.groups(self.owner), *self.pids(job)]
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    (tmp_path / "home").mkdir()
+    served = Served(tmp_path / "home")
+    yield served
+    served.process.terminate()
+    served.process.wait(30)
+
+
+def idents(job: JobHandle) -> dict[str, tuple[int, str]]:
+    """Restart and actor of each replica that runs."""
+    return {f"{one.role}/{one.index}": (one.restart, one.ident)
+            for one in job.refresh().members if one.state == "running"}
+
+
+def back(job: JobHandle, place: str, before: tuple[int, str]) -> float:
+    """Seconds until a replica runs again as another actor."""
+    begun = time.monotonic()
+    while True:
+        now = idents(job).get(place, before)
+        if now[0] > before[0] and now[1] != before[1]:
+            return time.monotonic() - begun
+        assert time.monotonic() - begun < BACK_S, job.why()
+        time.sleep(0.1)
+
+
+def step(job: JobHandle) -> int:
+    progress = job.refresh().progress
+    return progress.step if progress is not None else -1
+
+
+@pytest.mark.parametrize(("name", "killed", "removed"), [
+    ("digits_ps", ("worker/2", "ps/1"), "worker/0"),
+    ("digits_ddp", ("worker/1",), "worker/2"),
+])
+def test_kills_of_all_kinds_are_recovered(served: Served, name: str, killed: tuple[str, ...], removed: str) -> None:
+    job = served.client.submit(JOBS / name / "job.yaml")
+    job.wait(40, timeout=PATIENCE_S)
+
+    before = idents(job)
+    assert {one.node for one in job.members} <= {"one", "two"}
+    served.kill()
+    served.start()
+    job = served.client.job(job.id)
+    assert idents(job) == before, "a restart of the server touches no replica"
+
+    for place in killed:
+        job.wait(step(job) + 20, timeout=PATIENCE_S)
+        was = idents(job)[place]
+        for pid in served.pids(job, place):
+            os.kill(pid, signal.SIGKILL)
+        print(f"{place} back after {back(job, place, was):.1f} s")
+
+    job.wait(step(job) + 20, timeout=PATIENCE_S)
+    was = idents(job)[removed]
+    ray = ray_stage.driver()
+    (actor,) = [one for one in ray_stage.actors(served.owner) if f"/{removed}/" in one]
+    ray.kill(ray.get_actor(actor, namespace="jobsched"))
+    print(f"{removed} back after {back(job, removed, was):.1f} s")
+
+    job.wait(timeout=PATIENCE_S)
+    assert job.state is Phase.SUCCEEDED, job.why()
+    assert job.attempts == 1, "each was restarted in place"
+    said = [float(found[1]) for line in job.logs() if (found := re.match(r"accuracy (\S+),", line.text))]
+    assert said
+    assert min(said) >= 0.95
+    verified = subprocess.run([PROGRAM, "debug", "verify"], capture_output=True, text=True, timeout=60, check=False,
+                              env=os.environ | {"JOBSCHED_HOME": str(served.home)})
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+    deadline = time.monotonic() + 30
+    while left := served.left_over(job):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
