@@ -107,7 +107,7 @@ def lead(head: str, options: argparse.Namespace) -> int:
 
     env = context.env
     os.environ.pop("RAY_ADDRESS", None)  # of the cluster that jobsched itself runs on
-    ray.init(head, log_to_driver=True)
+    ray.init(head, log_to_driver=False)
     wait_until(lambda: sum(node["Alive"] for node in ray.nodes()) == env.world_size, "not all replicas joined")
     share = {"CPU": 1} | ({"GPU": env.gpu_count} if env.gpu_count else {})
     trainer = TorchTrainer(
@@ -144,7 +144,7 @@ def main() -> int:
         wait_until(lambda: answers(head) or node.poll() is not None, "the head did not start")
         return lead(head, options)
     finally:
-        node.terminate()
+        node.kill()  # asked kindly, it waits half a minute for work that is over; the rest of it ends with us
         node.wait(30)
         shutil.rmtree(place, ignore_errors=True)
 
