@@ -64,6 +64,11 @@ WAIT_S = 10.0
 FIRST_S = 5.0
 """Longest wait for an actor's answer while listing."""
 PAUSE_S = 0.5
+DEADLY = (
+    ray.exceptions.RayActorError, ray.exceptions.RayTaskError, ray.exceptions.OutOfMemoryError,
+    ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError,
+)
+"""What a question to an actor raises when there will be no answer any more; any other error is the cluster's."""
 AT_ONCE = 16
 """Blocking calls at the same time."""
 
@@ -242,9 +247,10 @@ class Driver:
             except ray.exceptions.ActorUnavailableError:
                 await asyncio.sleep(PAUSE_S)
                 continue
-            except ray.exceptions.RayActorError as error:
+            except DEADLY as error:
                 if self._actors.get(key) is actor:
                     self._tell({"is": "dead", "key": key, "text": str(error)})
+                    await self._kill(actor)  # Ray may be about to make it anew
                 return
             version, offset = news["version"], news["begin"] + len(news["data"])
             self._tell({"is": "news", "key": key, **news})
@@ -318,7 +324,8 @@ async def _answer(ref: Any) -> Any:
 def end(server: Connection, error: BaseException) -> None:
     """Say why, and end at once: Ray's own threads may never."""
     with contextlib.suppress(OSError):
-        server.send({"is": "down", "text": f"{type(error).__name__}: {error}".strip()})
+        words = str(error).strip() or "no reason given"
+        server.send({"is": "down", "text": f"{type(error).__name__}: {words.splitlines()[0][:300]}"})
     os._exit(1)
 
 

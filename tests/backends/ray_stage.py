@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -26,15 +28,15 @@ from filelock import FileLock
 NODES = (("one", 8), ("two", 8))
 """Name and CPUs; each with four pretended GPUs."""
 SMALL = 80 << 20
-START_S = 90.0
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}
+START_S = 240.0
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "180"}
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="the package ray is missing")
 
 
 @cache
 def address() -> str:
-    """Of the cluster, started if need be: ten to twenty seconds."""
+    """Of the cluster, started if need be: ten to twenty seconds, on a busy machine minutes."""
     file = Path(tempfile.gettempdir(), f"jobsched-test-ray-{os.getuid()}.json")
     with FileLock(f"{file}.lock"):
         said = _read(file)
@@ -91,6 +93,47 @@ def groups(home_id: str) -> list[str]:
 
     return [one["name"] for one in placement_group_table().values()
             if one["name"].startswith(f"jobsched:{home_id}:") and one["state"] != "REMOVED"]
+
+
+class Head:
+    """A cluster of one node that may be killed at a blow and started again at the same address."""
+
+    def __init__(self, directory: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.log = directory / "head.log"
+        self.address = f"127.0.0.1:{self.port}"
+
+    def start(self, **system: object) -> None:
+        """`system`: settings of Ray's own. Returns once the head takes connections."""
+        place = tempfile.mkdtemp(prefix="jr-")  # Ray's sockets need a short path
+        program = Path(sys.executable).with_name("ray")
+        environ = os.environ | QUIET | {f"RAY_{name}": str(value) for name, value in system.items()}
+        with open(self.log, "ab") as log:
+            self._process = subprocess.Popen(
+                [program, "start", "--head", "--block", f"--port={self.port}", "--node-ip-address=127.0.0.1",
+                 "--num-cpus=4", "--include-dashboard=false", f"--object-store-memory={SMALL}", f"--temp-dir={place}",
+                 "--node-name=head"],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environ, start_new_session=True)
+        self._place = place
+        deadline = time.monotonic() + START_S
+        while True:
+            with suppress(OSError):
+                socket.create_connection(("127.0.0.1", self.port), 1).close()
+                return
+            assert time.monotonic() < deadline, self.log.read_text()[-2_000:]
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        """Everything, the replicas' actors included; their commands are left to themselves."""
+        with suppress(psutil.NoSuchProcess):
+            found = psutil.Process(self._process.pid).children(recursive=True)
+            self._process.kill()
+            for one in found:
+                if "ray" in " ".join(one.cmdline()):
+                    one.kill()
+        self._process.wait(30)
+        shutil.rmtree(self._place, ignore_errors=True)
 
 
 def start_nodes(**head: Any) -> Any:

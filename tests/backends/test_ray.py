@@ -25,7 +25,7 @@ from tests.contracts.backend import ProcessBackendContract, Watcher, a_key, a_la
 if TYPE_CHECKING:
     from jobsched.backends.ray import RayBackend
 
-pytestmark = [pytest.mark.e2e, ray_stage.needs_ray]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300), ray_stage.needs_ray]
 
 
 class RayEngine:
@@ -36,8 +36,8 @@ class RayEngine:
     def __init__(self, home: Path, **fields: object) -> None:
         self.home = home
         self.config = Config.model_validate({
-            "address": ray_stage.address(), "gpu_kinds": {"SIM": "sim-gpu"}, "working_dir": "shared",
-            "scratch": str(home.parent), "ports": "22000-22999",
+            "address": fields.get("address") or ray_stage.address(), "gpu_kinds": {"SIM": "sim-gpu"},
+            "working_dir": "shared", "scratch": str(home.parent), "ports": "22000-22999",
         } | fields)
         self.backend = self._connect()
 
@@ -340,3 +340,39 @@ def test_a_node_that_dies_is_lost_with_its_replicas(engine: RayEngine) -> None:
         deadline = time.monotonic() + 10
         while engine.processes(there.key):
             assert time.monotonic() < deadline, "its processes outlive the node"
+
+
+@pytest.mark.slow
+def test_a_head_that_is_restarted_is_told_at_once_and_nothing_runs_twice(tmp_path: Path) -> None:
+    """And on the new one, Ray's own memory monitor kills whatever it can: that is told as what it is."""
+    head = ray_stage.Head(tmp_path)
+    head.start()
+    engine = RayEngine(tmp_path / "home", address=head.address)
+    try:
+        watcher = watch(engine)
+        launch = on(watcher, "head", "/bin/sleep", "300")
+        watcher.backend.start([launch])
+        watcher.running(launch.key)
+        begun = time.monotonic()
+        head.kill()
+        with pytest.raises(BackendUnreachable, match="does not answer"):
+            watcher.until(lambda _: False, 10)
+        assert time.monotonic() - begun < 10
+        while engine.processes(launch.key):
+            assert time.monotonic() - begun < 20, "its processes outlive the cluster"
+            time.sleep(0.05)
+        head.start(memory_usage_threshold=0.01, memory_monitor_refresh_ms=200)
+        deadline = time.monotonic() + 60
+        while not _answers(watcher):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        end = watcher.end(launch.key)
+        assert (end.exit_code, end.signal, end.failure) == (None, None, Reason.NODE_LOST)
+        hungry = on(watcher, "head", "/bin/sleep", "300", key=a_key(index=1))
+        watcher.backend.start([hungry])
+        end = watcher.end(hungry.key)
+        assert end.failure is Reason.OOM, end
+        watcher.backend.forget([launch.key, hungry.key])
+    finally:
+        engine.backend.close()
+        head.kill()
