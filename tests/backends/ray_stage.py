@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -37,7 +38,8 @@ needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="the package ray
 @cache
 def address() -> str:
     """Of the cluster, started if need be: ten to twenty seconds, on a busy machine minutes."""
-    file = Path(tempfile.gettempdir(), f"jobsched-test-ray-{os.getuid()}.json")
+    whose = zlib.crc32(f"{os.getuid()} {sys.executable}".encode())  # its workers import what this interpreter does
+    file = Path(tempfile.gettempdir(), f"jobsched-test-ray-{whose:08x}.json")
     with FileLock(f"{file}.lock"):
         said = _read(file)
         if said is None:
@@ -60,7 +62,7 @@ def address() -> str:
 
 def _read(file: Path) -> dict[str, Any] | None:
     """What the file says of a cluster that still runs."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, KeyError):  # its start may have failed
         said: dict[str, Any] = json.loads(file.read_text())
         if psutil.pid_exists(said["keeper"]) and any(map(psutil.pid_exists, said["users"])):
             return said
