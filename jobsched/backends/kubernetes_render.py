@@ -176,7 +176,7 @@ def pod(launch: Launch, site: Site, node: Json, owner: Json, parts: Sequence[str
         "metadata": {
             "name": pod_name(site.instance, key), "namespace": site.namespace,
             "labels": labels(site.instance, key) | {ROLE: parsed.role, INDEX: str(parsed.index)},
-            "annotations": {KEY: key, NODE: launch.node, SIGNAL: launch.stop_signal,
+            "annotations": {**config.annotations, KEY: key, NODE: launch.node, SIGNAL: launch.stop_signal,
                             GPUS: ",".join(share.gpu for share in launch.gpus), LABEL + "job-name": launch.job_name},
             "ownerReferences": [owner],
         },

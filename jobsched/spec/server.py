@@ -410,6 +410,8 @@ class KubernetesBackend(SpecModel):
     """Node labels that name the domains of each level; of several the first that a node has."""
     tolerations: tuple[Text, ...] = ("nvidia.com/gpu", "amd.com/gpu")
     """Taints (key or key=value) that keep no job away."""
+    annotations: Labels = Field(default={})
+    """Annotations of every pod, for example those that tell autoscalers to leave its node alone."""
     scheduler: Text = ""
     """Name of the scheduler that binds the pods; default: the cluster's own."""
     priority_class: Text = ""
