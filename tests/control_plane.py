@@ -133,6 +133,7 @@ class Kubectl:
     """kubectl with one kubeconfig."""
 
     def __init__(self, kubeconfig: str) -> None:
+        self.kubeconfig = kubeconfig
         self._binary, self._env = kubectl(), os.environ | {"KUBECONFIG": kubeconfig}
 
     def run(self, *words: str, given: object = None) -> subprocess.CompletedProcess[str]:
@@ -147,10 +148,9 @@ class Kubectl:
         assert done.returncode == 0, f"kubectl {' '.join(words)}: {done.stderr}"
         return done.stdout
 
-    def get(self, *words: str) -> dict[str, object]:
-        found = json.loads(self("get", *words, "-o", "json"))
-        assert isinstance(found, dict)
-        return found
+    def path(self, rest: str) -> str:
+        """Of an object of ours, for `get --raw`."""
+        return f"/apis/jobsched.dev/v1alpha1/namespaces/default/{rest}"
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
-"""The manifests in configs/manifests: sane as they stand, rendered by kubectl, accepted by a real API server, and what the
-server's account may and may not do."""
+"""The manifests in configs/manifests: sane as they stand, rendered by kubectl, accepted by a real API server, and what
+the server's account may and may not do."""
 
 from __future__ import annotations
 
@@ -113,7 +113,8 @@ def test_the_components_are_laid_over(tmp_path: Path) -> None:
     assert spec["replicas"] == 2
     pod = spec["template"]["spec"]
     assert "persistentVolumeClaim" not in next(one for one in pod["volumes"] if one["name"] == "home")
-    assert {one["image"] for one in (*pod["containers"], *pod["initContainers"])} == {"registry.example/jobsched-server:1"}
+    images = {one["image"] for one in (*pod["containers"], *pod["initContainers"])}
+    assert images == {"registry.example/jobsched-server:1"}
     assert "--db" in pod["containers"][0]["args"]
 
 
