@@ -196,6 +196,8 @@ class Cluster:
     """Sizes found in the last rebalancing; scratch of `policies.elasticity`. Absent: as the spec prefers."""
     resize_ms: int = 0
     """When sizes are next reconsidered."""
+    tidy_ms: int = 0
+    """When `policies.defragmentation` next looks for a way."""
     joined: int = 0
     """Rises whenever a job joins a line."""
     ever_fits: dict[Shape, str] = field(default_factory=dict)

@@ -15,6 +15,7 @@ from jobsched.core.cluster import Cluster, Line, Rank, equal_rank
 from jobsched.core.job import Binding, Job, Reason, ReplicaState, Shape
 from jobsched.core.plan import Decision, Plan
 from jobsched.core.policies.admission import admit, least_needs, limited, more
+from jobsched.core.policies.defragmentation import Defragmentation, decisions_of, find_way
 from jobsched.core.policies.elasticity import WAITING, Elasticity, rebalance, start_gang
 from jobsched.core.policies.fairness import FairShare, Turn, turn
 from jobsched.core.policies.health import Health
@@ -45,6 +46,8 @@ class Policy:
     """All runnable jobs are placed anew at each pass, in an order of its own."""
     elastic: Elasticity | None = None
     """Elastic jobs get the sizes that speed them up most; None: those that their specs prefer."""
+    defragmentation: Defragmentation | None = None
+    """Jobs that lose little move when a waiting gang then starts; None: nobody moves."""
     pass_every_ms: int = 0
     """Passes only at multiples of this; 0: whenever something happened."""
     score: Score = Score.AUTO
@@ -117,7 +120,8 @@ def schedule(cluster: Cluster, now_ms: int, policy: Policy) -> Plan:
     2. Running jobs below their minimum get replicas back.
     3. Jobs for which others had to make room start, or their places are kept.
     4. Waiting jobs start, best first. For a head that does not fit, room is made if it has a claim: elastic jobs
-       shrink, borrowers and lower priorities stop. Else its line is left until something becomes free.
+       shrink, borrowers and lower priorities stop. Else its line is left until something becomes free. When free
+       GPUs only have to be brought together, jobs that lose little move.
     5. Elastic jobs change their size where that pays; running jobs below what they want grow into what is left.
 
     With a `replan`, all runnable jobs are placed anew in its order instead of 3 and 4.
@@ -136,13 +140,17 @@ def schedule(cluster: Cluster, now_ms: int, policy: Policy) -> Plan:
         for job in hungry:
             if below_minimum(job):
                 grow(run, job)
+        moving: list[Decision] = []
         if policy.replan is not None:
             _replan(run, policy.replan)
         else:
             start_nominated(run)
             start_waiting(run)
             run.decisions += evictions(run.evicted, now_ms)
-        if policy.elastic is not None and not run.evicted:
+            if policy.defragmentation is not None and not run.evicted:
+                moving = defragment(run, policy.defragmentation)
+        run.decisions += moving
+        if policy.elastic is not None and not run.evicted and not moving:
             run.decisions += resize(run, policy.elastic)
         if len(run.decisions) < policy.batch:
             for job in hungry:
@@ -152,6 +160,8 @@ def schedule(cluster: Cluster, now_ms: int, policy: Policy) -> Plan:
         instants = [*cluster.ripening.values(), *([cluster.window_ms] if cluster.window_ms and cluster.lines else [])]
         if policy.elastic is not None and cluster.elastic:
             instants.append(cluster.resize_ms)
+        if policy.defragmentation is not None and cluster.lines:
+            instants.append(cluster.tidy_ms)
         cluster.next_pass_ms = min(instants, default=0)
     return Plan(tuple(run.decisions), run.examined)
 
@@ -404,6 +414,25 @@ def make_room(run: Pass, how: Preemption, line: Line) -> None:
         if victims:
             run.keep(job, gang)
         run.evicted += ((job, victim) for victim in victims)
+
+
+def defragment(run: Pass, how: Defragmentation) -> list[Decision]:
+    """Move jobs for the best head that then starts, when nobody leaves anyhow. O(lines), when it is time."""
+    cluster, ordering = run.cluster, run.policy.ordering
+    if run.now_ms < cluster.tidy_ms or cluster.leaving or not cluster.lines:
+        return []
+    cluster.tidy_ms = run.now_ms + how.every_ms
+    blocked = [
+        (ordering(line.key, line.places[0]), job)
+        for line in cluster.lines.values()
+        if line.refused_at != cluster.ledger.freed and (job := next(run.heads(line), None)) is not None
+    ]
+    heads = [job for _, job in heapq.nsmallest(how.heads, blocked, key=lambda entry: entry[0])]
+    way = find_way(cluster, run.now_ms, how, run.policy.score, heads)
+    if way is None:
+        return []
+    run.keep(way.job, way.gang)
+    return decisions_of(way, run.now_ms)
 
 
 def _ripe(cluster: Cluster, now_ms: int) -> None:
