@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 from jobsched import __version__
 from jobsched.controller.loop import Controller
 from jobsched.core.answers import Check
+from jobsched.core.policies.defragmentation import Defragmentation
 from jobsched.core.policies.elasticity import Elasticity
 from jobsched.core.policies.fairness import FairShare
 from jobsched.core.policies.health import Health
@@ -242,6 +243,7 @@ def _policy(config: PolicyConfig, pools: Sequence[spec.NodePool]) -> Policy:
         ),
         score=Score(config.score),
         elastic=Elasticity() if config.elastic else None,
+        defragmentation=Defragmentation() if config.defragmentation else None,
         health=None if health is None else Health(
             threshold=health.threshold, half_life_ms=health.half_life, recheck_ms=health.recheck,
             preflight=health.preflight, image=health.image, timeout_ms=health.timeout,

@@ -559,6 +559,8 @@ class PolicyConfig(SpecModel):
     pack."""
     elastic: bool = True
     """Elastic jobs get the sizes that speed them up most, by the throughput that they report."""
+    defragmentation: bool = True
+    """Jobs that lose little (elastic ones, and those that saved a moment ago) move when a waiting gang then starts."""
 
 
 class Timers(SpecModel):
