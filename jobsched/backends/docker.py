@@ -26,6 +26,7 @@ from jobsched.backends import docker_render as render
 from jobsched.backends.container_log import collect
 from jobsched.backends.containers import exit_of, instant
 from jobsched.backends.docker_engine import Engine, Gone, ImageError, Refused
+from jobsched.backends.docker_pools import MadeEngine, Maker
 from jobsched.backends.docker_render import CannotRender, Json, Site
 from jobsched.backends.followed_log import chunks
 from jobsched.backends.gpus import read_inventory
@@ -38,6 +39,7 @@ from jobsched.core.job import Reason
 from jobsched.core.launch import Launch, LaunchKey, parse_key
 from jobsched.core.node import Gpu, Node
 from jobsched.core.observation import Observation, ReplicaReport, Seen
+from jobsched.core.pools import Demand
 from jobsched.core.resources import NOTHING, GpuShare, NodeName
 from jobsched.errors import BackendUnreachable, JobschedError
 from jobsched.ports import Addressing, Capabilities, LogChunk
@@ -153,6 +155,8 @@ class Station:
     clock: tuple[datetime, float] = (datetime.min, 0.0)
     """The engine's own time at a monotonic instant of ours."""
     networks: threading.Lock = field(default_factory=threading.Lock)
+    left: threading.Event = field(default_factory=threading.Event)
+    """It was taken away."""
 
     def now(self) -> datetime:
         """The engine's own time."""
@@ -167,7 +171,7 @@ class DockerBackend:
         self.layout.make()
         self.config = config
         self.home_id = _home_id(self.layout.state / "docker-id")
-        several = len(config.engines) > 1
+        several = len(config.engines) > 1 or bool(config.provision)
         self._checkpoints = config.checkpoints or str(self.layout.home / "checkpoints")
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
@@ -182,7 +186,8 @@ class DockerBackend:
         self._closing = threading.Event()
         self._sweeper = Sweeper(self.layout)
         self._socket = reports.ReportSocket(self.layout.sockets / "docker", self._took)
-        self._stations = [self._station(engine, several) for engine in config.engines]
+        self._maker = Maker(config.provision, self.layout.state / "docker-engines.json", self._take_engines)
+        self._stations = [self._station(engine, several) for engine in (*config.engines, *self._maker.engines)]
         self.capabilities = Capabilities(
             name="docker",
             addressing=Addressing.NODE if several else Addressing.NAME,
@@ -192,13 +197,9 @@ class DockerBackend:
             checkpoint_root=self._checkpoints,
             report="",
         )
-        self._threads = [
-            threading.Thread(target=target, args=(station,), name=f"docker-{name}", daemon=True)
-            for station in self._stations
-            for name, target in (("watch", self._watch), ("pulse", self._feel_pulse))
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        for station in self._stations:
+            self._look_after(station)
 
     def _station(self, engine: DockerEngine, several: bool) -> Station:
         site = Site(
@@ -207,6 +208,43 @@ class DockerBackend:
             reports=str(self._socket.path.parent) if engine.shares_files else "",
         )
         return Station(Engine(engine), site, ThreadPoolExecutor(AT_ONCE, "docker-start"))
+
+    def _look_after(self, station: Station) -> None:
+        for name, target in (("watch", self._watch), ("pulse", self._feel_pulse)):
+            thread = threading.Thread(target=target, args=(station,), name=f"docker-{name}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    # nodes on demand ----------------------------------------------------------------------------------------------
+
+    def provision(self, demands: Sequence[Demand]) -> None:
+        """By the configured command; see `docker_pools`."""
+        self._maker.want(demands)
+
+    def _take_engines(self, engines: tuple[MadeEngine, ...]) -> None:
+        """The command made some engines, or took some away."""
+        before = {station.engine.config.url: station for station in self._stations}
+        fixed = {engine.url for engine in self.config.engines}
+        there = {engine.url for engine in engines}
+        for engine in engines:
+            if engine.url not in before:
+                station = self._station(engine, several=True)
+                self._stations = [*self._stations, station]
+                self._look_after(station)
+        for url, station in before.items():
+            if url not in fixed | there:
+                self._stations = [other for other in self._stations if other is not station]
+                self._leave(station)
+
+    def _leave(self, station: Station) -> None:
+        station.left.set()
+        station.engine.leave()
+        with self._changed:
+            for replica in [r for r in self._replicas.values() if r.engine is station]:
+                self._drop(replica)
+            self._changed.notify_all()
+        station.pool.shutdown(wait=False, cancel_futures=True)
+        station.engine.close()
 
     # the port -----------------------------------------------------------------------------------------------------
 
@@ -226,7 +264,7 @@ class DockerBackend:
                 self._urgent = self._urgent or bool(self._dirty)
 
     def start(self, launches: Sequence[Launch]) -> None:
-        gangs: dict[int, list[tuple[Replica, Launch]]] = {}
+        gangs: dict[int, tuple[Station, list[tuple[Replica, Launch]]]] = {}
         with self._changed:
             for launch in launches:
                 parts = parse_key(launch.key)
@@ -238,9 +276,9 @@ class DockerBackend:
                 replica = Replica(report, station, launch.contract.token, launch.stop_signal)
                 self._replicas[launch.key] = replica
                 self._dirty[launch.key] = None
-                gangs.setdefault(self._stations.index(station), []).append((replica, launch))
-        for index, gang in gangs.items():
-            self._aside(self._start_gang, self._stations[index], gang)
+                gangs.setdefault(id(station), (station, []))[1].append((replica, launch))
+        for station, gang in gangs.values():
+            self._aside(self._start_gang, station, gang)
 
     def stop(self, keys: Sequence[LaunchKey], grace_ms: int) -> None:
         now = time.monotonic()
@@ -280,6 +318,7 @@ class DockerBackend:
 
     def close(self) -> None:
         self._closing.set()
+        self._maker.close()
         self._socket.close()
         with self._lock:
             streams = [replica.log for replica in self._replicas.values() if replica.log is not None]
@@ -681,14 +720,14 @@ class DockerBackend:
 
     def _watch(self, station: Station) -> None:
         """List, then follow the events; from the beginning again after any trouble."""
-        while not self._closing.is_set():
+        while not (self._closing.is_set() or station.left.is_set()):
             try:
                 info = station.engine.info()
                 events = station.engine.events(_stamp(info["SystemTime"]))
                 self._take_listing(station, info)
                 for event in events:
                     self._heed(station, event)
-                    if self._closing.is_set():
+                    if self._closing.is_set() or station.left.is_set():
                         return
                 problem = "the Docker engine closed the connection"
             except JobschedError as error:
@@ -823,7 +862,7 @@ class DockerBackend:
 
     def _feel_pulse(self, station: Station) -> None:
         """An engine that is cut off says nothing at all, so it is asked; so is what silent replicas do."""
-        while not self._closing.wait(PULSE_S):
+        while not self._closing.wait(PULSE_S) and not station.left.is_set():
             if station.node is None:
                 continue
             try:

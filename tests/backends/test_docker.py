@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +19,7 @@ from jobsched.backends.docker_render import HOME
 from jobsched.core.job import Reason
 from jobsched.core.launch import Launch
 from jobsched.core.observation import ReplicaReport, Seen
+from jobsched.core.pools import Demand, NodePool
 from jobsched.core.resources import NodeName
 from jobsched.errors import BackendUnreachable
 from jobsched.spec.server import DockerBackend as Config
@@ -353,6 +356,52 @@ def _late(monkeypatch: pytest.MonkeyPatch, back: threading.Event) -> None:
     monkeypatch.setattr(Engine, "log", late_log)
     monkeypatch.setattr(Engine, "past_events", late_listing)
     monkeypatch.setattr(Engine, "knock", heard_knock)
+
+
+STAND_IN = """
+import json, pathlib, sys
+(pool,) = json.load(sys.stdin)["pools"]
+told = pathlib.Path(sys.argv[1])
+told.write_text(json.dumps(pool))
+if not told.with_suffix(".again").exists():
+    told.with_suffix(".again").touch()
+    sys.exit("the cloud is busy")
+one = {"pool": pool["name"], "name": "a100-1", "url": sys.argv[2], "address": "127.0.0.1", "gpus": "sim-gpu:2"}
+print(json.dumps({"engines": [one] * (pool["nodes"] > 0)}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.getuid() != 0, reason="a second engine needs root")
+def test_a_command_makes_engines_and_takes_them_away(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fails the first time and is run again; a new server knows the engines at once."""
+    monkeypatch.setattr("jobsched.backends.docker_pools.AGAIN_S", 0.2)
+    pool = NodePool("a100", 1_000, 1 << 30, "sim-gpu", 2, labels=(("pool", "a100"),))
+    with docker_stage.SecondEngine(tmp_path) as second:
+        engine = start(
+            checkpoints=str(tmp_path / "checkpoints"),
+            engines=[{"url": docker_stage.url(), "name": "one", "address": "127.0.0.1"}],
+            provision=[sys.executable, "-c", STAND_IN, str(tmp_path / "told.json"), second.url])
+        watcher = watch(engine)
+        assert set(watcher.sight.nodes) == {"one"}
+        engine.backend.provision([Demand(pool, 1)])
+        watcher.until(lambda s: "a100-1" in s.nodes)
+        node = watcher.sight.nodes[NodeName("a100-1")]
+        assert (pool.has(node), len(node.gpus)) == (True, 2)
+        assert json.loads((tmp_path / "told.json").read_text())["gpus"] == "sim-gpu:2"
+        launch = a_launch(node, ("/bin/sh", "-c", "exit 3"))
+        watcher.backend.start([launch])
+        assert watcher.end(launch.key).exit_code == 3
+        watcher.backend.forget([launch.key])
+        watcher.until(lambda s: launch.key not in s.replicas)
+        engine.reconnect()
+        watcher = watch(engine)
+        assert set(watcher.sight.nodes) == {"one", "a100-1"}
+        engine.backend.provision([Demand(pool, 0, (node.name,))])
+        watcher.until(lambda s: set(s.nodes) == {"one"})
+        assert json.loads((tmp_path / "told.json").read_text())["release"] == ["a100-1"]
 
 
 @pytest.mark.slow
