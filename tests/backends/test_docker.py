@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -203,6 +204,35 @@ def test_an_image_that_cannot_be_had_is_told_in_seconds(start: Start) -> None:
     assert "refused" in end.message
     assert the_log(watcher, nowhere).startswith("jobsched: image 127.0.0.1:1/no/such:1: ")
     assert never.key == nowhere.key
+
+
+class Forbidding(BaseHTTPRequestHandler):
+    """A registry that lets nobody in."""
+
+    def do_GET(self) -> None:
+        self.send_response(401)
+        self.send_header("WWW-Authenticate", 'Basic realm="registry"')
+        self.send_header("Docker-Distribution-Api-Version", "registry/2.0")
+        self.end_headers()
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_registry_that_refuses_the_credentials_is_told_in_seconds(start: Start) -> None:
+    watcher = watch(start())
+    with HTTPServer(("127.0.0.1", 0), Forbidding) as registry:
+        threading.Thread(target=registry.serve_forever, daemon=True).start()
+        begun = time.monotonic()
+        launch = run(watcher, "true", image=f"127.0.0.1:{registry.server_port}/secret:1")
+        end = watcher.end(launch.key)
+        assert time.monotonic() - begun < 10
+        registry.shutdown()
+    assert end.failure is Reason.IMAGE_ERROR
+    assert "credentials" in end.message
 
 
 def test_memory_is_limited_and_running_out_of_it_is_told(start: Start) -> None:
