@@ -31,6 +31,7 @@ from jobsched.backends.containers import SEND
 from jobsched.backends.followed_log import chunks
 from jobsched.backends.kubernetes_api import AT_ONCE, Api, Exists, Gone, Refused, Stream
 from jobsched.backends.kubernetes_fleet import Fleet
+from jobsched.backends.kubernetes_pools import Pools
 from jobsched.backends.kubernetes_render import CannotRender, Json, Site
 from jobsched.backends.kubernetes_watch import Informer
 from jobsched.backends.replica_table import Known, ReplicaTable, Stop
@@ -42,6 +43,7 @@ from jobsched.core.job import Reason
 from jobsched.core.launch import Launch, LaunchKey
 from jobsched.core.node import Node
 from jobsched.core.observation import Observation, ReplicaReport, Seen
+from jobsched.core.pools import Demand
 from jobsched.core.resources import NodeName
 from jobsched.errors import BackendUnreachable
 from jobsched.ports import Addressing, Capabilities, LogChunk
@@ -126,6 +128,7 @@ class KubernetesBackend:
         self.site = Site(instance, self.api.namespace, config)
         self.table: ReplicaTable[Replica] = ReplicaTable()
         self.fleet = Fleet(config, self._held)
+        self.pools = Pools(self.api, self.site)
         self._base = f"/api/v1/namespaces/{self.site.namespace}"
         self._closing = threading.Event()
         self._pool = ThreadPoolExecutor(AT_ONCE, "kubernetes")
@@ -218,6 +221,10 @@ class KubernetesBackend:
 
     def logs(self, key: LaunchKey, offset: int = 0, follow: bool = False, timeout_ms: int = 0) -> Iterator[LogChunk]:
         return chunks(self.layout.log(key), offset, lambda: follow and self._writes(key), timeout_ms)
+
+    def provision(self, demands: Sequence[Demand]) -> None:
+        """By what autoscalers react to; see `kubernetes_pools`."""
+        self.pools.demands = tuple(demands)
 
     def close(self) -> None:
         self._closing.set()
@@ -711,6 +718,8 @@ class KubernetesBackend:
                 self._look_for_lost_nodes()
                 self._take_back_unbound()
                 self._tend_streams()
+                if self.pools.demands and not self._nodes.problem and self._nodes.synced.is_set():
+                    self.pools.step(self.fleet.nodes().values())
                 if time.monotonic() >= reap_at and not self._pods.problem:
                     reap_at = float("inf")
                     self._submit(self._reap)

@@ -214,6 +214,8 @@ class Api:
 def _kind(path: str) -> str:
     """`/api/v1/namespaces/x/pods/y/log` -> `pods/log`."""
     words = path.split("/")[3:] if path.startswith("/api/") else path.split("/")[4:]
+    if not words:
+        return "apis"
     words = words[2:] if words[0] == "namespaces" and len(words) > 2 else words
     return "/".join(words[:1] + words[2:3])
 

@@ -5,6 +5,7 @@ The image holds a shell, a few tools, this interpreter with its library, and job
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,8 @@ import jobsched
 
 PATIENCE_S = 120
 """For what takes a second or two on a machine that has nothing else to do."""
-IMAGE = "jobsched-test/tiny:1"
+REPOSITORY = "jobsched-test/tiny"
+OLD_S = 86_400
 CHANGES = ["ENV PATH=/usr/local/bin:/usr/bin:/bin", "ENV PYTHONPATH=/opt/jobsched"]
 TOOLS = ("sh", "sleep", "echo", "true", "false", "seq", "date", "setsid", "cat", "env", "ls", "id", "touch", "kill",
          "head", "dd", "tr", "yes", "stat")
@@ -55,13 +58,23 @@ needs_docker = pytest.mark.skipif(
 
 @cache
 def image() -> str:
-    """The tiny image, made anew: a second or two."""
+    """The tiny image: a second or two. Named by what it holds, so that nobody takes it from tests that run beside."""
     client = api()
-    if client.images(IMAGE):
-        client.remove_image(IMAGE, force=True)
-    repository, tag = IMAGE.split(":")
-    client.import_image_from_data(rootfs(), repository=repository, tag=tag, changes=CHANGES)
-    return IMAGE
+    name = put_image(client)
+    for entry in client.images(REPOSITORY):
+        if time.time() - entry["Created"] > OLD_S and name not in entry["RepoTags"]:
+            with suppress(api_error()):
+                client.remove_image(entry["Id"])
+    return name
+
+
+def put_image(client: Any) -> str:
+    """Onto an engine, unless it is there."""
+    data = rootfs()
+    tag = hashlib.sha256(data).hexdigest()[:12]
+    if not client.images(f"{REPOSITORY}:{tag}"):
+        client.import_image_from_data(data, repository=REPOSITORY, tag=tag, changes=CHANGES)
+    return f"{REPOSITORY}:{tag}"
 
 
 @cache
@@ -77,6 +90,7 @@ def api_error() -> type[Exception]:
     return docker.errors.APIError
 
 
+@cache
 def rootfs() -> bytes:
     """A root file system of this machine's own files, as a tar."""
     out = io.BytesIO()
@@ -149,9 +163,7 @@ class SecondEngine:
 
     def __enter__(self) -> SecondEngine:
         self.start()
-        client = self._client()
-        repository, tag = IMAGE.split(":")
-        client.import_image_from_data(rootfs(), repository=repository, tag=tag, changes=CHANGES)
+        put_image(self._client())
         return self
 
     def __exit__(self, *_: object) -> None:

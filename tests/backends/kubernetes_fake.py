@@ -125,6 +125,10 @@ class FakeCluster:
 
     # what tests do to it ------------------------------------------------------------------------------------------
 
+    def serve_group(self, group: str, version: str) -> None:
+        """Objects of a group that is not there by itself."""
+        self.put("apis", "", group, {"metadata": {"name": group}, "preferredVersion": {"version": version}})
+
     def add_node(self, name: str, gpus: int = 4, **fields: Any) -> None:
         capacity = {"cpu": "8", "memory": "32Gi", "pods": "110"} | ({"nvidia.com/gpu": str(gpus)} if gpus else {})
         self.put("nodes", "", name, {
@@ -550,6 +554,8 @@ def _handler(cluster: FakeCluster) -> type[BaseHTTPRequestHandler]:
         def _route(self) -> tuple[str, str, str, str, dict[str, str]]:
             parts = urlsplit(self.path)
             words = parts.path.strip("/").split("/")
+            if words[0] == "apis" and len(words) == 2:  # whether a group is served, and in which versions
+                return "apis", "", words[1], "", {}
             words = words[2:] if words[0] == "api" else words[3:]
             query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
             namespace = ""
