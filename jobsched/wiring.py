@@ -237,7 +237,7 @@ def _policy(config: PolicyConfig, pools: Sequence[spec.NodePool]) -> Policy:
     return Policy(
         node_pools=tuple(_node_pool(pool) for pool in pools),
         ordering=POLICIES[config.ordering],
-        fair=FairShare() if config.fair else None,
+        fair=FairShare(config.fair_half_life) if config.fair else None,
         preemption=None if (how := config.preemption) is None else Preemption(
             how.reclaim, Scope(how.priority), how.min_runtime, how.lost_percent
         ),

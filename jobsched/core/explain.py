@@ -64,12 +64,20 @@ def _reasons(cluster: Cluster, job: Job, now_ms: int) -> Iterator[Why]:
         return
     if queue.paused:
         yield Why(Reason.QUEUE_PAUSED, f"queue {queue.name} is paused")
+    if job.id in cluster.nominated:
+        yield _room(cluster, job)
     refused = admit(cluster, job, now_ms)
     if isinstance(refused, Refused) and not queue.paused:
         yield _limit(refused)
     never = could_ever_fit(cluster, job.spec)
     if never:
         yield Why(Reason.UNPLACEABLE, never, "ask for less, or wait for other nodes (jobsched nodes)")
+
+
+def _room(cluster: Cluster, job: Job) -> Why:
+    leaving = [cluster.jobs[v].name for v in cluster.nominated[job.id] if v in cluster.jobs]
+    who = f"{_many(len(leaving), 'job')} saving and leaving ({', '.join(leaving[:5])})" if leaving else "all have left"
+    return Why(Reason.RESERVATION, f"room is being made for it: {who}; its places are kept")
 
 
 def _provisioning(asked: Asked) -> Why:

@@ -131,6 +131,8 @@ def schedule(cluster: Cluster, now_ms: int, policy: Policy) -> Plan:
         cluster.next_pass_ms = now_ms - now_ms % policy.pass_every_ms + policy.pass_every_ms if cluster.jobs else 0
         return Plan()
     _turn_windows(cluster, now_ms)
+    if policy.fair is not None:
+        cluster.quotas.age(now_ms, policy.fair.half_life_ms, policy.fair.entry_ms)
     with cluster.trial():
         run = Pass(cluster, now_ms, policy)
         freed = cluster.ledger.freed
@@ -234,7 +236,7 @@ class Heads:
 
     def __init__(self, run: Pass) -> None:
         self._cluster, self._policy, self._settled = run.cluster, run.policy, run.settled
-        self._capacity = run.cluster.capacity()
+        self._capacity, self._now_ms = run.cluster.capacity(), run.now_ms
         self._next: dict[int, int] = {}
         """Serial of a line -> place in it of the first job not started in this pass."""
         self._serial: dict[int, int] = {}
@@ -263,7 +265,7 @@ class Heads:
             return ()
         account = self._cluster.quotas.account(queue)
         needs = least_needs(self._cluster, account, self._lines[queue][0][2].key.shape)
-        return turn(account, self._capacity, needs)
+        return turn(account, self._capacity, needs, self._policy.fair, self._now_ms)
 
     def _put(self, queue: str) -> None:
         if self._lines[queue]:

@@ -551,6 +551,8 @@ class PolicyConfig(SpecModel):
     """Who goes first within a queue: higher priority, then earlier submission."""
     fair: Annotated[bool, Field(strict=True)] = True
     """Whether queues take turns by fair share (dominant resource by weight); else `ordering` holds over all queues."""
+    fair_half_life: DurationMs = 7 * 86_400_000
+    """Time after which a queue's past use counts half in its share; 0: only what it holds now counts."""
     preemption: PreemptionConfig | None = PreemptionConfig()
     """Reclaim and priority; `null`: nobody is stopped for another."""
     score: Literal["auto", "pack", "spread", "fragmentation"] = "auto"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import log
+
+import pytest
 
 from jobsched.core import events as ev
 from jobsched.core.job import Job, Phase, Reason
@@ -218,6 +221,27 @@ def test_queues_take_turns_by_share_and_weight() -> None:
     submit(world, "b", 20)
     world.tick(3)
     assert (held(world, "a"), held(world, "b")) == (6, 2)
+
+
+def test_past_use_counts_and_fades_and_a_burst_pays_at_once() -> None:
+    world = a_world(QueueSpec(name="a"), QueueSpec(name="b"), how=None, gpus=4,
+                    scripts=lambda launch: Script(run_ms=3 * 3_600_000))  # fmt: skip
+    world.boot(Policy(fair=FairShare(half_life_ms=3_600_000, entry_ms=60_000)))
+    world.tick()
+    submit(world, "a", 4)
+    world.tick(2)
+    entry = 4_000 * 60_000 * log(2) / 3_600_000
+    account = world.cluster.quotas.account("a")
+    assert account.average(GPUS, world.clock.now_ms(), 3_600_000) == pytest.approx(entry, rel=0.01)
+    world.run_until(lambda: world.phases().get("SUCCEEDED", 0) == 4, 4 * 3_600_000)
+    submit(world, "a", 4)
+    submit(world, "b", 8)
+    world.tick(4)
+    assert held(world, "b") == 4, "b has used nothing yet"
+    early = account.average(GPUS, world.clock.now_ms(), 3_600_000)
+    assert early == pytest.approx(4_000 * 7 / 8 + entry / 8, rel=0.01)
+    later = account.average(GPUS, world.clock.now_ms() + 3_600_000, 3_600_000)
+    assert later == pytest.approx(early / 2, rel=0.01)
 
 
 def test_a_cohort_does_not_gain_by_having_many_queues() -> None:

@@ -23,7 +23,7 @@ from jobsched.spec.queue import GPUS, QueueSpec
 from tests.world import World, a_gpu_node, a_spec
 
 EXAMPLES = int(os.environ.get("EXAMPLES", 10_000 if os.environ.get("BENCH") == "full" else 20))
-POLICY = Policy(fair=FairShare(), preemption=Preemption(min_runtime_ms=500))
+POLICY = Policy(fair=FairShare(3_600_000), preemption=Preemption(min_runtime_ms=500))
 QUEUES = (
     QueueSpec.model_validate({"name": "default", "cohort": "lab", "quota": {"gpus": 8}}),
     QueueSpec.model_validate({"name": "small", "cohort": "lab", "quota": {"gpus": 2}, "max_gpus": 3}),

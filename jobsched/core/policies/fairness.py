@@ -2,7 +2,9 @@
 level by level from the root as in Slurm's Fair Tree, so that a cohort's share does not grow with its number of queues.
 
 Queues within their quota go before those that borrow (Kueue); among equals, the one whose dominant share per weight is
-smallest. Integers only: shares are counted in `SCALE`ths of the cluster.
+smallest: what it holds now, and what it held on average in the past, with a half-life (Slurm, Kueue's usage-based fair
+sharing). Everything that starts pays an entry, so that a burst of short jobs counts before it is over. Shares are
+counted in `SCALE`ths of the cluster. Past use is kept in memory: a new leader begins with what runs.
 """
 
 from __future__ import annotations
@@ -24,16 +26,30 @@ Turn = tuple[tuple[int, int], ...]
 class FairShare:
     """How queues take turns."""
 
+    half_life_ms: int = 0
+    """After which past use counts half; 0: only what is held now counts."""
+    entry_ms: int = 60_000
+    """What starts counts as held for so long already."""
 
-def turn(account: Account, capacity: Mapping[str, int], needs: Mapping[str, int]) -> Turn:
-    """When a queue's turn comes, by what is held now and whether it would borrow if a job took `needs` (limit ->
-    amount). `capacity`: resource -> how much the cluster has. O(depth)."""
-    return tuple((borrowed(each, capacity, needs), share(each, capacity)) for each in reversed(account.path))
+
+def turn(
+    account: Account, capacity: Mapping[str, int], needs: Mapping[str, int], how: FairShare, now_ms: int
+) -> Turn:
+    """When a queue's turn comes, by its share and whether it would borrow if a job took `needs` (limit -> amount).
+    `capacity`: resource -> how much the cluster has. O(depth)."""
+    return tuple(
+        (borrowed(each, capacity, needs), _weighed(each, share(each, capacity, how, now_ms)))
+        for each in reversed(account.path)
+    )
 
 
-def share(account: Account, capacity: Mapping[str, int]) -> int:
-    """Its dominant share, per weight."""
-    return _weighed(account, dominant(account, capacity))
+def share(account: Account, capacity: Mapping[str, int], how: FairShare, now_ms: int) -> int:
+    """Its dominant share now and in the past: the larger the sum, the later its turn."""
+    now, half_life_ms = dominant(account, capacity), how.half_life_ms
+    if not half_life_ms:
+        return now
+    past = (account.average(r, now_ms, half_life_ms) * SCALE / n for r, n in capacity.items() if n)
+    return now + round(max(past, default=0.0))
 
 
 def dominant(account: Account, capacity: Mapping[str, int]) -> int:

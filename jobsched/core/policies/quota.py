@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from math import exp2, log
 
 from jobsched.core.job import Reason, RoleShape
 from jobsched.core.node import kind_matches
@@ -76,6 +77,9 @@ class Account:
     spent_milli_ms: int = 0
     """GPU time held since the present budget window began, up to `spent_at_ms`."""
     spent_at_ms: int = 0
+    past: dict[str, float] = field(default_factory=dict)
+    """What it held on average, older times counting half per half-life, up to `past_at_ms`."""
+    past_at_ms: int = 0
 
     @property
     def weight(self) -> int:
@@ -123,6 +127,17 @@ class Account:
         spare = max(0, self.parent.nominal.get(key, 0) - self.parent.used.get(key, 0))
         return max(0, unused - spare)
 
+    def average(self, resource: str, now_ms: int, half_life_ms: int) -> float:
+        """What it held of a resource on average, what is held now included."""
+        now, fades = self.held.get(resource, 0), exp2(-max(0, now_ms - self.past_at_ms) / half_life_ms)
+        return self.past.get(resource, 0.0) * fades + now * (1 - fades)
+
+    def advance(self, now_ms: int, half_life_ms: int) -> None:
+        """Bring `past` up to now."""
+        if now_ms > self.past_at_ms:
+            self.past = {resource: self.average(resource, now_ms, half_life_ms) for resource in self.held}
+            self.past_at_ms = now_ms
+
     def spent(self, now_ms: int) -> int:
         """GPU time held in the present budget window, in thousandths of a GPU times milliseconds."""
         if self.spec is None or self.spec.budget is None:
@@ -142,6 +157,10 @@ class Quotas:
         self._booked: dict[str, dict[str, dict[str, int]]] = {}
         """Queue -> user -> what its jobs hold; what accounts are made of when the tree changes."""
         self._undo: list[tuple[str, str, Amounts, int]] | None = None
+        self.half_life_ms = 0
+        """Of past use; 0: it is not kept."""
+        self.entry_ms = 0
+        """So long everything that starts is taken to have been held already: many short jobs at once are not free."""
 
     # ---- the tree ----
 
@@ -162,6 +181,7 @@ class Quotas:
         for name, old in before.items():
             account = self._known(name)
             account.spent_milli_ms, account.spent_at_ms = old.spent_milli_ms, old.spent_at_ms
+            account.past, account.past_at_ms = old.past, old.past_at_ms
         for queue, users in self._booked.items():
             for owner, held in users.items():
                 self._add(self._known(queue), owner, tuple(held.items()), 1)
@@ -220,10 +240,26 @@ class Quotas:
             for each in account.path:
                 if each.spec is not None and each.spec.budget is not None:
                     each.spent_milli_ms, each.spent_at_ms = each.spent(at_ms), at_ms
+            if self.half_life_ms:
+                self._remember(account, amounts, sign, at_ms)
             held = self._booked.setdefault(queue, {}).setdefault(owner, {})
             for resource, amount in amounts:
                 held[resource] = held.get(resource, 0) + sign * amount
         self._add(account, owner, amounts, sign)
+
+    def age(self, now_ms: int, half_life_ms: int, entry_ms: int) -> None:
+        """Before a pass: past use up to now, so that what the pass books counts from now on. O(queues)."""
+        self.half_life_ms, self.entry_ms = half_life_ms, entry_ms
+        for account in self.accounts.values() if half_life_ms else ():
+            account.advance(now_ms, half_life_ms)
+
+    def _remember(self, account: Account, amounts: Amounts, sign: int, at_ms: int) -> None:
+        """Past use, before what is held changes; what starts pays its entry."""
+        entry = self.entry_ms * log(2) / self.half_life_ms if sign > 0 else 0.0
+        for each in account.path:
+            each.advance(at_ms, self.half_life_ms)
+            for resource, amount in amounts if entry else ():
+                each.past[resource] = each.past.get(resource, 0.0) + amount * entry
 
     def _add(self, account: Account, owner: str, amounts: Amounts, sign: int) -> None:
         for each in account.path:
