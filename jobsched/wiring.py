@@ -31,7 +31,7 @@ from jobsched.core.policies.defragmentation import Defragmentation
 from jobsched.core.policies.elasticity import Elasticity
 from jobsched.core.policies.fairness import FairShare
 from jobsched.core.policies.health import Health
-from jobsched.core.policies.ordering import priority
+from jobsched.core.policies.ordering import Factors, priority
 from jobsched.core.policies.placement import Score
 from jobsched.core.policies.victims import Preemption, Scope
 from jobsched.core.pools import NodePool
@@ -49,7 +49,6 @@ START_S = 15.0
 DRAIN_S = 3.0
 """How long open requests may go on once the server stops."""
 LITTLE_DISK_BYTES = 2**30
-POLICIES = {"priority": priority}
 
 log = structlog.get_logger("jobsched.server")
 
@@ -236,7 +235,10 @@ def _policy(config: PolicyConfig, pools: Sequence[spec.NodePool]) -> Policy:
     health = config.health
     return Policy(
         node_pools=tuple(_node_pool(pool) for pool in pools),
-        ordering=POLICIES[config.ordering],
+        ordering=priority,
+        factors=None if config.ordering == "priority" else Factors(
+            (by := config.factors).priority, by.age, by.size, by.fair, by.age_full, config.fair_half_life
+        ),
         fair=FairShare(config.fair_half_life) if config.fair else None,
         preemption=None if (how := config.preemption) is None else Preemption(
             how.reclaim, Scope(how.priority), how.min_runtime, how.lost_percent

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from jobsched.core import events as ev
 from jobsched.core.cluster import Cluster, Line, Rank, equal_rank
@@ -19,7 +19,7 @@ from jobsched.core.policies.defragmentation import Defragmentation, decisions_of
 from jobsched.core.policies.elasticity import WAITING, Elasticity, rebalance, start_gang
 from jobsched.core.policies.fairness import FairShare, Turn, turn
 from jobsched.core.policies.health import Health
-from jobsched.core.policies.ordering import Ordering, OrderKey, priority
+from jobsched.core.policies.ordering import Factors, Ordering, OrderKey, multifactor, priority
 from jobsched.core.policies.placement import Gang, Score, place_gang, place_more
 from jobsched.core.policies.preemption import Replan, replan
 from jobsched.core.policies.quota import Refused
@@ -34,6 +34,8 @@ class Policy:
     """Named pure functions chosen in the server's config."""
 
     ordering: Ordering = priority
+    factors: Factors | None = None
+    """Weighted factors in place of `ordering`."""
     rank: Rank = equal_rank
     """Order between like jobs, before their age."""
     preemption: Preemption | None = None
@@ -133,6 +135,10 @@ def schedule(cluster: Cluster, now_ms: int, policy: Policy) -> Plan:
     _turn_windows(cluster, now_ms)
     if policy.fair is not None:
         cluster.quotas.age(now_ms, policy.fair.half_life_ms, policy.fair.entry_ms)
+    elif policy.factors is not None:
+        cluster.quotas.age(now_ms, policy.factors.half_life_ms, 0)
+    if policy.factors is not None:
+        policy = replace(policy, ordering=multifactor(cluster, now_ms, policy.factors))
     with cluster.trial():
         run = Pass(cluster, now_ms, policy)
         freed = cluster.ledger.freed

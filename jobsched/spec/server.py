@@ -541,14 +541,33 @@ class NodePool(SpecModel):
         return self
 
 
+class FactorsConfig(SpecModel):
+    """Weights of `ordering: multifactor`, as in Slurm's priority/multifactor: each factor is between 0 and 1, but the
+    job's own priority."""
+
+    priority: Annotated[int, Field(strict=True, ge=0, le=1_000_000)] = 1_000
+    """Times the job's priority."""
+    age: Annotated[int, Field(strict=True, ge=0, le=1_000_000)] = 1_000
+    """Waiting time, full after `age_full`."""
+    size: Annotated[int, Field(strict=True, ge=-1_000_000, le=1_000_000)] = 0
+    """Part of the cluster's GPUs that the job needs; below 0: small jobs first."""
+    fair: Annotated[int, Field(strict=True, ge=0, le=1_000_000)] = 1_000
+    """How little its queue has used, for its weight."""
+    age_full: Annotated[DurationMs, Field(ge=1_000)] = 7 * 86_400_000
+    """Wait that counts fully."""
+
+
 class PolicyConfig(SpecModel):
     """Scheduling policies by name."""
 
     health: HealthConfig | None = HealthConfig()
     """Probation of nodes; `null` turns it off."""
 
-    ordering: Literal["priority"] = "priority"
-    """Who goes first within a queue: higher priority, then earlier submission."""
+    ordering: Literal["priority", "multifactor"] = "priority"
+    """Who goes first within a queue. priority: higher priority, then earlier submission. multifactor: `factors`; with
+    `fair: false`, over all queues together."""
+    factors: FactorsConfig = FactorsConfig()
+    """Weights of `ordering: multifactor`."""
     fair: Annotated[bool, Field(strict=True)] = True
     """Whether queues take turns by fair share (dominant resource by weight); else `ordering` holds over all queues."""
     fair_half_life: DurationMs = 7 * 86_400_000

@@ -11,6 +11,7 @@ from jobsched.core import events as ev
 from jobsched.core.job import Job, Phase, Reason
 from jobsched.core.launch import Launch
 from jobsched.core.policies.fairness import FairShare
+from jobsched.core.policies.ordering import Factors
 from jobsched.core.policies.victims import Preemption, Scope
 from jobsched.core.resources import JobId
 from jobsched.core.schedule import Policy
@@ -242,6 +243,42 @@ def test_past_use_counts_and_fades_and_a_burst_pays_at_once() -> None:
     assert early == pytest.approx(4_000 * 7 / 8 + entry / 8, rel=0.01)
     later = account.average(GPUS, world.clock.now_ms() + 3_600_000, 3_600_000)
     assert later == pytest.approx(early / 2, rel=0.01)
+
+
+def test_factors_weigh_age_priority_size_and_fair_share() -> None:
+    world = a_world(QueueSpec(name="a"), QueueSpec(name="b"), how=None, gpus=1,
+                    scripts=lambda launch: Script(run_ms=1_000))  # fmt: skip
+
+    def first(factors: Factors) -> JobId:
+        world.boot(Policy(factors=factors))
+        filler = submit(world, "a", 1)
+        world.tick(2)
+        old = submit(world, "a", 1)
+        world.tick(2, step_ms=100)
+        jobs = [*old, *submit(world, "b", 1), *submit(world, "a", 1, priority=1)]
+        world.run_until(lambda: any(world.job(j).attempt for j in jobs))
+        chosen = next(j for j in jobs if world.job(j).attempt)
+        world.run_until(lambda: all(world.job(j).phase.terminal for j in (*filler, *jobs)))
+        return JobId(("old", "b", "prior")[jobs.index(chosen)])
+
+    day = 86_400_000
+    assert first(Factors(priority=1, age=0, size=0, fair=0)) == "prior"
+    assert first(Factors(priority=0, age=1_000, size=0, fair=0, age_full_ms=day)) == "old"
+
+
+def test_the_fair_factor_prefers_who_holds_less() -> None:
+    def script(launch: Launch) -> Script:
+        return Script(run_ms=1_000 if launch.job_name == "filler" else LONG)
+
+    for fair, winner in ((1_000, "b"), (0, "a")):
+        world = a_world(QueueSpec(name="a"), QueueSpec(name="b"), how=None, gpus=2, scripts=script)
+        world.boot(Policy(factors=Factors(0, 1, 0, fair)))
+        submit(world, "a", 1)
+        submit(world, "b", 1, name="filler")
+        world.tick(3)
+        a, b = submit(world, "a", 1)[0], submit(world, "b", 1)[0]
+        world.tick(30, step_ms=100)
+        assert [bool(world.job(j).attempt) for j in (a, b)] == [winner == "a", winner == "b"]
 
 
 def test_a_cohort_does_not_gain_by_having_many_queues() -> None:

@@ -7,11 +7,13 @@ a line; smaller goes first. Preemptive policies give an `Order` over all runnabl
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import ceil
+from dataclasses import dataclass
+from math import ceil, exp2
 
 from jobsched.core.cluster import Cluster, LineKey, Place
 from jobsched.core.job import Job, Phase
 from jobsched.core.policies.estimate import EDGES_MS, Estimates, Tally, bucket_of, ran_ms
+from jobsched.core.policies.fairness import SCALE, dominant
 from jobsched.core.policies.preemption import Order, Turn
 from jobsched.core.resources import WHOLE_GPU
 from jobsched.spec.queue import GPUS
@@ -32,6 +34,44 @@ def fifo(key: LineKey, place: Place) -> OrderKey:
     shortest job first; with GPU time: smallest first, which is quasi-shortest service (QSSF, Helios SC'21) when the
     time is an estimate."""
     return (0, place.rank, place.submitted_at_ms, place.job_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """Weights of Slurm's multifactor priority (priority/multifactor); each factor is between 0 and 1, but `priority`,
+    which is the job's own number."""
+
+    priority: int = 1_000
+    age: int = 1_000
+    """Waiting time, full after `age_full_ms`."""
+    size: int = 0
+    """Part of the cluster's GPUs that the job needs at least; below 0: small ones go first."""
+    fair: int = 1_000
+    """2 to the power of minus its queue's use (now and in the past) over its queue's part by weight."""
+    age_full_ms: int = 7 * 86_400_000
+    half_life_ms: int = 0
+    """After which past use counts half, where queues do not take turns; 0: only what is held now counts."""
+
+
+def multifactor(cluster: Cluster, now_ms: int, how: Factors) -> Ordering:
+    """The highest sum of weighted factors first, then rank, earlier submission, id. Holds for one pass; queues' factors
+    follow what it starts."""
+    capacity, half_life_ms = cluster.capacity(), cluster.quotas.half_life_ms
+    gpus = max(1, capacity.get(GPUS, 0))
+    weights = sum(a.weight for a in cluster.quotas.accounts.values() if not a.members) or 1
+
+    def order(key: LineKey, place: Place) -> OrderKey:
+        account = cluster.quotas.account(key.queue)
+        used = dominant(account, capacity) / SCALE
+        if half_life_ms:
+            used += max((account.average(r, now_ms, half_life_ms) / n for r, n in capacity.items() if n), default=0.0)
+        fair = exp2(-used * weights / account.weight) if account.weight else 0.0
+        age = min(1.0, max(0, now_ms - place.submitted_at_ms) / how.age_full_ms)
+        size = min(1.0, sum(role.min * role.gpu_milli for role in key.shape.roles) / gpus)
+        score = how.priority * key.priority + how.age * age + how.size * size + how.fair * fair
+        return (-round(1_000 * score), place.rank, place.submitted_at_ms, place.job_id)
+
+    return order
 
 
 ORDERINGS: dict[str, Ordering] = {"priority": priority, "fifo": fifo}
