@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -159,7 +161,9 @@ class SecondEngine:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.url = f"unix://{directory}/docker.sock"
+        self._sockets = tempfile.mkdtemp(prefix="jse-")
+        """Of a short name: containerd's sockets below it may have 104 characters; pytest's workers use that up."""
+        self.url = f"unix://{self._sockets}/docker.sock"
 
     def __enter__(self) -> SecondEngine:
         self.start()
@@ -173,6 +177,7 @@ class SecondEngine:
                 client.remove_container(entry["Id"], force=True)
         finally:
             self.stop()
+            shutil.rmtree(self._sockets, ignore_errors=True)
 
     def start(self) -> None:
         at = self.directory
@@ -180,7 +185,8 @@ class SecondEngine:
             self._process = subprocess.Popen(
                 ["unshare", "--net", "--mount", "sh", "-c",
                  '[ ! -d /run/containerd ] || mount -t tmpfs none /run/containerd; exec dockerd "$@"', "dockerd",
-                 "-H", self.url, "--data-root", at / "data", "--exec-root", at / "exec", "--pidfile", at / "pid"],
+                 "-H", self.url, "--data-root", at / "data", "--exec-root",
+                 f"{self._sockets}/exec", "--pidfile", at / "pid"],
                 stdout=log, stderr=log)
         deadline = time.monotonic() + PATIENCE_S
         while True:
