@@ -61,6 +61,8 @@ STACKS_AFTER_S = 0.4
 """How long a process may take to write its stacks."""
 REOPEN_S = (0.2, 30.0)
 """First and longest pause before a log stream that broke off is opened again."""
+REFUSED_S = 2.0
+"""First pause after one that could not be opened at all: where there is no kubelet, thousands of them add up."""
 OVERDUE_S = 3.0
 """A log stream that goes on this long after its container's end is cut off."""
 SILENT_S = 4.0
@@ -504,7 +506,7 @@ class KubernetesBackend:
                 heard = self._collect(replica, follow=not ended)
                 if ended:
                     break
-                pause = REOPEN_S[0] if heard else min(pause * 2, REOPEN_S[1])
+                pause = REOPEN_S[0] if heard else min(max(pause * 2, REFUSED_S), REOPEN_S[1])
                 replica.tried_at = time.monotonic()
                 replica.retry_at = replica.tried_at + pause
                 self.table.wait(
