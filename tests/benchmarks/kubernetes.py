@@ -103,7 +103,8 @@ def wipe(api: Api, selector: str, gone: Callable[[], bool]) -> None:
 def gangs(api: Api, home: Path) -> tuple[float, KubernetesBackend, Bound, Bound]:
     """Seconds from the first submission until every replica is bound, while others' pods arrive."""
     kubernetes = Config.model_validate({
-        "namespace": NAMESPACE, "image": "localhost/none:1", "instance": "bench", "nodes": {"check/fake": "true"}, "working_dir": "image",
+        "namespace": NAMESPACE, "image": "localhost/none:1", "instance": "bench", "working_dir": "image",
+        "nodes": {"check/fake": "true"},
         "bind_timeout": "5m", "node_lost_after": "10m"})
     server = Server(ServerConfig(home=str(home), backend=BackendConfig(kubernetes=kubernetes)))
     server.start()
