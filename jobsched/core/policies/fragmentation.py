@@ -40,24 +40,26 @@ def demand_of(role: RoleShape) -> Demand:
     )
 
 
-_Use = tuple[int, int, int, int]
-"""(CPUs of a replica, reach, each, most): what one demand could use of a node in a given GPU state, which is `reach` as
-soon as one replica has its CPUs, and `each` per replica up to `most`."""
+_Use = tuple[int, int, int, int, int]
+"""(CPUs and memory of a replica, reach, each, most): what one demand could use of a node in a given GPU state, which is
+`reach` as soon as one replica has its CPUs and memory, and `each` per replica up to `most`."""
 
 
 class _Demands:
     """The demands that may use one GPU class, by CPUs needed, and what they could use of a single GPU."""
 
-    def __init__(self, demands: Iterable[tuple[Demand, int]]) -> None:
-        self.singles = [(d.cpu_milli, d.gpu_milli, n) for d, n in demands if d.gpu_milli <= WHOLE_GPU]
-        self.multiples = [(d.cpu_milli, d.gpu_milli, n) for d, n in demands if d.gpu_milli > WHOLE_GPU]
+    def __init__(self, demands: Iterable[tuple[Demand, int]], memory: Mapping[Demand, int]) -> None:
+        rows = [(d.cpu_milli, memory.get(d, 0), d.gpu_milli, n) for d, n in demands]
+        self.singles = [row for row in rows if row[2] <= WHOLE_GPU]
+        self.multiples = [row for row in rows if row[2] > WHOLE_GPU]
         self._rows: dict[int, tuple[list[int], list[int]]] = {}
+        self._fills: dict[int, int] = {0: 0}
 
     def row(self, level: int) -> tuple[list[int], list[int]]:
         """(how many replicas of each single-GPU demand fit on a GPU at this level, what it could reach of it)."""
         row = self._rows.get(level)
         if row is None:
-            most = [level // gpu for _, gpu, _ in self.singles]
+            most = [level // gpu for _, _, gpu, _ in self.singles]
             row = self._rows[level] = (most, [level if count else 0 for count in most])
         return row
 
@@ -66,18 +68,33 @@ class _Demands:
         mosts = map(sum, zip(*[row[0] for row in rows], strict=True))
         reaches = map(sum, zip(*[row[1] for row in rows], strict=True))
         found = [
-            (cpu, count * reach * (2 if fill else 1), count * gpu if fill else 0, most)
-            for (cpu, gpu, count), most, reach in zip(self.singles, mosts, reaches, strict=False)
+            (cpu, memory, count * reach * (2 if fill else 1), count * gpu if fill else 0, most)
+            for (cpu, memory, gpu, count), most, reach in zip(self.singles, mosts, reaches, strict=False)
             if most
         ]
         whole = levels.count(WHOLE_GPU)
-        for cpu, gpu, count in self.multiples:
+        for cpu, memory, gpu, count in self.multiples:
             if most := whole // (gpu // WHOLE_GPU):
                 reach = count * whole * WHOLE_GPU
-                insort(found, (cpu, reach * (2 if fill else 1), count * gpu if fill else 0, most))
+                insort(found, (cpu, memory, reach * (2 if fill else 1), count * gpu if fill else 0, most))
         return found
 
+    def filled(self, level: int) -> int:
+        """How much of one GPU at this level is taken in the end, on average, if single-GPU demands come at random and
+        each that fits is let in."""
+        fill = self._fills.get(level)
+        if fill is None:
+            taken = comers = 0
+            for _, _, gpu, count in self.singles:
+                if SMALLEST <= gpu <= level:
+                    taken += count * (gpu + self.filled(level - gpu))
+                    comers += count
+            fill = self._fills[level] = taken // comers if comers else 0
+        return fill
 
+
+SMALLEST = 20
+"""Demands for fewer thousandths of a GPU are left out where a GPU is thought to be filled at random."""
 OFTEN = 6
 STATES_KEPT = 50_000
 
@@ -87,11 +104,14 @@ class Waste:
 
     Averaged over the demands: all that is free minus what this demand could use, which is FGD's measure (GPUs with
     room for it, if the node has CPUs for one) and, with `fill`, to a third what the node would hold filled with this
-    demand alone."""
+    demand alone; and, with `fill`, a third of what of each GPU would stay free once filled at random.
 
-    def __init__(self, counts: Mapping[Demand, int], fill: bool) -> None:
+    `memory`: bytes that a replica of each demand takes of its node; none, as in FGD, does not look at it."""
+
+    def __init__(self, counts: Mapping[Demand, int], fill: bool, memory: Mapping[Demand, int] | None = None) -> None:
         self.total = sum(counts.values())
         self.fill = fill
+        self._memory = memory or {}
         self._counts = sorted((d, n) for d, n in counts.items() if d.gpu_milli)
         self._of_class: dict[GpuClass, _Demands] = {}
         self._states: dict[tuple[GpuClass, Levels], State] = {}
@@ -102,7 +122,7 @@ class Waste:
         found = space.notes.get(key)
         if found is None:
             state = self.state(cls, space.levels(cls))
-            found = space.notes[key] = (state, state.wasted(space.cpu_milli))
+            found = space.notes[key] = (state, state.wasted(space.cpu_milli, space.memory_bytes))
         assert isinstance(found[0], State)
         return found[0], found[1]
 
@@ -113,39 +133,48 @@ class Waste:
                 self._states.clear()
             demands = self._of_class.get(cls)
             if demands is None:
-                demands = self._of_class[cls] = _Demands([(d, n) for d, n in self._counts if _usable(cls, d)])
+                usable = [(d, n) for d, n in self._counts if _usable(cls, d)]
+                demands = self._of_class[cls] = _Demands(usable, self._memory)
             found = self._states[cls, levels] = State(self, cls, levels, demands)
         return found
 
 
 class State:
     """One state of a node's GPUs of one class: what is wasted there falls in steps as the node's CPUs grow. States that
-    are asked for often get a table of these steps."""
+    are asked for often get a table of these steps, for nodes with plenty of memory."""
 
-    __slots__ = ("_afters", "_asked", "_cls", "_free", "_levels", "_steps", "_uses", "_waste", "_wasted")
+    __slots__ = ("_afters", "_asked", "_cls", "_free", "_levels", "_plenty", "_steps", "_uses", "_waste", "_wasted")
 
     def __init__(self, waste: Waste, cls: GpuClass, levels: Levels, demands: _Demands) -> None:
         self._waste, self._cls, self._levels = waste, cls, levels
         self._free = sum(levels) * waste.total * (3 if waste.fill else 1)
+        if waste.fill:
+            self._free += waste.total * sum([level - demands.filled(level) for level in levels])
         self._uses = demands.uses(levels, waste.fill)
+        self._plenty = max([memory * (most if each else 1) for _, memory, _, each, most in self._uses], default=0)
         self._afters: dict[int, list[tuple[State, int]]] = {}
         self._asked = 0
         self._steps: list[int] = []
         self._wasted: list[int] = []
 
-    def wasted(self, cpu_milli: int) -> int:
-        """With so many CPUs free. O(log steps) in the long run."""
-        if self._steps:
-            return self._wasted[bisect_right(self._steps, cpu_milli)]
-        self._asked += 1
-        if self._asked > OFTEN:
-            self._tabulate()
+    def wasted(self, cpu_milli: int, memory_bytes: int) -> int:
+        """With so many CPUs and so much memory free. O(log steps) in the long run, where memory is plenty."""
+        if memory_bytes >= self._plenty:
+            if self._steps:
+                return self._wasted[bisect_right(self._steps, cpu_milli)]
+            self._asked += 1
+            if self._asked > OFTEN:
+                self._tabulate()
         wasted = self._free
-        for need, reach, each, most in self._uses:
+        for need, memory, reach, each, most in self._uses:
             if need > cpu_milli:
                 break
+            if memory > memory_bytes:
+                continue
             if each:
                 holds = cpu_milli // need if need else most
+                if memory and memory_bytes // memory < holds:
+                    holds = memory_bytes // memory
                 wasted -= reach + each * (holds if holds < most else most)
             else:
                 wasted -= reach
@@ -153,7 +182,7 @@ class State:
 
     def _tabulate(self) -> None:
         falls: dict[int, int] = {0: 0}
-        for need, reach, each, most in self._uses:
+        for need, _, reach, each, most in self._uses:
             falls[need] = falls.get(need, 0) + reach + (each if need else each * most)
             if each and need:
                 for count in range(2, most + 1):
@@ -200,14 +229,14 @@ def _choices(levels: Levels, gpu_milli: int) -> list[int]:
 
 def _gains(waste: Waste, space: Space, cls: GpuClass, role: RoleShape) -> list[tuple[int, int]]:
     """(by how much the waste shrinks, GPU level) of each way to put a replica here."""
-    cpu, gpu = space.cpu_milli - role.cpu_milli, role.gpu_milli
+    cpu, memory, gpu = space.cpu_milli - role.cpu_milli, space.memory_bytes - role.memory_bytes, role.gpu_milli
     if gpu:
         state, before = waste.of(space, cls)
-        return [(before - left.wasted(cpu), level) for left, level in state.after(gpu)]
+        return [(before - left.wasted(cpu, memory), level) for left, level in state.after(gpu)]
     gain = 0
     for own in space.whole:
         state, before = waste.of(space, own)
-        gain += before - state.wasted(cpu)
+        gain += before - state.wasted(cpu, memory)
     return [(gain, WHOLE_GPU)]
 
 
@@ -256,6 +285,8 @@ class Mix:
 
     counts: dict[Demand, int] = field(default_factory=dict)
     total: int = 0
+    _memory: dict[Demand, int] = field(default_factory=dict)
+    """What these replicas together ask of their nodes."""
     shares: bool = False
     """Whether anybody asked for part of a GPU."""
     version: int = 0
@@ -267,6 +298,7 @@ class Mix:
         for role in shape.roles:
             demand = demand_of(role)
             self.counts[demand] = self.counts.get(demand, 0) + role.prefer
+            self._memory[demand] = self._memory.get(demand, 0) + role.prefer * role.memory_bytes
             self.total += role.prefer
             if 0 < role.gpu_milli < WHOLE_GPU:
                 self.shares = True
@@ -275,8 +307,9 @@ class Mix:
             if _differ_pct(now, self._usual) >= NOTABLE_PCT:
                 self.version += 1
                 self._usual = now
-                self._waste = Waste(now, fill=True)
+                self._waste = Waste(now, fill=True, memory={d: self._memory[d] // self.counts[d] for d in now})
             if self.total >= FADES_AT:
+                self._memory = {d: self._memory[d] // n * (n // 2) for d, n in self.counts.items() if n > 1}
                 self.counts = {demand: count // 2 for demand, count in self.counts.items() if count > 1}
                 self.total = sum(self.counts.values())
             self._next = min(2 * self.total, self.total + FADES_AT // 2)

@@ -138,7 +138,7 @@ def best(
         spaces, groups = ledger.spaces, among.groups.values()
         fitting = [group.names for group in groups if _rate(spaces[group.names[0]], score, role, classes)]
         return _best_of(ledger, score, role, classes, chain.from_iterable(fitting))
-    key = (id(score), classes, role.gpu_milli, role.cpu_milli)
+    key = (id(score), classes, role.gpu_milli, role.cpu_milli, role.memory_bytes)
     ranking = among.rankings.get(key)
     if ranking is None:
         if len(among.rankings) >= RANKINGS_KEPT:
