@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-SUITES = ("local", "scale", "store", "train", "faults", "elastic", "admit", "fill")
+SUITES = ("local", "scale", "store", "train", "faults", "elastic", "admit", "fill", "place", "cycle")
 
 
 def main() -> int:
