@@ -38,7 +38,7 @@ from jobsched.errors import BackendUnreachable
 from jobsched.ports import Addressing, Capabilities, LogChunk
 from jobsched.spec.server import RayBackend as Config
 
-ANSWER_S = 30.0
+ANSWER_S = 60.0
 """Longest wait for a driver's first listing: Ray takes its time to connect."""
 SILENT_S = 9.0
 """A driver that has not polled the nodes for so long is stuck, and ended."""

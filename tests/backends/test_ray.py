@@ -76,7 +76,7 @@ class RayEngine:
     def clean_up(self) -> None:
         """Stop and forget all; what is left then is a defect."""
         home_id = self.backend.home_id
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 90
         while left := [*ray_stage.actors(home_id), *ray_stage.groups(home_id), *self.processes()]:
             assert time.monotonic() < deadline, left
             keys = [LaunchKey(name.split(":")[2]) for name in ray_stage.actors(home_id)]
@@ -187,7 +187,7 @@ def test_a_driver_that_dies_is_replaced_and_replicas_do_not_notice(engine: RayEn
     dead = engine.backend.driver
     assert dead is not None
     dead.kill()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 90
     while engine.backend.driver is dead or not _answers(watcher):
         assert time.monotonic() < deadline
         time.sleep(0.05)
