@@ -318,7 +318,8 @@ def sentence(event: ev.Event) -> str:
         case ev.ReplicasBound():
             return "grew by " + ", ".join(f"{b.id} on {b.node}" for b in event.bindings)
         case ev.ReplicasReleased():
-            return f"shrinks by {', '.join(event.replicas)} ({event.reason})"
+            whom = f", to make room for job {event.for_job}" if event.for_job else ""
+            return f"shrinks by {', '.join(event.replicas)} ({event.reason}{whom})"
         case ev.HangSuspected():
             return f"suspected of hanging: {event.message}; taking stacks"
         case ev.HangCleared():
