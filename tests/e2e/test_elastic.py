@@ -52,12 +52,13 @@ def until(job: JobHandle, holds: Callable[[JobHandle], bool]) -> None:
         time.sleep(0.1)
 
 
-def trains_with(count: int) -> Callable[[JobHandle], bool]:
-    """Whether so many replicas run and say that they train together."""
+def trains_with(count: int, step: int) -> Callable[[JobHandle], bool]:
+    """Whether so many replicas run, say that they train together, and have come so far."""
 
     def holds(job: JobHandle) -> bool:
         running = sum(r.state is ReplicaState.RUNNING for r in job.answer.job.replicas.values())
-        return running == count and job.progress is not None and job.progress.world_size == count
+        told = job.progress
+        return running == count and told is not None and told.world_size == count and told.step >= step
 
     return holds
 
@@ -74,22 +75,23 @@ def test_an_elastic_job_shrinks_for_an_urgent_one_after_saving_and_grows_back(cl
     spec["roles"]["worker"] |= {"command": command, "replicas": {"min": 2, "max": 4, "prefer": 4}}
     digits = client.submit(spec)
     assert isinstance(digits, JobHandle)
-    until(digits, trains_with(4))
+    until(digits, trains_with(4, step=10))
 
     hurry = {"command": ["sleep", "2"], "gpu": "any:1", "cpu": "100m", "replicas": 2}
     urgent = client.submit({"name": "urgent", "priority": 100, "roles": {"worker": hurry}})
     assert isinstance(urgent, JobHandle)
     urgent.wait(until="succeeded", timeout=PATIENCE_S)
     assert digits.refresh().state is Phase.RUNNING
-    until(digits, trains_with(4))
+    until(digits, trains_with(4, step=20))
     digits.wait(until="succeeded", timeout=PATIENCE_S)  # the job itself checks accuracy and every epoch's samples
 
     kinds = [stored.event for stored in digits.events()]
     released = next(e for e in kinds if isinstance(e, ev.ReplicasReleased))
     gone = next(e for e in kinds if isinstance(e, ev.ReplicasGone))
     assert len(released.replicas) == 2
+    story = [(e.at_ms - released.at_ms, e.kind, getattr(e, "replicas", getattr(e, "step", ""))) for e in kinds]
     between = kinds[kinds.index(released) : kinds.index(gone)]
-    assert any(isinstance(e, ev.CheckpointSaved) for e in between), "the state is saved before a replica leaves"
+    assert any(isinstance(e, ev.CheckpointSaved) for e in between), story
     assert digits.answer.job.attempt == 1
     told = dict(digits.metrics()[-1].metrics)
     assert told["epoch_exact"] == 1.0
