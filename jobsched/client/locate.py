@@ -109,7 +109,7 @@ def start(
     except OSError as exc:
         raise ConfigError(f"the home directory {home} cannot be used: {exc.strerror or exc}",
                           hint="choose another one with JOBSCHED_HOME") from exc
-    if say is not None:
+    if say is not None and server_pid(home) == process.pid:  # else somebody's own 'jobsched serve' was quicker
         say(f"started an embedded jobsched server (pid {process.pid}, home {home}); "
             "stop it with 'jobsched server stop'")
     return endpoint
