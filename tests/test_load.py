@@ -427,7 +427,7 @@ def test_the_local_configuration_is_a_cluster_of_four_nodes() -> None:
     nodes = config.backend.local.virtual_nodes
     assert [(n.count, n.gpus[0].kind, n.gpus[0].count) for n in nodes] == [(4, "sim-gpu", 8)]
     assert nodes[0].names == ("node-0", "node-1", "node-2", "node-3")
-    assert [q.name for q in config.queues] == ["default", "research", "nightly"]
+    assert [q.name for q in config.queues] == ["default", "labs", "research", "vision", "nightly"]
     assert config.queues == load.load_queues_file(REPOSITORY / "configs" / "queues.yaml")
 
 

@@ -141,7 +141,7 @@ class TestSqlite(SqlStoreContract):
         assert commits == [1, 7]
 
     def test_an_interrupted_waiter_leaves_the_others_a_leader(
-        self, store: SqlStore, monkeypatch: pytest.MonkeyPatch
+        self, store: SqlStore, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
     ) -> None:
         store.append([submitted("a")])
         plain = SqlStore._commit
@@ -158,6 +158,8 @@ class TestSqlite(SqlStoreContract):
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
         monkeypatch.setattr(SqlStore, "_commit", slow)
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background
+        request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
         with ThreadPoolExecutor(2) as pool:
             first = pool.submit(store.append, [held("a", 1)])
             assert entered.wait(30)
