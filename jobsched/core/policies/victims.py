@@ -477,7 +477,12 @@ def evictions(victims: Iterable[tuple[Job, Victim]], now_ms: int) -> list[Decisi
     """The decisions that make victims leave, each for the job named beside it, in that order. A job that shrinks for
     one may stop for another."""
     found: list[Decision] = []
+    stopped: set[JobId] = set()
     for job, victim in victims:
+        if victim.job.id in stopped:
+            continue  # it leaves as a whole already
+        if victim.stops:
+            stopped.add(victim.job.id)
         last = found[-1] if found else None
         if victim.stops:
             found.append(_stop(job, victim, now_ms))
