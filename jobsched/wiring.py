@@ -27,11 +27,13 @@ from filelock import FileLock, Timeout
 from jobsched import __version__
 from jobsched.controller.loop import Controller
 from jobsched.core.answers import Check
+from jobsched.core.cluster import equal_rank
+from jobsched.core.policies.backfill import Backfill
 from jobsched.core.policies.defragmentation import Defragmentation
 from jobsched.core.policies.elasticity import Elasticity
 from jobsched.core.policies.fairness import FairShare
 from jobsched.core.policies.health import Health
-from jobsched.core.policies.ordering import Factors, priority
+from jobsched.core.policies.ordering import Factors, expected_service
 from jobsched.core.policies.placement import Score
 from jobsched.core.policies.victims import Preemption, Scope
 from jobsched.core.pools import NodePool
@@ -49,6 +51,7 @@ START_S = 15.0
 DRAIN_S = 3.0
 """How long open requests may go on once the server stops."""
 LITTLE_DISK_BYTES = 2**30
+BACKFILL = {"off": None, "easy": Backfill(1), "conservative": Backfill(64)}
 
 log = structlog.get_logger("jobsched.server")
 
@@ -235,11 +238,12 @@ def _policy(config: PolicyConfig, pools: Sequence[spec.NodePool]) -> Policy:
     health = config.health
     return Policy(
         node_pools=tuple(_node_pool(pool) for pool in pools),
-        ordering=priority,
-        factors=None if config.ordering == "priority" else Factors(
+        factors=None if config.ordering != "multifactor" else Factors(
             (by := config.factors).priority, by.age, by.size, by.fair, by.age_full, config.fair_half_life
         ),
+        rank=expected_service if config.ordering == "service" else equal_rank,
         fair=FairShare(config.fair_half_life) if config.fair else None,
+        backfill=BACKFILL[config.backfill],
         preemption=None if (how := config.preemption) is None else Preemption(
             how.reclaim, Scope(how.priority), how.min_runtime, how.lost_percent
         ),

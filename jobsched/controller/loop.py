@@ -23,7 +23,7 @@ from jobsched.core import events as ev
 from jobsched.core.answers import JobProgress
 from jobsched.core.cluster import Cluster
 from jobsched.core.converge import Addresses, converge
-from jobsched.core.job import ReplicaState
+from jobsched.core.job import Phase, ReplicaState
 from jobsched.core.judge import Senses, judge, judge_nodes
 from jobsched.core.launch import launch_key
 from jobsched.core.observation import Observation, Sight
@@ -34,7 +34,7 @@ from jobsched.core.resources import JobId, NodeName
 from jobsched.core.schedule import Policy, schedule
 from jobsched.core.timers import Timers, deadline
 from jobsched.errors import StaleFence, Unreachable
-from jobsched.ports import Backend, Clock, Provisioner, Store
+from jobsched.ports import Backend, Clock, JobQuery, Provisioner, Store
 from jobsched.spec.queue import QueueSpec
 
 log = structlog.get_logger("jobsched.controller")
@@ -46,6 +46,9 @@ NEWS = 10_000
 """Events read from the log at a time."""
 NO_NEWS = Observation(full=False)
 RETRY_MS = 1_000
+LEARNED_FROM = (Phase.SUCCEEDED, Phase.FAILED)
+LEARNED_JOBS = 1_000
+"""A new leader learns run times from so many of the jobs that ended last."""
 IDLE_MS = 10_000
 """Longest sleep: a tick without news is cheap."""
 
@@ -264,7 +267,7 @@ class Controller:
         loaded = self._store.load()
         cluster = Cluster.of(
             loaded.jobs, loaded.nodes, loaded.queues, loaded.lost_nodes, loaded.cordoned, loaded.ended, loaded.seq,
-            self._policy.rank,
+            self._policy.rank, past=reversed(self._store.jobs(JobQuery(phases=LEARNED_FROM, limit=LEARNED_JOBS))),
         )  # fmt: skip
         cluster.touched.update(dict.fromkeys(cluster.jobs))
         if self._provisioner is not None:
@@ -296,6 +299,9 @@ class Controller:
                 cluster.touched.clear()
                 found = judge(cluster, sight, look, now, self._senses)
                 samples = state.sampler.samples(cluster, sight, look, now)
+                for sample in samples:
+                    if sample.total > 0:
+                        cluster.estimates.reported(cluster.jobs[sample.job_id], sample.step, sample.total, now)
             if samples:
                 self._store.add_samples(samples)
             if not found:

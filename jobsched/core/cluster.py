@@ -19,6 +19,7 @@ from jobsched.core.job import Asked, Binding, Job, Phase, Replica, ReplicaId, Re
 from jobsched.core.ledger import GpuClass, Ledger
 from jobsched.core.lifecycle import evolve_job
 from jobsched.core.node import Cordon, Node
+from jobsched.core.plan import Reservation
 from jobsched.core.policies.estimate import Estimates
 from jobsched.core.policies.fragmentation import Learned, Mix
 from jobsched.core.policies.goodput import SpeedModel
@@ -88,12 +89,12 @@ class Service:
         return self.milli_ms + self.milli * max(0, now_ms - self.since_ms)
 
 
-Rank = Callable[[Job], int]
+Rank = Callable[[Job, Estimates], int]
 """What decides between like jobs before their age: a policy's estimate of how long each will take, for example. Asked
 when a job joins its line."""
 
 
-def equal_rank(job: Job) -> int:
+def equal_rank(job: Job, estimates: Estimates) -> int:
     """Age alone decides."""
     return 0
 
@@ -174,6 +175,8 @@ class Cluster:
     """Where each runnable job stood in the last re-plan; scratch of `policies.preemption`."""
     crowds: dict[PoolKey, Crowd] = field(default_factory=dict)
     """Live jobs by where they may run."""
+    reservations: dict[JobId, Reservation] = field(default_factory=dict)
+    """Who does not fit now and is to fit next; scratch of `policies.backfill`."""
     stirred: dict[PoolKey, None] = field(default_factory=dict)
     """Pools in which a job came, went or waits anew since the last re-plan."""
     parts: Parts = field(default_factory=Parts)
@@ -269,9 +272,12 @@ class Cluster:
         ended: Iterable[tuple[JobId, bool]] = (),
         seq: int = 0,
         rank: Rank = equal_rank,
+        past: Iterable[Job] = (),
     ) -> Cluster:
-        """From a store's projections; equal to folding the log up to `seq`."""
+        """From a store's projections; equal to folding the log up to `seq`. `past`: jobs that ended, oldest first, to
+        learn run times from."""
         cluster = cls(seq=seq, cordoned=dict(cordoned), ended=dict(ended), rank=rank)
+        cluster.estimates.learn(past)
         for queue in queues:
             cluster._put_queue(queue)
         for node in nodes:
@@ -545,7 +551,7 @@ class Cluster:
             line = self.lines[key] = self.lines_of.setdefault(key.queue, {})[key] = Line(key)
         self.stuck.pop(key.queue, None)
         self.joined += 1
-        place = Place(self.rank(job), job.submitted_at_ms, job.id)
+        place = Place(self.rank(job, self.estimates), job.submitted_at_ms, job.id)
         insort(line.places, place)
         self._place[job.id] = (key, place)
 

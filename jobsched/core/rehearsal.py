@@ -31,6 +31,7 @@ def copy_of(cluster: Cluster) -> Cluster:
         tuple(cluster.lost), tuple(cluster.cordoned.items()), tuple(cluster.ended.items()), cluster.seq, cluster.rank,
     )  # fmt: skip
     twin.mix = deepcopy(cluster.mix)
+    twin.estimates = cluster.estimates
     for name, account in cluster.quotas.accounts.items():
         mine = twin.quotas.account(name)
         mine.spent_milli_ms, mine.spent_at_ms = account.spent_milli_ms, account.spent_at_ms

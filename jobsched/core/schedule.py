@@ -11,10 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from jobsched.core import events as ev
-from jobsched.core.cluster import Cluster, Line, Rank, equal_rank
+from jobsched.core.cluster import Cluster, Line, Place, Rank, equal_rank
 from jobsched.core.job import Binding, Job, Reason, ReplicaState, Shape
-from jobsched.core.plan import Decision, Plan
+from jobsched.core.plan import Decision, Plan, Reservation
 from jobsched.core.policies.admission import admit, least_needs, limited, more
+from jobsched.core.policies.backfill import Backfill, drop_stale, in_the_way, keep_free, let_go, reserve, seats_free
 from jobsched.core.policies.defragmentation import Defragmentation, decisions_of, find_way
 from jobsched.core.policies.elasticity import WAITING, Elasticity, rebalance, start_gang
 from jobsched.core.policies.fairness import FairShare, Turn, turn
@@ -27,6 +28,9 @@ from jobsched.core.policies.victims import NOTHING, Hunt, Preemption, Victim, ev
 from jobsched.core.pools import NodePool
 from jobsched.core.resources import JobId
 from jobsched.spec.job import RestartScope, restart_policy
+
+BEHIND = 50
+"""Jobs looked at in a pass behind those that only a reservation keeps from starting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,8 @@ class Policy:
     """Room is made for waiting jobs: reclaim and priority; None: nobody is stopped for another."""
     fair: FairShare | None = None
     """Queues take turns by fair share, `ordering` holds within each; None: `ordering` over all queues together."""
+    backfill: Backfill | None = None
+    """The first that do not fit hold reservations which later jobs respect; None: whatever fits starts."""
     strict: bool = False
     """When the first job of a queue does not fit, its others wait too (Kueue's StrictFIFO, Helios)."""
     replan: Replan | None = None
@@ -139,6 +145,8 @@ def schedule(cluster: Cluster, now_ms: int, policy: Policy) -> Plan:
         cluster.quotas.age(now_ms, policy.factors.half_life_ms, 0)
     if policy.factors is not None:
         policy = replace(policy, ordering=multifactor(cluster, now_ms, policy.factors))
+    if policy.backfill is not None:
+        drop_stale(cluster)
     with cluster.trial():
         run = Pass(cluster, now_ms, policy)
         freed = cluster.ledger.freed
@@ -215,23 +223,76 @@ def start_waiting(run: Pass) -> None:
     cluster, policy = run.cluster, run.policy
     _ripe(cluster, run.now_ms)
     heads = Heads(run)
+    claims = list(cluster.reservations.values())
+    looks = BEHIND
     while len(run.decisions) < policy.batch and (line := heads.pop()) is not None:
         if line.key.queue in cluster.stuck:
             continue
         job = heads.job(line)
         run.examined += 1
         shape = admit(cluster, job, run.now_ms)
-        if isinstance(shape, Shape) and run.start(job, shape):
+        key = policy.ordering(line.key, Place(cluster.rank(job, cluster.estimates), job.submitted_at_ms, job.id))
+        others = in_the_way(cluster, job, key, claims, run.now_ms)
+        kept = keep_free(cluster, others)
+        mine = cluster.reservations.get(job.id)
+        starts = isinstance(shape, Shape) and (
+            (mine is not None and _sit_down(run, job, shape, mine)) or run.start(job, shape)
+        )
+        let_go(cluster, kept)
+        if starts:
             heads.push(line)
             continue
         if isinstance(shape, Refused):
             line.refused_at = cluster.ledger.freed
+        elif others and looks > 0 and _would_fit(run, job, shape):
+            looks -= 1  # only a claim is in its way: who stands behind it may be over sooner
+            if policy.backfill is not None and job.id not in run.settled:
+                _reserve(run, policy.backfill, job, shape, key, claims)
+            heads.push(line)
+            continue
         else:
             line.blocked_at = cluster.ledger.freed_for(line.key.shape.node_labels)
         if policy.preemption is not None:
             make_room(run, policy.preemption, line)
+        if policy.backfill is not None and isinstance(shape, Shape) and job.id not in run.settled:
+            _reserve(run, policy.backfill, job, shape, key, claims)
         if policy.strict:
             cluster.stuck[line.key.queue] = line
+
+
+def _sit_down(run: Pass, job: Job, shape: Shape, claim: Reservation) -> bool:
+    """Start a job in the seats that were reserved for it, if they are free."""
+    if not seats_free(run.cluster, claim, shape):
+        return False
+    gang = Gang(tuple(binding for binding, _ in claim.seats), claim.coordinator_port)
+    run.cluster.charge(job, gang.bindings, starts=True)
+    run.place(job, gang)
+    return True
+
+
+def _would_fit(run: Pass, job: Job, shape: Shape) -> bool:
+    """Whether the gang fits if nothing is kept free for others."""
+    mark = run.cluster.mark()
+    gang = place_gang(run.cluster, shape, job.avoid, run.policy.score)
+    run.cluster.rollback(mark)
+    return isinstance(gang, Gang)
+
+
+def _reserve(
+    run: Pass, how: Backfill, job: Job, shape: Shape, key: OrderKey, claims: list[Reservation]
+) -> None:
+    """A reservation for a job that does not fit, unless it has one that is not overdue or others have them all."""
+    mine = run.cluster.reservations.get(job.id)
+    if (mine is not None and mine.at_ms > run.now_ms) or len(claims) - (mine is not None) >= how.depth:
+        return
+    if mine is not None:
+        claims.remove(mine)
+    found = reserve(run.cluster, job, shape, key, claims, run.now_ms, run.policy.score)
+    if found is not None:
+        run.cluster.reservations[job.id] = found
+        claims.append(found)
+    else:
+        run.cluster.reservations.pop(job.id, None)
 
 
 class Heads:

@@ -14,14 +14,17 @@ from dataclasses import dataclass, field
 from jobsched.controller.loop import Controller
 from jobsched.core import events as ev
 from jobsched.core.accounting import Accounts, Summary
-from jobsched.core.cluster import Rank
 from jobsched.core.job import FailureClass, Job, Phase
 from jobsched.core.launch import Launch, LaunchKey, parse_key
 from jobsched.core.observation import Progress
+from jobsched.core.policies.backfill import Backfill
 from jobsched.core.policies.elasticity import Elasticity
 from jobsched.core.policies.ordering import (
+    expected_service,
     fifo,
+    finish_time_fairness,
     gpu_time,
+    in_time,
     knapsack,
     learned,
     least_attained,
@@ -234,6 +237,11 @@ class Simulation:
         """What the trace tells about a job's run time."""
         return self.arrivals[job.id].told_ms
 
+    def due_ms(self, job: Job) -> int:
+        """The job's deadline; 0: it has none."""
+        deadline_ms = self.arrivals[job.id].deadline_ms
+        return START_MS + deadline_ms if deadline_ms else 0
+
     def step(self) -> bool:
         """Submit what is due, tick once, move on to the next instant; False when nothing will ever happen again."""
         now = self.clock.now_ms()
@@ -308,9 +316,13 @@ class Simulation:
         return sum(count.get(phase, 0) for phase in (Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED))
 
 
-def _ranked(rank: Callable[[Simulation], Rank]) -> PolicyMaker:
+def _ranked(rank: Callable[[Simulation], Told]) -> PolicyMaker:
     """Shortest first in some sense, without preemption."""
-    return lambda sim: _policy(sim, ordering=fifo, rank=rank(sim))
+    def make(sim: Simulation) -> Policy:
+        told = rank(sim)
+        return _policy(sim, ordering=fifo, rank=lambda job, estimates: told(job))
+
+    return make
 
 
 def _preempting(order: Callable[[Simulation], Order], remember: bool = False) -> PolicyMaker:
@@ -333,7 +345,7 @@ def _las(sim: Simulation) -> Order:
     return least_attained(sim.workload.rules.thresholds_gpu_s, sim.workload.rules.whole_seconds)
 
 
-def _deadline(sim: Simulation) -> Rank:
+def _deadline(sim: Simulation) -> Told:
     return lambda job: sim.arrivals[job.id].deadline_ms or NEVER_MS
 
 
@@ -353,6 +365,13 @@ POLICIES: dict[str, PolicyMaker] = {
     "knapsack": _preempting(lambda sim: knapsack(sim.player.left_ms)),
     "las": _preempting(_las, remember=True),
     "learned": _preempting(lambda sim: learned),
+    "in-time": _preempting(lambda sim: in_time(sim.player.left_ms, lambda job: sim.due_ms(job))),
+    "themis": _preempting(lambda sim: finish_time_fairness(sim.player.left_ms)),
+    "kinds": _preempting(lambda sim: shortest(gpu_time(sim.player.left_ms))),
+    "blind": _preempting(lambda sim: shortest(gpu_time(sim.player.left_ms))),
+    "service": lambda sim: _policy(sim, ordering=fifo, rank=expected_service),
+    "easy": lambda sim: _policy(sim, ordering=fifo, backfill=Backfill(1)),
+    "conservative": lambda sim: _policy(sim, ordering=fifo, backfill=Backfill(64)),
     "elastic": _elastic,
 }
 """Policies by the name that `jobsched simulate --policy` takes. sjf, qssf, srtf and srsf are told run times."""

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache
+from itertools import permutations
 from pathlib import Path
 
 from jobsched.core.node import Node
@@ -277,9 +278,15 @@ def shockwave(name: str = "120jobs_dynamic") -> Workload:
     return Workload(name, tuple(arrivals), make_nodes("8x4" if len(table) <= 120 else "32x4", "v100"))
 
 
-def gavel(name: str = "msr_seed0_0e4a51", nodes: str = "3x4:v100+3x4:p100+3x4:k80") -> Workload:
-    """Gavel (OSDI'20): jobs of known steps on GPUs of three kinds, speeds from its measured throughputs. The command
-    column is data and is not used."""
+GAVEL_KINDS = ("k80", "p100", "v100")
+
+
+def gavel(
+    name: str = "msr_seed0_0e4a51", nodes: str = "3x4:v100+3x4:p100+3x4:k80", blind: bool = False
+) -> Workload:
+    """Gavel (OSDI'20): jobs of known steps on GPUs of three kinds, speeds from its measured throughputs. Each job takes
+    the kind that is fastest for it first; `blind`: in an order that has nothing to do with it. The command column is
+    data and is not used."""
     with gzip.open(find("gavel", "simulation_throughputs.json"), "rt") as file:
         table: dict[str, dict[str, dict[str, float]]] = json.load(file)
     arrivals = []
@@ -294,7 +301,11 @@ def gavel(name: str = "msr_seed0_0e4a51", nodes: str = "3x4:v100+3x4:p100+3x4:k8
             if str((row[0], 1)) in jobs
         }
         run_s = steps / speeds["v100"]
+        kinds = list(permutations(GAVEL_KINDS))[place % 6] if blind else sorted(
+            GAVEL_KINDS, key=lambda kind: (-speeds.get(kind, 0.0), kind)
+        )  # fmt: skip
         arrival = _steady(place, at_s, run_s, gpus, 4, row[0], single=True)
+        arrival = replace(arrival, spec=gang_spec(gpus, 4, kinds="|".join(kinds), single=True))
         arrivals.append(replace(arrival, work=Steady(1_000 * run_s, 0, GavelSpeed(tuple(sorted(speeds.items()))))))
     return Workload(name, tuple(arrivals), make_nodes(nodes))
 
@@ -369,7 +380,7 @@ FORMATS: dict[str, tuple[Callable[[str, str], Workload], str]] = {
     "philly": (lambda name, policy: philly(name), "philly_2017-10"),
     "muri": (_muri_for, "trace3"),
     "pollux": (lambda name, policy: pollux(name, elastic=policy == "elastic"), "workload-1.0_6"),
-    "gavel": (lambda name, policy: gavel(name), "msr_seed0_0e4a51"),
+    "gavel": (lambda name, policy: gavel(name, blind=policy == "blind"), "msr_seed0_0e4a51"),
     "shockwave": (lambda name, policy: shockwave(name), "120jobs_dynamic"),
     "chronus": (lambda name, policy: chronus(name), "trace_job_Philly_MIX1"),
     "elasticflow": (lambda name, policy: elasticflow(name), "elasticVpollux_e"),

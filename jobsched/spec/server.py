@@ -563,8 +563,9 @@ class PolicyConfig(SpecModel):
     health: HealthConfig | None = HealthConfig()
     """Probation of nodes; `null` turns it off."""
 
-    ordering: Literal["priority", "multifactor"] = "priority"
-    """Who goes first within a queue. priority: higher priority, then earlier submission. multifactor: `factors`; with
+    ordering: Literal["priority", "service", "multifactor"] = "priority"
+    """Who goes first within a queue. priority: higher priority, then earlier submission. service: among equal
+    priorities, who is expected to take least GPU time, learned from like jobs that ended. multifactor: `factors`; with
     `fair: false`, over all queues together."""
     factors: FactorsConfig = FactorsConfig()
     """Weights of `ordering: multifactor`."""
@@ -572,6 +573,9 @@ class PolicyConfig(SpecModel):
     """Whether queues take turns by fair share (dominant resource by weight); else `ordering` holds over all queues."""
     fair_half_life: DurationMs = 7 * 86_400_000
     """Time after which a queue's past use counts half in its share; 0: only what it holds now counts."""
+    backfill: Literal["off", "easy", "conservative"] = "easy"
+    """What later jobs may do while the first does not fit. easy: start where they do not delay it, by learned run
+    times. conservative: where they delay none of those before them. off: start wherever they fit."""
     preemption: PreemptionConfig | None = PreemptionConfig()
     """Reclaim and priority; `null`: nobody is stopped for another."""
     score: Literal["auto", "pack", "spread", "fragmentation"] = "auto"

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 
 from jobsched.core.job import Job, Phase
-from jobsched.core.resources import WHOLE_GPU, JobId
+from jobsched.core.resources import JobId
 
 BASE_MS = 60_000
 EDGES_MS = (0, *(BASE_MS << k for k in range(17)))
@@ -240,6 +240,11 @@ class Estimates:
             left = limit - ran if limit and not curve.seen else curve.left_ms(ran, quantile)
         return max(1, min(left, limit - ran) if limit else left)
 
+    def mean_left_ms(self, job: Job) -> int:
+        """Expected run time of one that has not run, never longer than its time limit."""
+        mean = self.curve(job).mean_left_ms(job.ran_ms)
+        return min(mean, job.spec.time_limit) if job.spec.time_limit else mean
+
     def seen(self, job: Job) -> int:
         """Ended jobs of the job's family."""
         return self.curve(job).seen
@@ -286,8 +291,3 @@ def _program(command: Sequence[str] | str) -> str:
     """`python train.py` of `python train.py --lr 0.1`: a sweep's members differ in what follows."""
     words = command.split() if isinstance(command, str) else command
     return " ".join(takewhile(lambda word: not word.startswith("-"), words))
-
-
-def service_rank(cost_ms: float, job: Job) -> int:
-    """Milliseconds of expected run time times GPUs: who delays others least goes first."""
-    return round(cost_ms * max(1, gpus_milli(job)) / WHOLE_GPU)

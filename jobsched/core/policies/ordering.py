@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil, exp2
+from operator import itemgetter
 
 from jobsched.core.cluster import Cluster, LineKey, Place
 from jobsched.core.job import Job, Phase
@@ -88,6 +89,12 @@ def gpu_time(told: Told) -> Told:
     return lambda job: told(job) * max(1, gpus_asked(job)) // WHOLE_GPU
 
 
+def expected_service(job: Job, estimates: Estimates) -> int:
+    """Rank by the GPU time that jobs of the family take on average, without preemption: quasi-shortest service first
+    (QSSF, Helios SC'21), learned from the past."""
+    return estimates.mean_left_ms(job) * max(1, gpus_asked(job)) // WHOLE_GPU
+
+
 def shortest(told: Told) -> Order:
     """Shortest remaining time first (SRTF); with `gpu_time(told)` shortest remaining service (SRSF)."""
 
@@ -125,6 +132,44 @@ def least_attained(thresholds_gpu_s: Sequence[int], whole_seconds: bool = True) 
             rows.append((level, place, age, Turn(job, level, until_ms)))
         rows.sort(key=lambda row: row[:3])
         return [row[3] for row in rows]
+
+    return order
+
+
+def in_time(told: Told, deadline_ms: Callable[[Job], int]) -> Order:
+    """Deadlines where they can still be met, smallest remaining service otherwise. First come jobs whose slack is
+    shorter than their own time to the end, which would miss if they waited much longer; last those that cannot make it
+    any more. Earliest deadline first spends whole GPUs on jobs that are late already (Chronus, SoCC'21, refuses them
+    leases); shortest first meets most deadlines by itself."""
+
+    def order(cluster: Cluster, runnable: Sequence[Job], now_ms: int) -> list[Turn]:
+        rows = []
+        for job in runnable:
+            left, due = max(1, told(job)), deadline_ms(job)
+            slack = due - now_ms - left
+            level = 1 if not due or slack > left else 0 if slack >= 0 else 2
+            rows.append((level, left * max(1, gpus_asked(job)), job.submitted_at_ms, job.id, job))
+        rows.sort(key=itemgetter(0, 1, 2, 3))
+        return [Turn(row[4], 0) for row in rows]
+
+    return order
+
+
+def finish_time_fairness(told: Told) -> Order:
+    """Furthest behind its fair finish first: rho = (waited + ran + left) over what the job would take on its share of
+    the cluster (Themis, NSDI'20)."""
+
+    def order(cluster: Cluster, runnable: Sequence[Job], now_ms: int) -> list[Turn]:
+        capacity = max(1, cluster.capacity()[GPUS])
+        asked = sum(gpus_asked(job) for job in runnable)
+        crowding = max(1.0, asked / capacity)
+        rows = []
+        for job in runnable:
+            left = max(1, told(job))
+            alone = crowding * (ran_ms(job, now_ms) + left)
+            rows.append((-(now_ms - job.submitted_at_ms + left) / alone, job.submitted_at_ms, job.id, job))
+        rows.sort(key=itemgetter(0, 1, 2))
+        return [Turn(row[3], 0) for row in rows]
 
     return order
 

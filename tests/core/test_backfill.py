@@ -1,0 +1,101 @@
+"""Reservations: a big gang never starves, backfill never delays whom it passes, expected starts are kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from random import Random
+
+import pytest
+
+from jobsched.core.job import Phase
+from jobsched.core.policies.backfill import expected_start
+from jobsched.core.resources import JobId
+from jobsched.sim.run import POLICIES, START_MS, Simulation
+from jobsched.sim.throughput import Steady
+from jobsched.sim.workload import Arrival, Workload, make_nodes
+from jobsched.spec.job import JobSpec
+
+
+def an_arrival(place: int, at_s: float, run_s: int, gpus: int, per_node: int = 4) -> Arrival:
+    """Its time limit is its run time and a second; each is a family of its own, so the limit is what is known."""
+    whole, rest = divmod(gpus, per_node)
+    count, size = (whole, per_node) if whole and not rest else (1, gpus)
+    spec = JobSpec.model_validate({
+        "roles": {"worker": {"command": f"job{place}", "cpu": "1m", "replicas": count, "gpu": f"any:{size}"}},
+        "time_limit": f"{run_s + 1}s", "start_timeout": 0, "checkpoint": {"grace": 0},
+    })  # fmt: skip
+    return Arrival(round(at_s * 1_000), JobId(f"{place:04}"), spec, Steady(run_s * 1_000), owner=f"u{place}")
+
+
+def play(workload: Workload, policy: str) -> tuple[Simulation, dict[JobId, int]]:
+    """To the end; and each reservation's instant when it was first made."""
+    simulation = Simulation(workload, POLICIES[policy], policy)
+    promised: dict[JobId, int] = {}
+    going = True
+    while going:
+        going = simulation.step()
+        with simulation.controller.view() as (cluster, _):
+            for job_id, claim in cluster.reservations.items():
+                promised.setdefault(job_id, claim.at_ms)
+    return simulation, promised
+
+
+def started_ms(simulation: Simulation) -> dict[JobId, int]:
+    return {job_id: job.first_placed_ms for job_id, job in simulation.result().accounts.jobs.items()}
+
+
+def test_a_big_gang_starts_at_its_reservation_although_small_jobs_keep_coming() -> None:
+    small = [an_arrival(n, n * 25, 100, 1) for n in range(100)]  # always four of them on four GPUs
+    big = an_arrival(500, 210, 100, 4)
+    workload = Workload("stream", tuple(sorted([*small, big], key=lambda a: a.at_ms)), make_nodes("1x4"))
+    greedy, _ = play(replace(workload, arrivals=tuple(workload.arrivals)), "fifo")
+    fair, promised = play(workload, "easy")
+    waited_s = [(started_ms(each)[big.job_id] - START_MS) / 1_000 - 210 for each in (greedy, fair)]
+    assert waited_s[1] <= 101
+    assert waited_s[0] > 1_000
+    assert started_ms(fair)[big.job_id] <= promised[big.job_id]
+
+
+def test_a_short_job_uses_the_hole_before_a_reservation_and_a_long_one_does_not() -> None:
+    jobs = [
+        an_arrival(0, 0, 1_000, 3),
+        an_arrival(1, 1, 500, 4),  # reserved for 1001 s
+        an_arrival(2, 2, 5_000, 1),  # would still run then
+        an_arrival(3, 3, 300, 1),
+    ]
+    simulation, _ = play(Workload("hole", tuple(jobs), make_nodes("1x4")), "easy")
+    started = [(at - START_MS) // 1_000 for at in started_ms(simulation).values()]
+    assert started == [0, 1_000, 1_500, 3]
+
+
+@pytest.mark.parametrize("policy", ["easy", "conservative"])
+@pytest.mark.parametrize("seed", range(4))
+def test_backfill_never_delays_a_reservation(policy: str, seed: int) -> None:
+    """When no job runs longer than its estimate, each starts no later than was promised when it was first blocked."""
+    random = Random(seed)
+    arrivals, at_s = [], 0.0
+    for place in range(60):
+        at_s += random.expovariate(1 / 40)
+        arrivals.append(an_arrival(place, at_s, random.randint(5, 900), random.choice((1, 1, 1, 2, 4, 8))))
+    simulation, promised = play(Workload("random", tuple(arrivals), make_nodes("2x4")), policy)
+    started = started_ms(simulation)
+    assert promised
+    late = {job_id: started[job_id] - at for job_id, at in promised.items() if started[job_id] > at}
+    assert not late
+    assert simulation.ended() == 60
+
+
+def test_expected_starts_are_bands_around_what_happens() -> None:
+    jobs = [an_arrival(0, 0, 1_000, 4), an_arrival(1, 1, 500, 4), an_arrival(2, 2, 10, 4)]
+    simulation = Simulation(Workload("line", tuple(jobs), make_nodes("1x4")), POLICIES["fifo"], "fifo")
+    while simulation.clock.now_ms() < START_MS + 2_000:
+        simulation.step()
+    simulation.step()
+    with simulation.controller.view() as (cluster, _):
+        first, second = (cluster.jobs[JobId(f"{n:04}")] for n in (1, 2))
+        assert first.phase is second.phase is Phase.QUEUED
+        with cluster.trial():
+            now = simulation.clock.now_ms()
+            assert expected_start(cluster, first, [], now) == pytest.approx((START_MS + 1_001_000,) * 2, abs=10)
+            early, late = expected_start(cluster, second, [first], now)
+        assert early == late == pytest.approx(START_MS + 1_502_000, abs=10)
