@@ -7,6 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 import structlog
+from hypothesis import settings
+
+settings.register_profile("patient", deadline=None)  # a loaded machine is no defect
+settings.load_profile("patient")
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,8 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import inspect, text
 
+from jobsched.core import events as ev
+from jobsched.core.resources import JobId, NodeName
 from jobsched.errors import StoreUnavailable
 from jobsched.store import schema
 from jobsched.store.sql import SqlStore
@@ -45,6 +47,23 @@ def test_down_and_up_again(url: str) -> None:
     store = SqlStore(url)
     store.append([submitted("a")])
     assert_consistent(store)
+    store.close()
+
+
+def test_a_database_in_use_is_brought_up_from_every_version(url: str) -> None:
+    for old in ("0001", "0002"):
+        store = SqlStore(url)
+        if store.last_seq() == 0:
+            store.append([submitted("a", labels={"team": "x"}, request_id="r")])
+            store.append([ev.NodeCordoned(2, NodeName("n"), "ada")])
+        with store._transaction("write") as connection:
+            schema.migrate(connection, down_to=old)
+        store.close()
+    store = SqlStore(url)
+    assert store.job(JobId("a")) is not None
+    assert [(name, cordon.drain) for name, cordon in store.load().cordoned] == [("n", False)]
+    assert store.usage(0, 10)[0].jobs == 1
+    store.append([submitted("b")])
     store.close()
 
 

@@ -1,6 +1,7 @@
 """Run by alembic for `jobsched.store.schema.migrate`, which hands over its connection and open transaction.
 
-Every migration runs in batch mode, because SQLite cannot alter columns in place. To add one: copy the newest file in
+Batch mode makes a table anew, because SQLite cannot alter columns in place; tables that others refer to only get or
+lose whole columns, without it. To add a migration: copy the newest file in
 `versions/`, give it the next number, set `HEAD` in `schema.py`; a test compares the result with the tables there.
 """
 

@@ -12,15 +12,10 @@ COLUMNS = ("first_placed_at_ms", "gpu_milli", "gpu_milli_ms", "gpu_since_ms")
 
 
 def upgrade() -> None:
-    with op.batch_alter_table("jobs") as jobs:
-        for name in COLUMNS:
-            jobs.add_column(sa.Column(name, sa.BigInteger, nullable=False, server_default="0"))
-    with op.batch_alter_table("jobs") as jobs:
-        for name in COLUMNS:
-            jobs.alter_column(name, server_default=None)
+    for name in COLUMNS:  # not in batch mode: labels, requests and samples refer to the table, so it cannot be made anew
+        op.add_column("jobs", sa.Column(name, sa.BigInteger, nullable=False, server_default="0"))
 
 
 def downgrade() -> None:
-    with op.batch_alter_table("jobs") as jobs:
-        for name in COLUMNS:
-            jobs.drop_column(name)
+    for name in COLUMNS:
+        op.drop_column("jobs", name)
