@@ -66,6 +66,8 @@ OVERDUE_S = 2.0
 IDLE_PER_MILLE = 5
 """A container that uses less of one CPU than this is idle: its init process and the kernel's accounts of interrupts are
 never quite still (0.03 measured)."""
+NEVER = "0001-"
+"""How the engine begins an instant that has not come yet."""
 AT_ONCE = 8
 """Containers that one engine makes at the same time."""
 
@@ -783,11 +785,10 @@ class DockerBackend:
                 return
             if replica is not None and not replica.container:
                 return  # being started right now
-            if state["Status"] == "created" and not state.get("Error"):
-                if replica is None:  # left half-made by a server that ended: the order comes again
-                    station.pool.submit(station.engine.remove, container)
+            half_made = state["StartedAt"].startswith(NEVER) and not state.get("Error")
+            if half_made and replica is not None:
                 return
-            if replica is None:
+            if replica is None and not half_made:
                 if parse_key(key).restart <= self._past.get(_place(key), -1):
                     station.pool.submit(station.engine.remove, container)
                     return
@@ -795,12 +796,16 @@ class DockerBackend:
                 replica = Replica(
                     report, station, render.token_of(inspected), inspected["Config"]["Labels"].get(render.SIGNAL, ""))
                 self._replicas[key] = replica
-            replica.container = container
-            if not state["Running"]:
-                replica.died_at, replica.died_with = time.monotonic(), int(state["ExitCode"])
-                replica.died_in, replica.killed_by_engine = station.touch, restarted
-            self._mark(replica)
-        self._make_log(key, 0)
+            if replica is not None:
+                replica.container = container
+                if not state["Running"]:
+                    replica.died_at, replica.died_with = time.monotonic(), int(state["ExitCode"])
+                    replica.died_in, replica.killed_by_engine = station.touch, restarted
+                self._mark(replica)
+        if half_made:  # by a server that ended; gone before the listing is told, as the order comes again
+            station.engine.remove(container)
+        else:
+            self._make_log(key, 0)
 
     def _drop_networks(self, station: Station, found: dict[LaunchKey, Json]) -> None:
         """Those whose attempt has no container any more."""
