@@ -10,7 +10,7 @@ from jobsched.core.cluster import Cluster
 from jobsched.core.job import Job, Phase, ReplicaState
 from jobsched.core.judge import ranks
 from jobsched.core.launch import launch_key
-from jobsched.core.observation import Progress, Sight
+from jobsched.core.observation import Progress, Seen, Sight
 from jobsched.core.policies.goodput import Report, SpeedModel
 from jobsched.core.resources import JobId
 from jobsched.core.shape import elastic_role
@@ -114,7 +114,7 @@ class Sampler:
                 sample.attempt, sample.step, sample.metrics,
             ):  # fmt: skip
                 continue
-            ending = job.outcome is not None or any(r.exit_code is not None for r in job.replicas.values())
+            ending = job.outcome is not None or any(r.state == Seen.EXITED for r in progress.replicas)
             if last is None or ending or now_ms - last.at_ms >= SAMPLE_EVERY_MS:
                 self._last[job_id] = sample
                 nodes = learn_speed(cluster, job, progress, now_ms)
