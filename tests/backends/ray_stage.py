@@ -35,6 +35,13 @@ QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "180"}
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="the package ray is missing")
 
 
+def _write(file: Path, said: dict[str, Any]) -> None:
+    """At once, as others read it at any moment."""
+    draft = file.with_suffix(f".{os.getpid()}")
+    draft.write_text(json.dumps(said))
+    draft.replace(file)
+
+
 @cache
 def address() -> str:
     """Of the cluster, started if need be: ten to twenty seconds, on a busy machine minutes."""
@@ -44,7 +51,7 @@ def address() -> str:
         said = _read(file)
         if said is None:
             said = {"address": "", "users": [os.getpid()]}
-            file.write_text(json.dumps(said))
+            _write(file, said)
             with open(file.with_suffix(".log"), "wb") as log:
                 keeper = subprocess.Popen(
                     [sys.executable, "-m", "tests.backends.ray_stage", str(file)], stdin=subprocess.DEVNULL,
@@ -56,7 +63,7 @@ def address() -> str:
                 time.sleep(0.1)
         elif os.getpid() not in said["users"]:
             said["users"].append(os.getpid())
-            file.write_text(json.dumps(said))
+            _write(file, said)
         return str(said["address"])
 
 
@@ -176,7 +183,7 @@ def keep(file: Path) -> None:
     """Start the cluster, write down where it is, and end it once nobody uses it."""
     cluster = start_nodes()
     said = json.loads(file.read_text()) | {"keeper": os.getpid(), "address": cluster.address}
-    file.write_text(json.dumps(said))
+    _write(file, said)
     while True:
         time.sleep(1.0)
         with FileLock(f"{file}.lock"):
