@@ -333,7 +333,7 @@ def test_a_node_that_dies_is_lost_with_its_replicas(engine: RayEngine) -> None:
         begun = time.monotonic()
         kill()
         end = watcher.end(there.key)
-        assert time.monotonic() - begun < 60  # five seconds on a machine that has nothing else to do
+        assert time.monotonic() - begun < 60
         assert end.failure is Reason.NODE_LOST
         assert "mortal" not in watcher.sight.nodes
         assert watcher.sight.replicas[here.key].state is Seen.RUNNING
