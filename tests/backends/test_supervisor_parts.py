@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from pathlib import Path
 
 import pytest
 
 from jobsched.backends.supervisor import replica_log
+from jobsched.backends.supervisor.client import Line
 from jobsched.backends.supervisor.journal import PAST_JOBS, Journal, Past
 from jobsched.backends.supervisor.limits import Cgroup2, Rlimits, Unlimited, find_limiter
 from jobsched.backends.supervisor.protocol import Layout, Lines, encode
@@ -46,6 +48,25 @@ def test_a_torn_last_line_is_cut_off_and_compaction_keeps_what_is_given(tmp_path
     journal.compact(iter([["boot", "x"]]))
     journal.write(["order", "b", {}])
     assert list(Journal(path).replay()) == [["boot", "x"], ["order", "b", {}]]
+
+
+# the line ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_comes_together_with_an_answer_is_received_after_it(tmp_path: Path) -> None:
+    """A supervisor on a busy machine has often told a watcher's first change before its listing is read."""
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        line = Line(path)
+        other, _ = listener.accept()
+    with other:
+        other.sendall(b"".join(encode({"n": n}) for n in range(3)))
+        assert line.ask({"do": "watch"}) == {"n": 0}
+        assert line.receive(0.0) == [{"n": 1}, {"n": 2}]
+        assert line.receive(0.0) == []
+    line.close()
 
 
 # logs -------------------------------------------------------------------------------------------------------------

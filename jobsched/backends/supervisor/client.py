@@ -33,6 +33,8 @@ class Line:
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._sock.settimeout(ANSWER_S)
         self._lines = Lines()
+        self._early: list[Message] = []
+        """What came together with an answer: a watcher's first changes may follow its listing at once."""
         self._poll = select.poll()
         self._poll.register(self._sock, select.POLLIN)
         try:
@@ -45,11 +47,12 @@ class Line:
         self._sock.sendall(encode(message))
         while not (found := self._read()):
             pass
+        self._early += found[1:]
         return found[0]
 
     def receive(self, wait_s: float) -> list[Message]:
         """Messages that have come, waiting up to `wait_s` for the first, and longer for the rest of one."""
-        found: list[Message] = []
+        found, self._early = self._early, []
         while self._poll.poll(0 if found else wait_s * 1000):
             found += self._read()
             if not found:
