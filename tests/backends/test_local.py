@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from jobsched.core.job import Reason
 from jobsched.core.launch import LaunchKey
 from jobsched.core.observation import Seen
 from jobsched.errors import BackendUnreachable
-from tests.backends.conftest import NODES, LocalEngine
+from tests.backends.conftest import NODES, SETTINGS, LocalEngine
 from tests.contracts.backend import Watcher, a_key, a_launch
 
 NODE = NODES[0]
@@ -95,6 +96,37 @@ def test_a_replica_that_is_held_ends_with_the_connection_that_holds_it(
     assert watcher.end(held.key).signal == signal.SIGKILL
     watcher.look()
     assert watcher.sight.replicas[free.key].state is Seen.RUNNING
+
+
+def test_a_replica_whose_holder_died_together_with_the_supervisor_is_ended_by_the_next_one(tmp_path: Path) -> None:
+    engine = LocalEngine(tmp_path / "home", replace(SETTINGS, hold_again_s=4.0))
+    watcher = Watcher(engine.backend)
+    watcher.look()
+    launches = [a_launch(NODE, engine.goes_on(), a_key(index=i)) for i in range(3)]
+    orphan, held, free = (launch.key for launch in launches)
+    line = client.Line(engine.backend.layout.control_socket)
+    assert line.ask({"do": "hold", "keys": [orphan, held]})["ok"]
+    watcher.backend.start(launches)
+    watcher.running(orphan, held, free)
+    os.kill(engine.backend.supervisor_pid, signal.SIGKILL)
+    line.close()
+    watcher.until(lambda _: watcher.seen[-1].full)
+    again = client.Line(engine.backend.layout.control_socket)
+    assert again.ask({"do": "hold", "keys": [held]})["ok"]
+    watcher.end(orphan)
+    watcher.look()
+    assert {watcher.sight.replicas[key].state for key in (held, free)} == {Seen.RUNNING}
+    other = client.Line(engine.backend.layout.control_socket)
+    assert other.ask({"do": "hold", "keys": [held]})["ok"]
+    again.close()
+    watcher.look(300)
+    assert watcher.sight.alive(held), "somebody else holds it"
+    other.close()
+    watcher.end(held)
+    assert watcher.sight.alive(free)
+    engine.backend.quit_supervisor(kill=True)
+    engine.backend.close()
+    assert engine.processes() == set()
 
 
 def test_supervisor_and_replicas_killed_at_once_are_lost(engine: LocalEngine, watcher: Watcher) -> None:

@@ -1,8 +1,9 @@
 """The supervisor's state on disk: one small append-only file, rewritten when it has grown.
 
 Lines are JSON arrays: `["boot", id]`, `["order", key, {…}]` (before a process exists), `["run", key, pid, ticks]`,
-`["end", key, {…}]`, `["forget", key]`, `["past", job, attempt, {replica: restart}]`. Written without fsync: it must
-survive a SIGKILL of the supervisor, not of the machine, which ends every replica anyway. Never holds an environment.
+`["end", key, {…}]`, `["forget", key]`, `["hold", key]` (it must not outlive its holder), `["past", job, attempt,
+{replica: restart}]`. Written without fsync: it must survive a SIGKILL of the supervisor, not of the machine, which ends
+every replica anyway. Never holds an environment.
 """
 
 from __future__ import annotations

@@ -68,6 +68,8 @@ class Keeper:
         self.settings = Settings()
         self.limiter: Limiter = find_limiter("auto", self._folder)
         self.replicas: dict[Key, Replica] = {}
+        self.held: dict[Key, None] = {}
+        """Those that must not outlive whoever holds them."""
         self._past = Past()
         self._by_pid: dict[int, Replica] = {}
         self._pending: deque[Key] = deque()
@@ -126,12 +128,28 @@ class Keeper:
             asked.append(replica)
         self._advance_stops(asked)
 
+    def hold(self, keys: Iterable[Key]) -> None:
+        """Somebody holds these from now on; the journal knows, for the next supervisor."""
+        for key in keys:
+            if key not in self.held:
+                self.held[key] = None
+                self._journal.write(["hold", key])
+
+    def let_go(self, keys: Iterable[Key]) -> None:
+        """Nobody holds these any more."""
+        gone = list(keys)
+        for key in gone:
+            if key not in self.replicas:
+                self.held.pop(key, None)
+        self.stop(gone, 0)
+
     def forget(self, keys: Iterable[Key]) -> None:
         """Drop replicas whose end is known to the server."""
         for key in keys:
             replica = self.replicas.get(key)
             if replica is not None and replica.end is not None:
                 del self.replicas[key]
+                self.held.pop(key, None)
                 self._journal.write(["forget", key])
                 self.changed(key)
                 self._clean_up(replica)
@@ -556,6 +574,7 @@ class Keeper:
     def _records(self) -> Iterator[list[object]]:
         yield ["boot", processes.boot_id()]
         yield from self._past.records()
+        yield from (["hold", key] for key in self.held)
         for replica in self.replicas.values():
             yield ["order", replica.key, replica.stub()]
             if replica.pid:
@@ -572,6 +591,8 @@ class Keeper:
                     same_boot = rest[0] == processes.boot_id()
                 case "past":
                     self._past.restore(*rest)
+                case "hold":
+                    self.held[rest[0]] = None
                 case "order":
                     key, stub = rest
                     self._past.add(key)
@@ -586,6 +607,7 @@ class Keeper:
                         self._restore_end(self.replicas[key], report)
                 case "forget":
                     self.replicas.pop(rest[0], None)
+                    self.held.pop(rest[0], None)
         alive = [replica for replica in self.replicas.values() if replica.end is None]
         if any(replica.pid == 0 for replica in alive) and same_boot:
             marks = {processes.marker(p.pid): p for p in Look().table.values() if p.pid == p.session and p.alive}

@@ -6,7 +6,8 @@ happen, newest state per replica. `hello`, `upgrade` and `quit` keep their meani
 
     -> {"do": "hello", "settings": {…}}        <- {"version": 1, "pid": 12, "limits": "cgroup v2", "running": 3, …}
     -> {"do": "start", "orders": [Order, …]}   <- {"ok": true}
-    -> {"do": "hold", "keys": [k, …]}          these are killed when this connection ends, however it does
+    -> {"do": "hold", "keys": [k, …]}          these are killed when this connection ends, however it does; if the
+                                               supervisor ends first, by the next one, unless they are held again
     -> {"do": "stop", "keys": [k, …], "grace_ms": 30000}
     -> {"do": "stacks" | "forget" | "state", "keys": [k, …]}
     -> {"do": "warm", "interpreter": …, "preload": […], "env": {…}}
@@ -77,6 +78,8 @@ class Settings:
     """Least time between SIGTERM and SIGKILL."""
     idle_exit_s: float = 60.0
     """The supervisor ends this long after its last replica and its last server have gone."""
+    hold_again_s: float = 20.0
+    """How long a new supervisor waits for those who held replicas of the one before it; then these are killed."""
     warm_idle_s: float = 600.0
     """A warm interpreter ends after this long without a start; one asked for in advance stays."""
     warm_wait_s: float = 2.0

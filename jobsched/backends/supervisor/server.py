@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from jobsched.backends.supervisor.keeper import Keeper
@@ -86,7 +87,7 @@ class Connection:
             self._server.connections.remove(self)
             self._server.loop.unwatch(self._sock)
             self._sock.close()
-            self._server.keeper.stop(list(self.held), 0)
+            self._server.let_go(self.held)
 
 
 class Server:
@@ -98,7 +99,9 @@ class Server:
         self.keeper = Keeper(layout, loop, self._changed)
         self.upgrade_to: list[str] = []
         self._listener = listener
-        self._lonely_since = time.monotonic()
+        self._lonely_since = self._began = time.monotonic()
+        self._heir = bool(self.keeper.held)
+        """Whether replicas of an earlier supervisor wait for their holders to come back."""
         loop.watch(listener, self._accept)
         loop.every(1.0, self._look_around)
 
@@ -109,6 +112,11 @@ class Server:
             "replicas": [replicas[key].wire(now) for key in keys if key in replicas],
             "gone": [key for key in keys if key not in replicas],
         }
+
+    def let_go(self, keys: Iterable[Key]) -> None:
+        """Whoever held these has gone; those that nobody else holds end."""
+        held = {key for connection in self.connections for key in connection.held}
+        self.keeper.let_go([key for key in keys if key not in held])
 
     def flush_watchers(self) -> None:
         for connection in list(self.connections):
@@ -129,6 +137,7 @@ class Server:
                 keeper.start(Order.from_wire(order) for order in message["orders"])
             case "hold":
                 connection.held |= dict.fromkeys(message["keys"])
+                keeper.hold(message["keys"])
             case "stop":
                 keeper.stop(message["keys"], message["grace_ms"] / 1000)
             case "forget":
@@ -179,5 +188,8 @@ class Server:
             self._quit()
         elif self.connections or self.keeper.running:
             self._lonely_since = now
+            if self._heir and now - self._began > self.keeper.settings.hold_again_s:
+                self._heir = False
+                self.let_go(list(self.keeper.held))
         elif now - self._lonely_since > self.keeper.settings.idle_exit_s:
             self.loop.stop()
