@@ -574,7 +574,8 @@ class Keeper:
     def _records(self) -> Iterator[list[object]]:
         yield ["boot", processes.boot_id()]
         yield from self._past.records()
-        yield from (["hold", key] for key in self.held)
+        for key in self.held:
+            yield ["hold", key]
         for replica in self.replicas.values():
             yield ["order", replica.key, replica.stub()]
             if replica.pid:
