@@ -49,6 +49,7 @@ from jobsched.core.rehearsal import copy_of, plan
 from jobsched.core.resources import JobId, NodeName, Resources
 from jobsched.core.schedule import Policy
 from jobsched.core.shares import queue_answers
+from jobsched.core.story import story
 from jobsched.core.suspicion import BY
 from jobsched.errors import Conflict, JobschedError, NotFound, Problem, SpecError, Unplaceable, Unreachable, UsageError
 from jobsched.logs import Listener, LogReader, Selection
@@ -304,7 +305,7 @@ class Service:
                 known = cluster.jobs.get(answer.job.id)
                 if known is not None and cluster.line_of(known.id) is not None:
                     verdict = replace(verdict, sooner=sooner(cluster, known, self._clock.now_ms()))
-        return WhyAnswer(answer.job, answer.headline, verdict, explain.story(self.events(answer.job.id)))
+        return WhyAnswer(answer.job, answer.headline, verdict, story(self.events(answer.job.id)))
 
     def _why_then(self, job: Job, at_ms: int) -> WhyAnswer:
         cluster, seq = Cluster(), 0
@@ -325,7 +326,7 @@ class Service:
         assert then is not None
         cluster.unpark(at_ms)
         verdict = explain.verdict(cluster, then, at_ms) if then.phase is Phase.QUEUED else None
-        return WhyAnswer(then, explain.headline(then, verdict), verdict, explain.story(told))
+        return WhyAnswer(then, explain.headline(then, verdict), verdict, story(told))
 
     def events(self, ref: str, *, after: int = 0, limit: int = 10_000, owner: str = "") -> Sequence[Stored]:
         return self._store.history(self.resolve(ref, owner=owner).id, after, max(1, min(limit, 10_000)))

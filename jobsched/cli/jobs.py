@@ -54,8 +54,12 @@ def _reason(document: Document) -> str:
 
 
 def _gpus(document: Document) -> float | int | None:
-    milli = sum(role["replicas"]["prefer"] * role["gpu"]["milli"]
-                for role in document["spec"]["roles"].values() if role.get("gpu"))
+    """What the job holds; while it holds nothing, what it wants."""
+    bound = [g for r in document["replicas"].values() for g in (r["binding"] or {}).get("gpus", ())]
+    milli = sum(gpu["milli"] for gpu in bound) or sum(
+        document["wanted"].get(name, role["replicas"]["prefer"]) * role["gpu"]["milli"]
+        for name, role in document["spec"]["roles"].items() if role.get("gpu")
+    )  # fmt: skip
     return milli / 1_000 if milli % 1_000 else milli // 1_000 or None
 
 
@@ -221,7 +225,7 @@ def _description(document: Document, history: Sequence[Document]) -> str:
         if checkpoint else "",
         "Waits for": ", ".join(document["waiting_for"]),
         "Labels": ", ".join(f"{k}={v}" for k, v in document["labels"].items()),
-        "Failure": cause_sentence(cause) if cause else "",
+        "Failure": cause_sentence(cause) if cause and cause["failure_class"] else "",
     }
     text = "".join(f"{name + ':':12} {value}\n" for name, value in facts.items() if value)
     roles = (Column("ROLE", lambda r: r["role"]), Column("REPLICAS", lambda r: _count(r["replicas"])),
@@ -301,12 +305,14 @@ def why(ctx: click.Context, job: str, at: str | None, view: View) -> None:
 def explanation(answer: Document) -> str:
     """The text of `why`."""
     job, verdict = answer["job"], answer.get("verdict")
-    lines = [f"{render.PHASES[job['phase']][0]} {job['name']} ({job['id']}) {job['phase']}: {answer['headline']}"]
+    lines = [f"{render.PHASES[job['phase']][0]} {job['name']} ({job['id']}) {job['phase']}"]
+    if answer["headline"]:
+        lines[0] += f": {answer['headline']}"
     if verdict:
         lines += reasons(verdict)
     cause = job["cause"]
     if cause:
-        title = "root cause" if job["phase"] in TERMINAL else "last failure"
+        title = "root cause" if job["phase"] in TERMINAL else "last failure" if cause["failure_class"] else "last stop"
         lines.append(f"{title}: {cause_sentence(cause)}")
         for line in cause["tail"]:
             lines.append(f"  | {line}")

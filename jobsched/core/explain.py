@@ -5,13 +5,12 @@ The same engine as `schedule`, read-only: the ledger is worked on inside a trial
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from jobsched.core import events as ev
 from jobsched.core.answers import Verdict, Why
 from jobsched.core.cluster import Cluster, missing_replicas
-from jobsched.core.job import Asked, Cause, Job, Phase, Reason, ReplicaState, RoleShape, Shape, replica_id
-from jobsched.core.ledger import Ledger, Short
+from jobsched.core.job import Asked, Job, Phase, Reason, ReplicaState, RoleShape, Shape
+from jobsched.core.ledger import Short
 from jobsched.core.node import kind_matches
 from jobsched.core.policies.admission import admit, most_ever
 from jobsched.core.policies.placement import Gang, place_gang
@@ -32,12 +31,12 @@ def verdict(cluster: Cluster, job: Job, now_ms: int) -> Verdict:
         short = _try(cluster, cluster.shape(job), job)
         if isinstance(short, Short):
             reasons.append(_shortage(cluster, cluster.shape(job), short))
-            nearest = f"{short.placed} of {_many(short.role.min, f'{short.role.role} replica')} fit now"
+            nearest = f"{short.placed} of {many(short.role.min, f'{short.role.role} replica')} fit now"
         else:
-            turn = f"{_many(ahead, 'job')} of its queue before it" if ahead else "it is next; a pass has not come yet"
+            turn = f"{many(ahead, 'job')} of its queue before it" if ahead else "it is next; a pass has not come yet"
             reasons.append(Why(Reason.PRIORITY, turn))
         if ahead and isinstance(short, Short):
-            text = f"{_many(ahead, 'waiting job')} of queue {job.spec.queue} before it"
+            text = f"{many(ahead, 'waiting job')} of queue {job.spec.queue} before it"
             reasons.append(Why(Reason.PRIORITY, text))
     if job.asked is not None:
         reasons.insert(0, _provisioning(job.asked))
@@ -76,13 +75,13 @@ def _reasons(cluster: Cluster, job: Job, now_ms: int) -> Iterator[Why]:
 
 def _room(cluster: Cluster, job: Job) -> Why:
     leaving = [cluster.jobs[v].name for v in cluster.nominated[job.id] if v in cluster.jobs]
-    who = f"{_many(len(leaving), 'job')} saving and leaving ({', '.join(leaving[:5])})" if leaving else "all have left"
+    who = f"{many(len(leaving), 'job')} saving and leaving ({', '.join(leaving[:5])})" if leaving else "all have left"
     return Why(Reason.RESERVATION, f"room is being made for it: {who}; its places are kept")
 
 
 def _provisioning(asked: Asked) -> Why:
     hour, minute = divmod(asked.at_ms // 60_000 % 1_440, 60)
-    text = f"waiting for {_many(asked.nodes, 'node')} of pool {asked.pool}, asked {hour:02}:{minute:02} UTC"
+    text = f"waiting for {many(asked.nodes, 'node')} of pool {asked.pool}, asked {hour:02}:{minute:02} UTC"
     return Why(Reason.PROVISIONING, text, "if they are late, the next pool by price is asked")
 
 
@@ -97,7 +96,7 @@ def _limit(refused: Refused) -> Why:
     holds = unit(max(0, refused.limit - refused.left))
     match refused.reason:
         case Reason.ARRAY_LIMIT:
-            text = f"{_many(refused.limit, 'member')} of the array may run at once, and that many do"
+            text = f"{many(refused.limit, 'member')} of the array may run at once, and that many do"
             return Why(Reason.ARRAY_LIMIT, text)
         case Reason.QUOTA_USER:
             text = f"needs {_gpus(refused.needs)}; your jobs hold {holds} of {unit(refused.limit)} per user"
@@ -177,14 +176,14 @@ def each_of(role: RoleShape) -> str:
 def _amount(resource: str, amount: int) -> str:
     if resource == MEMORY:
         return f"{format_bytes(amount)} of memory"
-    return _many(amount / WHOLE_GPU, {GPUS: "GPU", CPU: "CPU"}.get(resource, resource))
+    return many(amount / WHOLE_GPU, {GPUS: "GPU", CPU: "CPU"}.get(resource, resource))
 
 
 def _gpus(milli: int) -> str:
-    return _many(milli / WHOLE_GPU, "GPU")
+    return many(milli / WHOLE_GPU, "GPU")
 
 
-def _many(count: float, what: str) -> str:
+def many(count: float, what: str) -> str:
     return f"{count:g} {what}{'' if count == 1 else 's'}"
 
 
@@ -248,114 +247,3 @@ def headline(job: Job, found: Verdict | None = None) -> str:
             return f"{job.reason.value} → {job.outcome.phase if job.outcome else ''}"
         case _:
             return job.cause.message if job.cause and job.phase is not Phase.SUCCEEDED else job.reason.value
-
-
-def story(events: Sequence[ev.Stored]) -> tuple[str, ...]:
-    """The life of a job in lines a newcomer understands, each with the time since its first event; a failure is
-    followed by the last log lines of who failed and, for a hang, by its stack."""
-    lines: list[str] = []
-    for stored, following in zip(events, [*events[1:], None], strict=True):
-        saved = isinstance(stored.event, ev.CheckpointSaved)
-        if saved and following is not None and isinstance(following.event, ev.CheckpointSaved):
-            continue  # of checkpoints in a row, the last one tells the story
-        text = sentence(stored.event)
-        if text:
-            since_s = (stored.event.at_ms - events[0].event.at_ms) / 1000
-            lines.append(f"{f'+{since_s:.1f}s':>9}  {text}")
-            lines += [f"{'':>9}    | {line}" for line in _evidence(stored.event)]
-    return tuple(lines)
-
-
-EVIDENCE_LINES = 12
-
-
-def _evidence(event: ev.Event) -> tuple[str, ...]:
-    cause = None
-    if isinstance(event, ev.AttemptStopping):
-        cause = event.outcome.cause
-    elif isinstance(event, ev.ReplicasRestarted):
-        cause = event.cause
-    if cause is None:
-        return ()
-    own = dict(cause.stacks).get(replica_id(cause.role, cause.index), "")
-    return (*cause.tail[-EVIDENCE_LINES:], *own.splitlines()[:EVIDENCE_LINES]) if own else cause.tail[-EVIDENCE_LINES:]
-
-
-def sentence(event: ev.Event) -> str:
-    """One event in words; "" for those that tell a reader nothing."""
-    match event:
-        case ev.JobSubmitted():
-            return f"submitted by {event.owner} to queue {event.spec.queue}"
-        case ev.JobCancelRequested():
-            return f"{event.by} asked to cancel"
-        case ev.JobHeld():
-            return f"held by {event.by}"
-        case ev.JobReleased():
-            return f"released by {event.by}"
-        case ev.JobRestartRequested():
-            return f"{event.by} asked for a restart"
-        case ev.JobScaled():
-            return f"{event.by} asked for " + ", ".join(f"{n} × {role}" for role, n in event.wanted.items())
-        case ev.JobPriorityChanged():
-            return f"{event.by} set priority {event.priority}"
-        case ev.JobEdited():
-            how = "; it starts anew with that" if event.restart else ""
-            return f"{event.by} changed {', '.join(event.fields)}{how}"
-        case ev.AttemptPlaced():
-            nodes = dict.fromkeys(b.node for b in event.bindings)
-            return f"attempt {event.attempt}: {len(event.bindings)} replicas placed on {', '.join(nodes)}"
-        case ev.AttemptStarted():
-            return f"attempt {event.attempt}: every replica runs"
-        case ev.ReplicaExited():
-            how = f"signal {event.signal}" if event.signal else f"code {event.exit_code}"
-            return f"{event.role}/{event.index} ended with {how}" + (f" ({event.reason})" if event.reason else "")
-        case ev.ReplicasLost():
-            return f"{', '.join(event.replicas)} lost ({event.reason})"
-        case ev.ReplicasRestarted():
-            return f"{', '.join(event.replicas)} started anew in place; {event.cause.message}"
-        case ev.ReplicasUnbound():
-            return f"{', '.join(event.replicas)} lost their place; {event.cause.message}"
-        case ev.ReplicasBound():
-            return "grew by " + ", ".join(f"{b.id} on {b.node}" for b in event.bindings)
-        case ev.ReplicasReleased():
-            whom = f", to make room for job {event.for_job}" if event.for_job else ""
-            return f"shrinks by {', '.join(event.replicas)} ({event.reason}{whom})"
-        case ev.HangSuspected():
-            return f"suspected of hanging: {event.message}; taking stacks"
-        case ev.HangCleared():
-            return "progress again; suspicion cleared"
-        case ev.CapacityRequested():
-            return f"asked for {_many(event.nodes, 'node')} of pool {event.pool}"
-        case ev.CapacityWithdrawn():
-            return f"asks for no nodes of pool {event.pool} any more: {event.message}"
-        case ev.CheckpointSaved():
-            return f"checkpoint at step {event.step}"
-        case ev.AttemptStopping():
-            out = event.outcome
-            cause = f": {out.cause.message}" if out.cause and out.cause.message else ""
-            return f"attempt {event.attempt} stops, {out.reason} → {out.phase}{cause}"
-        case ev.AttemptEnded():
-            return f"attempt {event.attempt} ended: {event.phase}"
-        case ev.JobEnded():
-            return f"{event.phase}: {event.cause.message}"
-        case _:
-            return ""
-
-
-def blame(cause: Cause) -> tuple[str, ...]:
-    """A root cause in lines: who, how, class, its last log lines and, for hangs, the stacks."""
-    who = f"{cause.role}/{cause.index}" + (f" (rank {cause.rank})" if cause.rank >= 0 else "") if cause.role else ""
-    where = f" on {cause.node}" if cause.node else ""
-    lines = [f"{cause.message}" + (f" [class {cause.failure_class}]" if cause.failure_class else "")]
-    if who:
-        lines.append(f"first failing replica: {who}{where}")
-    lines += [f"  | {line}" for line in cause.tail]
-    for rid, text in cause.stacks:
-        lines.append(f"stack of {rid}:")
-        lines += [f"  | {line}" for line in text.splitlines()[:40]]
-    return tuple(lines)
-
-
-def free_gpus(ledger: Ledger) -> int:
-    """Wholly free GPUs of all nodes."""
-    return sum(space.whole_total for space in ledger.spaces.values())

@@ -21,10 +21,10 @@ import structlog
 from jobsched.backends.kubernetes_api import Api, Exists, Gone, Refused
 from jobsched.backends.kubernetes_watch import Informer
 from jobsched.core import events as ev
-from jobsched.core import explain
 from jobsched.core.answers import Check, JobAnswer
 from jobsched.core.job import Phase
 from jobsched.core.resources import JobId
+from jobsched.core.story import sentence
 from jobsched.errors import Conflict, JobschedError, NotFound, Unplaceable, Unreachable
 from jobsched.operator import objects
 from jobsched.operator.objects import FINALIZER, UID, Json, Refusal
@@ -387,7 +387,7 @@ class Operator:
                     return
                 key, item = self._news.popleft()
                 found = self._objects.get(key)
-            text = explain.sentence(item.event)
+            text = sentence(item.event)
             if found is not None and text and item.event.kind not in QUIET:
                 bad = item.event.kind in BAD or getattr(item.event, "phase", None) is Phase.FAILED
                 kind = "Warning" if bad else "Normal"

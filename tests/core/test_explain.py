@@ -2,11 +2,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from jobsched.core import events as ev
 from jobsched.core import explain
-from jobsched.core.job import Phase, Reason
+from jobsched.core.job import Reason
 from jobsched.core.resources import GpuShare
-from jobsched.sim.backend import Script
 from jobsched.spec.queue import QueueSpec
 from tests.world import World, a_gpu_node, a_spec
 
@@ -59,32 +57,6 @@ def test_jobs_ahead_are_counted_by_priority_and_age() -> None:
     places = [explain.verdict(world.cluster, world.job(i), world.clock.now_ms()).position for i in ids]
     assert places == [2, 1, 3]
     assert "2 waiting jobs of queue default before it" in reasons(world, ids[2])[Reason.PRIORITY]
-
-
-
-def test_the_story_tells_a_failure_and_its_cause() -> None:
-    world = World(scripts=lambda launch: Script(run_ms=100, exit_code=3))
-    job_id = world.submit()
-    job = world.run_to_phase(job_id, Phase.FAILED)
-    text = "\n".join(explain.story(world.store.history(job_id)))
-    for part in ("submitted by me", "placed on n1", "worker/0 ended with code 3", "FAILED"):
-        assert part in text
-    assert job.cause is not None
-    assert explain.blame(job.cause)[:2] == (
-        "worker/0 exited with code 3 [class user]",
-        "first failing replica: worker/0 (rank 0) on n1",
-    )
-    assert explain.headline(job) == "worker/0 exited with code 3"
-
-
-def test_every_event_kind_has_a_sentence_or_is_known_to_need_none() -> None:
-    silent = {"ReplicasStarted", "ReplicasGone", "FailuresForgiven", "DependencyMet"}
-    world = World(scripts=lambda launch: Script(run_ms=100))
-    job_id = world.submit()
-    world.wish(ev.JobPriorityChanged(1, job_id, "me", 4))
-    world.run_to_phase(job_id, Phase.SUCCEEDED)
-    for stored in world.store.history(job_id):
-        assert explain.sentence(stored.event) or stored.event.kind in silent
 
 
 def test_what_others_use_or_is_broken_now_does_not_mean_never() -> None:
