@@ -21,7 +21,7 @@ from ulid import ULIDGenerator
 
 from jobsched.core import events as ev
 from jobsched.core import explain, invariants
-from jobsched.core.alternatives import sooner
+from jobsched.core.alternatives import later, sooner
 from jobsched.core.answers import (
     Check,
     JobAnswer,
@@ -40,12 +40,13 @@ from jobsched.core.answers import (
 from jobsched.core.cluster import Cluster, cordon_of
 from jobsched.core.edit import FIXED, compare
 from jobsched.core.events import Stored
-from jobsched.core.job import Job, Phase
+from jobsched.core.forecast import expected, picture_for, sooner_with
+from jobsched.core.job import Job, Phase, Reason
 from jobsched.core.lifecycle import Illegal, evolve_job
 from jobsched.core.node import Cordon
 from jobsched.core.observation import Sight
 from jobsched.core.policies.quota import HOUR_MS
-from jobsched.core.rehearsal import copy_of, plan
+from jobsched.core.rehearsal import PROBE, Picture, picture_of, plan
 from jobsched.core.resources import JobId, NodeName, Resources
 from jobsched.core.schedule import Policy
 from jobsched.core.shares import queue_answers
@@ -62,6 +63,8 @@ MAX_ARRAY = 10_000
 """Members of one array submission; more would keep the store's one writer busy for seconds."""
 MAX_PAGE = 1_000
 MAX_VERDICTS = 16
+MAX_IMAGINED = 2_000
+"""Among more jobs than this, changes of a request are not played through."""
 CHUNK = 500
 """Submissions per append, so that the leader gets its turn during a large array."""
 WISH_TRIES = 20
@@ -178,8 +181,15 @@ class Service:
             _refuse_early(cluster.queues)
             if spec.queue not in cluster.queues:
                 raise NotFound(f"there is no queue {spec.queue!r}", hint=_suggest(spec.queue, cluster.queues, "queues"))
-            twin = copy_of(cluster)
-        return plan(twin, spec, owner, self._clock.now_ms(), self.live.policy)
+            policy, now_ms = self.live.policy, self._clock.now_ms()
+            twin = picture_of(cluster)
+            probe = evolve_job(None, ev.JobSubmitted(now_ms, PROBE, spec.name or str(PROBE), owner, spec))
+            picture = picture_for(cluster, probe, now_ms, policy)
+            others = later(cluster, probe)
+        answer = plan(twin.cluster(), spec, owner, now_ms, policy)
+        if answer.code != 10 or answer.verdict is None or answer.victims:
+            return answer
+        return replace(answer, verdict=self._expecting(answer.verdict, probe, picture, now_ms, others))
 
     def _submissions(
         self, spec: JobSpec, owner: str, request_id: str, hold: bool, waiting_for: tuple[JobId, ...]
@@ -302,10 +312,35 @@ class Service:
         verdict = answer.verdict
         if verdict is not None and answer.job.phase is Phase.QUEUED:
             with self.live.view() as (cluster, _):
-                known = cluster.jobs.get(answer.job.id)
-                if known is not None and cluster.line_of(known.id) is not None:
-                    verdict = replace(verdict, sooner=sooner(cluster, known, self._clock.now_ms()))
+                known, now_ms = cluster.jobs.get(answer.job.id), self._clock.now_ms()
+                if known is None or known.phase is not Phase.QUEUED:
+                    return WhyAnswer(answer.job, answer.headline, None, story(self.events(answer.job.id)))
+                ways = sooner(cluster, known, now_ms) if cluster.waits(known.id) else ()
+                others = later(cluster, known)
+                picture = picture_for(cluster, known, now_ms, self.live.policy)
+            verdict = self._expecting(replace(verdict, sooner=ways), known, picture, now_ms, others)
         return WhyAnswer(answer.job, answer.headline, verdict, story(self.events(answer.job.id)))
+
+    def _expecting(
+        self, verdict: Verdict, job: Job, picture: Picture | None, now_ms: int, others: Sequence[tuple[str, Job]] = ()
+    ) -> Verdict:
+        """The verdict with the expected start, and what else would help and when. Nobody waits for it but who asks."""
+        if any(why.reason in (Reason.UNPLACEABLE, Reason.QUEUE_PAUSED) for why in verdict.reasons):
+            return verdict
+        policy = self.live.policy
+        when = expected(picture, job, now_ms, policy)
+        ways = verdict.sooner
+        if picture is not None and len(picture.jobs) <= MAX_IMAGINED and not job.held:
+            at_once = {way.removesuffix(": now") for way in ways}
+            others = [(text, changed) for text, changed in others if text not in at_once]
+            ways += tuple(
+                f"{text}: {explain.moment(at_ms, now_ms)}"
+                for text, at_ms in sooner_with(picture, job, others, now_ms, policy, when)
+            )
+        return replace(
+            verdict, starts_after_ms=when.after_ms, starts_before_ms=when.before_ms,
+            starts=explain.starting(when, now_ms), sooner=ways,
+        )  # fmt: skip
 
     def _why_then(self, job: Job, at_ms: int) -> WhyAnswer:
         cluster, seq = Cluster(), 0

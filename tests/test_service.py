@@ -180,6 +180,23 @@ def test_a_waiting_job_says_why(stage: Stage) -> None:
     assert listed[waiting.id].headline == answer.headline
 
 
+def test_why_and_plan_say_when_a_job_starts(stage: Stage) -> None:
+    """Half an hour is left of the limit of the one that runs; nothing is known of one without."""
+    whole = {"worker": {"command": "x", "gpu": "any:4"}}
+    began = stage.clock.now_ms()
+    stage.run(stage.submit(name="first", roles=whole, time_limit="30m"))
+    waiting = stage.submit(name="second", roles=whole)
+    verdict = stage.service.why(waiting.id).verdict
+    assert verdict is not None
+    assert verdict.starts_before_ms == pytest.approx(began + 1_800_000, abs=2_000)
+    assert verdict.starts.endswith("when time limits run out")
+    third = stage.service.plan(a_spec(roles=whole)).verdict
+    assert third is not None
+    assert (third.starts_after_ms, third.starts_before_ms) == (0, 0)
+    assert third.starts.startswith("nobody can tell: second may run for ever")
+    assert stage.service.get(waiting.id).verdict.starts == ""  # type: ignore[union-attr]
+
+
 # ---- wishing ----
 
 

@@ -337,10 +337,8 @@ def reasons(verdict: Document | None) -> list[str]:
         lines.append(f"  place in line: {verdict['position']}")
     if verdict.get("nearest_fit"):
         lines.append(f"  nearest fit: {verdict['nearest_fit']}")
-    if verdict.get("starts_before_ms"):
-        earliest, latest = verdict["starts_after_ms"], verdict["starts_before_ms"]
-        band = f"{render.rfc3339(earliest)} to " if earliest not in (0, latest) else ""
-        lines.append(f"  expected start: {band}{render.rfc3339(latest)}")
+    if verdict.get("starts"):
+        lines.append(f"  expected start: {verdict['starts']}")
     lines += [f"  sooner with: {way}" for way in verdict.get("sooner", ())]
     return lines
 

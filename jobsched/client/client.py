@@ -203,8 +203,10 @@ class JobHandle:
 
     @property
     def eta_ms(self) -> int:
-        """Expected start of a waiting job, milliseconds since the epoch; 0: unknown or not waiting."""
-        return self.answer.verdict.starts_before_ms if self.answer.verdict else 0
+        """When a waiting job is expected to have started (nine in ten times), milliseconds since the epoch; 0: unknown
+        or not waiting. Asks the server; `why()` has the whole band, in words too."""
+        verdict = self.why().verdict if self.answer.job.phase is Phase.QUEUED else None
+        return verdict.starts_before_ms if verdict else 0
 
     def refresh(self) -> JobHandle:
         self.answer = _adapter(JobAnswer).validate_json(self._client.remote.get(f"jobs/{self.id}"))

@@ -1,6 +1,7 @@
 """What would let a waiting job start sooner: the same request with one thing changed, tried on the cluster as it is.
 
-Asked by `why` and `plan`. Read-only; a handful of placements per answer, whatever the size of the cluster.
+Asked by `why`. Read-only; a handful of placements per answer, whatever the size of the cluster. When changes help that
+do not help at once, `core.forecast` says.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from jobsched.core.cluster import Cluster
+from jobsched.core.explain import could_ever_fit
 from jobsched.core.job import Job, Shape, changed
 from jobsched.core.node import kind_matches
 from jobsched.core.policies.admission import admit
@@ -18,6 +20,8 @@ from jobsched.spec.job import GpuRequest, JobSpec, Replicas, RoleSpec
 NOBODY = JobId("")
 QUEUES_TRIED = 8
 KINDS_TRIED = 8
+LATER_TRIED = 2
+"""Kinds and queues that are thought of for later."""
 
 
 def starts_now(cluster: Cluster, job: Job, spec: JobSpec, now_ms: int) -> bool:
@@ -38,6 +42,28 @@ def sooner(cluster: Cluster, job: Job, now_ms: int) -> tuple[str, ...]:
         *_other_queues(cluster, job.spec, now), *_anywhere(job.spec, now), *_other_kinds(cluster, job.spec, now),
         *_smaller(job.spec, now), *_split(job.spec, now),
     ))  # fmt: skip
+
+
+def later(cluster: Cluster, job: Job) -> tuple[tuple[str, Job], ...]:
+    """The job with one thing changed, for a forecast each: other kinds of GPU and other queues that can hold it, half
+    the gang."""
+    spec, found = job.spec, list[tuple[str, JobSpec]]()
+    hungriest = _hungriest(spec)
+    if hungriest is not None:
+        name, role = hungriest
+        assert role.gpu is not None
+        for kind in _kinds_besides(cluster, role.gpu)[:LATER_TRIED]:
+            other = _with(spec, name, gpu=_gpu(role.gpu, kinds=(kind,)))
+            found.append((f"{kind} instead of {_kinds(role.gpu)}", other))
+        half = (role.replicas.min + 1) // 2
+        if half < role.replicas.min:
+            text = f"{half} instead of {role.replicas.min} {name} replicas"
+            found.append((text, _with(spec, name, replicas=_fixed(half))))
+    for queue in _queues_besides(cluster, spec)[:LATER_TRIED]:
+        found.append((f"queue {queue} instead of {spec.queue}", spec.model_copy(update={"queue": queue})))
+    return tuple(
+        (text, changed(job, spec=other, wanted={})) for text, other in found if not could_ever_fit(cluster, other)
+    )
 
 
 def _hungriest(spec: JobSpec) -> tuple[str, RoleSpec] | None:
@@ -62,11 +88,20 @@ def _gpu(request: GpuRequest, **fields: object) -> GpuRequest:
 
 
 def _other_queues(cluster: Cluster, spec: JobSpec, now: Callable[[JobSpec], bool]) -> Iterator[str]:
-    others = sorted(name for name, queue in cluster.queues.items() if name != spec.queue and not queue.paused)
-    for name in others[:QUEUES_TRIED]:
+    for name in _queues_besides(cluster, spec):
         if now(spec.model_copy(update={"queue": name})):
             yield f"queue {name} instead of {spec.queue}"
             return
+
+
+def _queues_besides(cluster: Cluster, spec: JobSpec) -> list[str]:
+    """Other queues that take jobs."""
+    cohorts = {queue.cohort for queue in cluster.queues.values()}
+    others = sorted(
+        name for name, queue in cluster.queues.items()
+        if name != spec.queue and name not in cohorts and not queue.paused and not queue.draining
+    )  # fmt: skip
+    return others[:QUEUES_TRIED]
 
 
 def _anywhere(spec: JobSpec, now: Callable[[JobSpec], bool]) -> Iterator[str]:
@@ -83,11 +118,20 @@ def _other_kinds(cluster: Cluster, spec: JobSpec, now: Callable[[JobSpec], bool]
         return
     name, role = hungriest
     assert role.gpu is not None
-    others = dict.fromkeys(k for k, _ in cluster.ledger.classes() if not kind_matches(k, role.gpu.kinds))
-    for kind in list(others)[:KINDS_TRIED]:
+    for kind in _kinds_besides(cluster, role.gpu):
         if now(_with(spec, name, gpu=_gpu(role.gpu, kinds=(kind,)))):
-            yield f"{kind} instead of {'|'.join(role.gpu.kinds) or 'any'}"
+            yield f"{kind} instead of {_kinds(role.gpu)}"
             return
+
+
+def _kinds_besides(cluster: Cluster, request: GpuRequest) -> list[str]:
+    """Kinds of GPU that there are and that were not asked for."""
+    others = dict.fromkeys(k for k, _ in cluster.ledger.classes() if not kind_matches(k, request.kinds))
+    return list(others)[:KINDS_TRIED]
+
+
+def _kinds(request: GpuRequest) -> str:
+    return "|".join(request.kinds) or "any"
 
 
 def _smaller(spec: JobSpec, now: Callable[[JobSpec], bool]) -> Iterator[str]:

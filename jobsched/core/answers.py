@@ -29,7 +29,9 @@ class Verdict:
     """Why a job waits: every reason that holds, most important first.
 
     `position` counts jobs of the same queue that go first, plus one. `nearest_fit` says how much of the gang would fit
-    now. `starts_after_ms` / `starts_before_ms`: expected start as a band, 0 when unknown.
+    now. `starts_after_ms` / `starts_before_ms`: expected start as a band (medians and 90th percentiles of run times),
+    0 when unknown or not asked for; `starts` says it in words, or why nobody can tell. `sooner`: changes of the request
+    that help, and when it then starts.
     """
 
     job_id: JobId
@@ -38,6 +40,7 @@ class Verdict:
     nearest_fit: str = ""
     starts_after_ms: int = 0
     starts_before_ms: int = 0
+    starts: str = ""
     sooner: tuple[str, ...] = ()
 
 

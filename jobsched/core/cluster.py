@@ -273,10 +273,12 @@ class Cluster:
         seq: int = 0,
         rank: Rank = equal_rank,
         past: Iterable[Job] = (),
+        estimates: Estimates | None = None,
     ) -> Cluster:
         """From a store's projections; equal to folding the log up to `seq`. `past`: jobs that ended, oldest first, to
-        learn run times from."""
+        learn run times from; `estimates`: what was learned already."""
         cluster = cls(seq=seq, cordoned=dict(cordoned), ended=dict(ended), rank=rank)
+        cluster.estimates = estimates or cluster.estimates
         cluster.estimates.learn(past)
         for queue in queues:
             cluster._put_queue(queue)

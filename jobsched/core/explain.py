@@ -12,6 +12,7 @@ from jobsched.core.cluster import Cluster, missing_replicas
 from jobsched.core.job import Asked, Job, Phase, Reason, ReplicaState, RoleShape, Shape
 from jobsched.core.ledger import Short
 from jobsched.core.node import kind_matches
+from jobsched.core.plan import Forecast
 from jobsched.core.policies.admission import admit, most_ever
 from jobsched.core.policies.placement import Gang, place_gang
 from jobsched.core.policies.quota import HOUR_MS, Refused
@@ -80,9 +81,43 @@ def _room(cluster: Cluster, job: Job) -> Why:
 
 
 def _provisioning(asked: Asked) -> Why:
-    hour, minute = divmod(asked.at_ms // 60_000 % 1_440, 60)
-    text = f"waiting for {many(asked.nodes, 'node')} of pool {asked.pool}, asked {hour:02}:{minute:02} UTC"
+    text = f"waiting for {many(asked.nodes, 'node')} of pool {asked.pool}, asked {clock(asked.at_ms)} UTC"
     return Why(Reason.PROVISIONING, text, "if they are late, the next pool by price is asked")
+
+
+def clock(at_ms: int) -> str:
+    """Hour and minute, UTC."""
+    hour, minute = divmod(at_ms // 60_000 % 1_440, 60)
+    return f"{hour:02}:{minute:02}"
+
+
+def moment(at_ms: int, now_ms: int) -> str:
+    """An instant to come: "14:20 UTC", with the day when it is not within the next 24 hours."""
+    days = (at_ms - now_ms) // 86_400_000
+    return f"{clock(at_ms)} UTC" + (f" in {many(days, 'day')}" if days > 0 else "")
+
+
+def starting(when: Forecast, now_ms: int) -> str:
+    """When a job starts, in words; or why nobody can tell."""
+    if not when.before_ms:
+        return f"nobody can tell: {when.unknown}"
+    early, late = moment(when.after_ms, now_ms), moment(when.before_ms, now_ms)
+    if when.before_ms - now_ms < 1_000:
+        return "now"
+    if when.by == ("limit",):
+        return f"by {late} at the latest ({_in(when.before_ms, when.before_ms, now_ms)}), when time limits run out"
+    within = _in(when.after_ms, when.before_ms, now_ms)
+    if early == late:
+        return f"about {early} ({within})"
+    return f"between {early.removesuffix(' UTC')} and {late} (p50/p90; {within})"
+
+
+def _in(early_ms: int, late_ms: int, now_ms: int) -> str:
+    low, high = (max(0, at - now_ms) for at in (early_ms, late_ms))
+    unit_ms, unit = next(((ms, name) for ms, name in ((86_400_000, "d"), (3_600_000, "h"), (60_000, "min"))
+                          if high >= 2 * ms), (1_000, "s"))
+    low, high = round(low / unit_ms), round(high / unit_ms)
+    return f"in {high} {unit}" if low == high else f"in {low} to {high} {unit}"
 
 
 def _limit(refused: Refused) -> Why:

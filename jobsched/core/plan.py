@@ -30,3 +30,15 @@ class Reservation:
     coordinator_port: int = 0
     made_for: int = 0
     """`Cluster.pools_moved` when it was made: another number, and the nodes are not what they were."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """When a job starts: `after_ms` if all take as long as half of their like did, `before_ms` if as long as nine in
+    ten did; 0 when that cannot be told, and `unknown` says why. `by`: what the run times of the jobs that end before
+    are known from (`Estimates.source`)."""
+
+    after_ms: int = 0
+    before_ms: int = 0
+    by: tuple[str, ...] = ()
+    unknown: str = ""

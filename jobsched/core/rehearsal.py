@@ -1,41 +1,104 @@
 """Plans for jobs that are not there yet: the real passes on a copy of the cluster, and what they would do for the job.
 
-Asked by `jobsched plan`. Nothing of the live cluster is touched; a copy costs O(live jobs + nodes).
+Asked by `jobsched plan`, and by `core.forecast` for what comes later. Nothing of the live cluster is touched: a
+`Picture` of it is taken in O(what is bound + nodes), so that whoever decides meanwhile waits for no more than that, and
+copies are made of the picture, in O(jobs in it + nodes).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
+from dataclasses import dataclass, replace
 
 from jobsched.core import events as ev
 from jobsched.core.answers import PlanAnswer, PlanVictim, QuotaAfter, RolePlan, Verdict, Why
-from jobsched.core.cluster import Cluster
+from jobsched.core.cluster import Cluster, Rank, Target
 from jobsched.core.explain import could_ever_fit, each_of, verdict
 from jobsched.core.job import Job, Phase, Reason
-from jobsched.core.plan import Decision
-from jobsched.core.resources import WHOLE_GPU, JobId
+from jobsched.core.node import Cordon, Node
+from jobsched.core.plan import Decision, Reservation
+from jobsched.core.policies.estimate import Estimates
+from jobsched.core.policies.fragmentation import Mix
+from jobsched.core.resources import WHOLE_GPU, JobId, NodeName
 from jobsched.core.schedule import Policy, schedule
 from jobsched.spec.job import JobSpec
-from jobsched.spec.queue import MEMORY
+from jobsched.spec.queue import MEMORY, QueueSpec
 
 PROBE = JobId("probe")
 PASSES = 4
 """As many as room is made and used in; more only find what others gain."""
 
 
+PER_LINE, MOST = 100, 2_000
+"""Waiting jobs in a picture: the first of each line, and of all lines together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """What a copy of a cluster is made of. Frozen values only, so that it may be looked at on any thread."""
+
+    jobs: tuple[Job, ...]
+    nodes: tuple[Node, ...]
+    queues: tuple[QueueSpec, ...]
+    lost: tuple[NodeName, ...]
+    cordoned: tuple[tuple[NodeName, Cordon], ...]
+    ended: tuple[tuple[JobId, bool], ...]
+    seq: int
+    rank: Rank
+    mix: Mix
+    estimates: Estimates
+    targets: Mapping[JobId, Target]
+    reservations: tuple[Reservation, ...]
+    spent: tuple[tuple[str, int, int], ...]
+    """Of each queue with a budget: GPU time spent in the window, and up to when."""
+    past: tuple[tuple[str, Mapping[str, float], int], ...]
+    """Of each queue: what it held on average, and up to when."""
+
+    def cluster(self, instead: Mapping[JobId, Job] | None = None) -> Cluster:
+        """A cluster like the one that the picture was taken of, to be changed freely; `instead`: with other jobs in
+        place of these."""
+        jobs = [(instead or {}).get(job.id, job) for job in self.jobs]
+        twin = Cluster.of(
+            jobs, self.nodes, self.queues, self.lost, self.cordoned, self.ended, self.seq, self.rank,
+            estimates=self.estimates,
+        )  # fmt: skip
+        twin.mix, twin.targets = deepcopy(self.mix), dict(self.targets)
+        for claim in self.reservations:
+            twin.reservations[claim.job_id] = replace(claim, made_for=twin.pools_moved)
+        for name, milli_ms, at_ms in self.spent:
+            account = twin.quotas.account(name)
+            account.spent_milli_ms, account.spent_at_ms = milli_ms, at_ms
+        for name, past, at_ms in self.past:
+            account = twin.quotas.account(name)
+            account.past, account.past_at_ms = dict(past), at_ms
+        return twin
+
+
+def picture_of(cluster: Cluster, waiting: Iterable[JobId] | None = None) -> Picture:
+    """The cluster with all that runs and these waiting jobs; without any named, the first of every line. O(bound
+    replicas + nodes + those)."""
+    bound = dict.fromkeys(job_id for on_node in cluster.on_node.values() for job_id, _ in on_node)
+    if waiting is None:
+        lines = cluster.lines.values()
+        each = min(PER_LINE, max(1, MOST // max(1, len(lines))))
+        waiting = [place.job_id for line in lines for place in line.places[:each]]
+    ids = dict.fromkeys((*bound, *waiting))
+    accounts = cluster.quotas.accounts.values()
+    return Picture(
+        tuple(cluster.jobs[job_id] for job_id in ids), tuple(cluster.nodes.values()), tuple(cluster.queues.values()),
+        tuple(sorted(cluster.lost)), tuple(cluster.cordoned.items()), tuple(cluster.ended.items()), cluster.seq,
+        cluster.rank, deepcopy(cluster.mix), cluster.estimates.as_they_are(ids),
+        {job_id: cluster.targets[job_id] for job_id in ids if job_id in cluster.targets},
+        tuple(c for c in cluster.reservations.values() if c.made_for == cluster.pools_moved and c.job_id in ids),
+        tuple((a.name, a.spent_milli_ms, a.spent_at_ms) for a in accounts if a.spent_at_ms),
+        tuple((a.name, dict(a.past), a.past_at_ms) for a in accounts if a.past_at_ms),
+    )  # fmt: skip
+
+
 def copy_of(cluster: Cluster) -> Cluster:
     """The same state, to be changed freely."""
-    twin = Cluster.of(
-        tuple(cluster.jobs.values()), tuple(cluster.nodes.values()), tuple(cluster.queues.values()),
-        tuple(cluster.lost), tuple(cluster.cordoned.items()), tuple(cluster.ended.items()), cluster.seq, cluster.rank,
-    )  # fmt: skip
-    twin.mix = deepcopy(cluster.mix)
-    twin.estimates = cluster.estimates
-    for name, account in cluster.quotas.accounts.items():
-        mine = twin.quotas.account(name)
-        mine.spent_milli_ms, mine.spent_at_ms = account.spent_milli_ms, account.spent_at_ms
-    return twin
+    return picture_of(cluster).cluster()
 
 
 def plan(twin: Cluster, spec: JobSpec, owner: str, now_ms: int, policy: Policy) -> PlanAnswer:
@@ -51,7 +114,7 @@ def plan(twin: Cluster, spec: JobSpec, owner: str, now_ms: int, policy: Policy) 
     for _ in range(PASSES):
         decisions = schedule(twin, now_ms, policy).decisions
         victims += _victims(twin, decisions, now_ms)
-        _carry_out(twin, decisions, now_ms)
+        carry_out(twin, decisions, now_ms)
         if twin.jobs[PROBE].phase is not Phase.QUEUED or not decisions:
             break
     job = twin.jobs[PROBE]
@@ -62,8 +125,8 @@ def plan(twin: Cluster, spec: JobSpec, owner: str, now_ms: int, policy: Policy) 
     )
 
 
-def _carry_out(twin: Cluster, decisions: Iterable[Decision], now_ms: int) -> None:
-    """As if everybody who must leave had left at once."""
+def carry_out(twin: Cluster, decisions: Iterable[Decision], now_ms: int) -> None:
+    """As if everything had happened, and everybody who must leave had left, at once."""
     for decision in decisions:
         twin.evolve(decision)
         match decision:

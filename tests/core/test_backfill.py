@@ -1,4 +1,4 @@
-"""Reservations: a big gang never starves, backfill never delays whom it passes, expected starts are kept."""
+"""Reservations: a big gang never starves, backfill never delays whom it passes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from random import Random
 
 import pytest
 
-from jobsched.core.job import Phase
-from jobsched.core.policies.backfill import expected_start
 from jobsched.core.resources import JobId
 from jobsched.sim.run import POLICIES, START_MS, Simulation
 from jobsched.sim.throughput import Steady
@@ -83,19 +81,3 @@ def test_backfill_never_delays_a_reservation(policy: str, seed: int) -> None:
     late = {job_id: started[job_id] - at for job_id, at in promised.items() if started[job_id] > at}
     assert not late
     assert simulation.ended() == 60
-
-
-def test_expected_starts_are_bands_around_what_happens() -> None:
-    jobs = [an_arrival(0, 0, 1_000, 4), an_arrival(1, 1, 500, 4), an_arrival(2, 2, 10, 4)]
-    simulation = Simulation(Workload("line", tuple(jobs), make_nodes("1x4")), POLICIES["fifo"], "fifo")
-    while simulation.clock.now_ms() < START_MS + 2_000:
-        simulation.step()
-    simulation.step()
-    with simulation.controller.view() as (cluster, _):
-        first, second = (cluster.jobs[JobId(f"{n:04}")] for n in (1, 2))
-        assert first.phase is second.phase is Phase.QUEUED
-        with cluster.trial():
-            now = simulation.clock.now_ms()
-            assert expected_start(cluster, first, [], now) == pytest.approx((START_MS + 1_001_000,) * 2, abs=10)
-            early, late = expected_start(cluster, second, [first], now)
-        assert early == late == pytest.approx(START_MS + 1_502_000, abs=10)

@@ -197,7 +197,7 @@ function timeline(events, ended) {
   ];
 }
 
-function liveFacts({ job, progress, headline, verdict }) {
+function liveFacts({ job, progress, headline, verdict }, later) {
   const replicas = Object.values(job.replicas), known = new Map((progress?.replicas ?? []).map((r) => [`${r.role}/${r.index}`, r]));
   return [
     h("div", { class: "card" }, facts([
@@ -207,7 +207,8 @@ function liveFacts({ job, progress, headline, verdict }) {
       ["Owner", job.owner], ["Checkpoint", job.checkpoint ? `step ${job.checkpoint.step}, ${job.checkpoint.path}` : ""],
       ["Submitted", ago(job.submitted_at_ms)], ["Ended", ago(job.ended_at_ms)],
     ])),
-    verdict?.reasons.length ? [h("h2", {}, "Why it waits"), h("div", { class: "card" }, h("ul", { class: "why" }, verdict.reasons.map((why) => h("li", {}, why.message, why.fix ? h("small", {}, ` — ${why.fix}`) : ""))))] : "",
+    verdict?.reasons.length ? [h("h2", {}, "Why it waits"), h("div", { class: "card" }, h("ul", { class: "why" }, verdict.reasons.map((why) => h("li", {}, why.message, why.fix ? h("small", {}, ` — ${why.fix}`) : "")),
+      later?.starts ? h("li", {}, `Expected start: ${later.starts}`) : "", (later?.sooner ?? []).map((way) => h("li", {}, `Sooner with ${way}`))))] : "",
     job.cause ? [h("h2", {}, ENDED.includes(job.phase) ? "Root cause" : "Last failure"), h("p", { class: "error" }, job.cause.message), job.cause.tail.length ? h("pre", {}, job.cause.tail.join("\n")) : ""] : "",
     replicas.length ? [h("h2", {}, "Replicas"), table(["Replica", "Rank", "Node", "State", "Restarts", "Step", "Last heard of"], replicas.map((r) => {
       const p = known.get(`${r.role}/${r.index}`) ?? {};
@@ -220,7 +221,7 @@ function liveFacts({ job, progress, headline, verdict }) {
 async function job(signal, ref) {
   const [answer, why, events] = await Promise.all([get(`jobs/${ref}`, signal), get(`jobs/${ref}/why`, signal), get(`jobs/${ref}/events`, signal)]);
   const { id, name, phase } = answer.job, ended = ENDED.includes(phase), said = h("p", { class: "error", role: "alert" });
-  const upper = h("div", {}, liveFacts(answer)), course = h("div", {}, timeline(events, ended)), story = h("pre", {}, why.story.join("\n")), lines = h("pre", { tabindex: "0", "aria-label": "Log", "data-empty": "Nothing was written so far." });
+  const upper = h("div", {}, liveFacts(answer, why.verdict)), course = h("div", {}, timeline(events, ended)), story = h("pre", {}, why.story.join("\n")), lines = h("pre", { tabindex: "0", "aria-label": "Log", "data-empty": "Nothing was written so far." });
   const tell = (error) => { said.textContent = error.message; };
   const wish = (verb, text, sure) => h("button", { type: "button", class: verb === "cancel" && "danger", onclick: async () => {
     if (sure && !confirm(`${text} ${name}?`)) return;
@@ -249,13 +250,15 @@ async function job(signal, ref) {
   }
   read();
   if (!ended) {
-    let version = answer.job.version;
+    let version = answer.job.version, later = why.verdict;
     stream(`progress?job=${id}`, signal, async (now) => {
-      upper.replaceChildren(...liveFacts(now).flat(9).filter(Boolean));
+      upper.replaceChildren(...liveFacts(now, later).flat(9).filter(Boolean));
       if (now.job.version === version) return;
       version = now.job.version;
       offer(now.job);
       const [why, events] = await Promise.all([get(`jobs/${id}/why`, signal), get(`jobs/${id}/events`, signal)]);
+      later = why.verdict;
+      upper.replaceChildren(...liveFacts(now, later).flat(9).filter(Boolean));
       story.textContent = why.story.join("\n");
       course.replaceChildren(...timeline(events, ENDED.includes(now.job.phase)));
     }).catch(tell);

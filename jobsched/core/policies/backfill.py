@@ -3,8 +3,7 @@
 A reservation names seats and an instant: the earliest at which enough of what runs is expected to be over. Seats of it
 that are free already are kept free for it; a later job may use them only if it is expected to be over by then. One
 reservation is EASY backfill (Lifka 1995), several are conservative backfill (Feitelson & Weil 1998). Run times come
-from `estimate`. Called by `schedule` and, for expected starts, by answers. Without it small jobs would keep a big gang
-waiting for ever.
+from `estimate`. Called by `schedule`. Without it small jobs would keep a big gang waiting for ever.
 """
 
 from __future__ import annotations
@@ -23,10 +22,6 @@ SOONEST = 400
 """Ends of running jobs looked at, soonest first; a gang that does not fit even then gets no reservation yet."""
 SURE = 0.9
 """A later job counts as over in time when so many of its like would be."""
-LIKELY, LATE = 0.25, 0.9
-"""Quantiles of run times behind the ends of an expected start's band."""
-AHEAD = 200
-"""Behind more waiting jobs than this nobody can tell when a job starts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,56 +193,6 @@ def seats_free(cluster: Cluster, claim: Reservation, shape: Shape) -> bool:
 def let_go(cluster: Cluster, kept: Sequence[tuple[Binding, RoleShape]]) -> None:
     for seat, part in kept:
         cluster.ledger.lend(seat, part)
-
-
-def expected_start(
-    cluster: Cluster, job: Job, ahead: Sequence[Job], now_ms: int, score: Choice = Score.AUTO
-) -> tuple[int, int]:
-    """(earliest, latest) start to expect of a waiting job behind `ahead`, in milliseconds since the epoch; (0, 0) when
-    it cannot be told. What runs ends, and what goes first starts and ends, as likely run times say. Must run inside
-    `cluster.trial()`; leaves the ledger as it was. O((running + ahead) placements)."""
-    if len(ahead) > AHEAD:
-        return (0, 0)
-    early = _start(cluster, job, ahead, now_ms, LIKELY, score)
-    late = _start(cluster, job, ahead, now_ms, LATE, score)
-    return (min(early, late), max(early, late)) if early and late else (0, 0)
-
-
-def _start(
-    cluster: Cluster, job: Job, ahead: Sequence[Job], now_ms: int, quantile: float, score: Choice
-) -> int:
-    ledger = cluster.ledger
-    mark = ledger.mark()
-    queue = [*ahead, job]
-    ends: list[tuple[int, JobId, tuple[tuple[Binding, RoleShape], ...]]] = [
-        (at, job_id, seats_of(cluster, cluster.jobs[job_id])) for at, job_id in releases(cluster, now_ms, quantile)
-    ]
-    instant, found = now_ms, 0
-    while not found:
-        blocked: set[Shape] = set()
-        for waiting in list(queue):
-            shape = cluster.shape(waiting)
-            if shape in blocked:
-                continue
-            gang = place_gang(cluster, shape, waiting.avoid, score)
-            if not isinstance(gang, Gang):
-                blocked.add(shape)
-                continue
-            if waiting.id == job.id:
-                found = instant
-                break
-            queue.remove(waiting)
-            roles = {role.role: role for role in shape.roles}
-            over = instant + cluster.estimates.left_ms(waiting, now_ms, quantile)
-            ends.append((over, waiting.id, tuple((b, roles[b.role]) for b in gang.bindings)))
-            ends.sort(key=lambda end: (end[0], end[1]))
-        if found or not ends:
-            break
-        instant, _, seats = ends.pop(0)
-        for binding, role in seats:
-            ledger.lend(binding, role)
-    ledger.rollback(mark)
-    return found
 
 
 def seats_of(cluster: Cluster, job: Job) -> tuple[tuple[Binding, RoleShape], ...]:

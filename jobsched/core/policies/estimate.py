@@ -49,9 +49,8 @@ class Tally:
     entered: list[int] = field(default_factory=lambda: [0] * BUCKETS)
     ended: list[int] = field(default_factory=lambda: [0] * BUCKETS)
     version: int = 0
-    stamp: int = -1
-    """What `curve` was made from, here and at the levels above."""
-    curve: Curve | None = None
+    made: tuple[int, Curve] | None = field(default=None, repr=False)
+    """The curve of jobs whose last level this is, and what it was made from, here and at the levels above."""
 
     def add(self, first: int, bucket: int, ends: bool) -> None:
         """A job has passed buckets `first`..`bucket`-1, and ended in `bucket` or not."""
@@ -143,6 +142,13 @@ class Estimates:
     """Family -> (its last submission, the campaign that was of)."""
     _reports: dict[JobId, _Report] = field(default_factory=dict)
     _ends: int = 0
+    _learns: bool = True
+
+    def as_they_are(self, job_ids: Iterable[JobId]) -> Estimates:
+        """What is known of these jobs and of whatever is like them, for copies of a cluster: nothing that happens there
+        is learned from. O(jobs named)."""
+        live = {job_id: self._live[job_id] for job_id in job_ids if job_id in self._live}
+        return Estimates(self._tallies, live, self._campaigns, self._reports, self._ends, _learns=False)
 
     # ---- learning ----
 
@@ -157,14 +163,18 @@ class Estimates:
         last_ms, campaign = self._campaigns.get(family, (0, None))
         if campaign is None or job.submitted_at_ms - last_ms > CAMPAIGN_GAP_MS:
             campaign = Tally()
-        self._campaigns[family] = (max(last_ms, job.submitted_at_ms), campaign)
+        if self._learns:
+            self._campaigns[family] = (max(last_ms, job.submitted_at_ms), campaign)
         keys: tuple[Key, ...] = ((), (family[-1],), family, (*family, name))
-        return (*(self._tallies.setdefault(key, Tally()) for key in keys), campaign)
+        tallies = self._tallies
+        if not self._learns:
+            return (*(tallies.get(key) or Tally() for key in keys), campaign)
+        return (*(tallies.setdefault(key, Tally()) for key in keys), campaign)
 
     def ran(self, job_id: JobId, for_ms: int) -> None:
         """A live job has run so long and goes on."""
         known = self._live.get(job_id)
-        if known is None:
+        if known is None or not self._learns:
             return
         bucket = bucket_of(for_ms)
         if bucket > known.passed:
@@ -174,6 +184,8 @@ class Estimates:
 
     def ended(self, job: Job) -> None:
         """A job ended, however it did; one that never ran teaches nothing."""
+        if not self._learns:
+            return
         self._reports.pop(job.id, None)
         known = self._live.pop(job.id, None)
         if known is not None and job.ran_ms > 0:
@@ -208,15 +220,16 @@ class Estimates:
         levels = known.levels if known is not None else (self._tallies.get((), Tally()),)
         last = levels[-1]
         stamp = sum([tally.version for tally in levels[2:]]) + self._ends // REFRESH
-        if last.curve is not None and last.stamp == stamp:
-            return last.curve
+        if last.made is not None and last.made[0] == stamp:
+            return last.made[1]
         hazard = [PRIOR_HAZARD] * BUCKETS
         for tally, trust in zip(levels, TRUST, strict=False):
             if tally.version:
                 ended, entered = tally.ended, tally.entered
                 hazard = [(ended[k] + trust * hazard[k]) / (entered[k] + trust) for k in range(BUCKETS)]
-        last.stamp, last.curve = stamp, _curve(hazard, sum(levels[2].ended) if len(levels) > 2 else 0)
-        return last.curve
+        curve = _curve(hazard, sum(levels[2].ended) if len(levels) > 2 else 0)
+        last.made = stamp, curve
+        return curve
 
     def reported_left_ms(self, job: Job, now_ms: int) -> int | None:
         """Time to the end at the reported rate; None before enough was reported."""
@@ -239,6 +252,12 @@ class Estimates:
             curve = self.curve(job)
             left = limit - ran if limit and not curve.seen else curve.left_ms(ran, quantile)
         return max(1, min(left, limit - ran) if limit else left)
+
+    def source(self, job: Job, now_ms: int) -> str:
+        """What `left_ms` goes by: reported "progress", run times of "like" jobs, the time "limit"; "": it guesses."""
+        if self.reported_left_ms(job, now_ms) is not None:
+            return "progress"
+        return "like" if self.seen(job) else "limit" if job.spec.time_limit else ""
 
     def mean_left_ms(self, job: Job) -> int:
         """Expected run time of one that has not run, never longer than its time limit."""

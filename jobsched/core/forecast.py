@@ -1,0 +1,233 @@
+"""When a waiting job starts: the real passes on a copy of the cluster, from the end of one job to the next.
+
+Asked by `why` and `plan`, on the thread of whoever asks. Run times are those of `policies.estimate`; when nobody can
+tell how long a job runs that stands in the way, neither can this, and it says which job that is. Jobs that are yet to
+be submitted, nodes that come and failures are not foreseen. Bounded by `AHEAD` jobs that go first, `ENDS` ends.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import islice
+
+from jobsched.core import events as ev
+from jobsched.core.cluster import Cluster, LineKey, Place
+from jobsched.core.job import Job, Outcome, Phase, Reason, ReplicaState
+from jobsched.core.plan import Forecast
+from jobsched.core.policies.ordering import Ordering, OrderKey, multifactor
+from jobsched.core.rehearsal import Picture, carry_out, picture_of
+from jobsched.core.resources import JobId
+from jobsched.core.schedule import Policy, schedule
+
+LIKELY, SURE = 0.5, 0.9
+"""Quantiles of run times behind the two ends of a band."""
+AHEAD, ENDS = 200, 400
+LOOKS = 100_000
+"""Jobs that run times how often a pass is made, in one forecast: what it may cost."""
+PASSES = 4
+"""At one instant: room is made, and used."""
+WORTH_MS = 60_000
+"""A change of the request is told of when the job starts sooner by so much, and by a tenth of its wait."""
+
+
+def picture_for(cluster: Cluster, job: Job, now_ms: int, policy: Policy) -> Picture | None:
+    """The cluster with the job, which waits or is only thought of, and everybody who goes first; None when those are
+    more than `AHEAD`. With fair shares, as many of each other queue go first by its weight. O(what runs + nodes)."""
+    if policy.factors is not None:
+        policy = replace(policy, ordering=multifactor(cluster, now_ms, policy.factors))
+    order = policy.ordering
+    mine = LineKey(job.spec.queue, job.priority, cluster.shape(job), job.array_id)
+    key = order(mine, Place(cluster.rank(job, cluster.estimates), job.submitted_at_ms, job.id))
+    own = list(islice(_before(cluster, job.spec.queue, order, key), AHEAD + 1))
+    if len(own) > AHEAD:
+        return None
+    found = [*own, *([job.id] if job.id in cluster.jobs else [])]
+    weight = max(1, cluster.quotas.account(job.spec.queue).weight)
+    for queue in cluster.lines_of:
+        if queue == job.spec.queue:
+            continue
+        if policy.fair is None:
+            found += islice(_before(cluster, queue, order, key), AHEAD + 1)
+        else:
+            turns = -(-(len(own) + 1) * cluster.quotas.account(queue).weight // weight)
+            firsts = (
+                (order(line.key, place), place.job_id)
+                for line in cluster.lines_of[queue].values() for place in line.places[:turns]
+            )  # fmt: skip
+            found += [job_id for _, job_id in heapq.nsmallest(turns, firsts)]
+        if len(found) > 2 * AHEAD:
+            return None
+    picture = picture_of(cluster, [*found, *(job_id for _, job_id in cluster.parked[:AHEAD] if job_id in cluster.jobs)])
+    return picture if job.id in cluster.jobs else replace(picture, jobs=(*picture.jobs, job))
+
+
+def _before(cluster: Cluster, queue: str, order: Ordering, key: OrderKey) -> Iterator[JobId]:
+    """The waiting jobs of a queue that go before a place in the order."""
+    for line in cluster.lines_of.get(queue, {}).values():
+        for place in line.places:
+            if order(line.key, place) >= key:
+                break
+            yield place.job_id
+
+
+def forecast(
+    picture: Picture, job_id: JobId, now_ms: int, policy: Policy, instead: Job | None = None
+) -> Forecast:
+    """When a waiting job of the picture starts; as if it were `instead`."""
+    quiet = replace(policy, elastic=None, defragmentation=None, health=None, node_pools=(), pass_every_ms=0)
+    found: list[_Play] = []
+    for quantile in (LIKELY, SURE):
+        twin = picture.cluster({job_id: instead} if instead is not None else None)
+        play = _Play(twin, job_id, now_ms, quiet, quantile)
+        play.run()
+        found.append(play)
+    by = tuple(dict.fromkeys(source for play in found for source in play.by))
+    late = max((play.started_ms for play in found if play.started_ms), default=0)
+    if any(not play.started_ms for play in found):
+        return Forecast(by=by, unknown=next(play.why_not for play in found if not play.started_ms))
+    return Forecast(min(play.started_ms for play in found), late, by)
+
+
+class _Play:
+    """One run of the copy, until the job starts."""
+
+    def __init__(self, twin: Cluster, job_id: JobId, now_ms: int, policy: Policy, quantile: float) -> None:
+        self._twin, self._job_id, self._now_ms, self._policy, self._quantile = twin, job_id, now_ms, policy, quantile
+        self._ends: list[tuple[int, JobId, int]] = []
+        """Heap of (when, job, attempt)."""
+        self._endless: dict[JobId, None] = {}
+        """Jobs of which nobody can tell when they end."""
+        self.started_ms = 0
+        self.by: dict[str, None] = {}
+        self.why_not = ""
+
+    def run(self) -> None:
+        twin, looks = self._twin, 0
+        self._settle()
+        for job in list(twin.jobs.values()):
+            if job.phase.active:
+                self._expect(job)
+        for _ in range(ENDS):
+            if self._pass():
+                self.started_ms = self._now_ms
+                return
+            looks += len(twin.jobs)
+            if looks > LOOKS:
+                break
+            if not self._advance():
+                self.why_not = self._who_stays()
+                return
+        self.why_not = "too many jobs run and end before it"
+
+    def _settle(self) -> None:
+        """As if everybody who leaves had left."""
+        twin, now_ms = self._twin, self._now_ms
+        for job_id in list(twin.leaving):
+            job = twin.jobs[job_id]
+            gone = tuple(r.id for r in job.replicas.values() if r.state is ReplicaState.STOPPING)
+            if job.phase is Phase.STOPPING:
+                assert job.outcome is not None
+                twin.evolve(ev.AttemptEnded(now_ms, job_id, job.attempt, job.outcome.phase))
+            elif gone:
+                twin.evolve(ev.ReplicasGone(now_ms, job_id, job.attempt, gone))
+
+    def _expect(self, job: Job) -> None:
+        estimates, now_ms = self._twin.estimates, self._now_ms
+        if estimates.source(job, now_ms):
+            heapq.heappush(self._ends, (now_ms + estimates.left_ms(job, now_ms, self._quantile), job.id, job.attempt))
+        else:
+            self._endless[job.id] = None
+
+    def _pass(self) -> bool:
+        """Decide and do, until nothing more is decided at this instant; whether the job starts."""
+        twin = self._twin
+        for _ in range(PASSES):
+            decisions = schedule(twin, self._now_ms, self._policy).decisions
+            carry_out(twin, decisions, self._now_ms)
+            for decision in decisions:
+                if isinstance(decision, ev.AttemptPlaced):
+                    if decision.job_id == self._job_id:
+                        return True
+                    self._begin(twin.jobs[decision.job_id])
+            if not decisions:
+                return False
+        return False
+
+    def _begin(self, job: Job) -> None:
+        """A job that goes first runs."""
+        replicas = tuple(job.replicas)
+        self._twin.evolve(ev.ReplicasStarted(self._now_ms, job.id, job.attempt, replicas))
+        self._twin.evolve(ev.AttemptStarted(self._now_ms, job.id, job.attempt))
+        self._expect(self._twin.jobs[job.id])
+
+    def _advance(self) -> bool:
+        """To the next end, or whatever else a pass waits for; False when there is nothing more to wait for."""
+        twin, instants = self._twin, []
+        while self._ends and not self._runs(*self._ends[0][1:]):
+            heapq.heappop(self._ends)
+        if self._ends:
+            instants.append(self._ends[0][0])
+        if twin.next_pass_ms > self._now_ms and (self._ends or twin.window_ms or twin.ripening):
+            instants.append(twin.next_pass_ms)
+        if twin.parked:
+            instants.append(max(twin.parked[0][0], self._now_ms + 1))
+        if not instants:
+            return False
+        self._now_ms = max(self._now_ms, min(instants))
+        while self._ends and self._ends[0][0] <= self._now_ms:
+            _, job_id, attempt = heapq.heappop(self._ends)
+            if self._runs(job_id, attempt):
+                self._end(twin.jobs[job_id])
+        return True
+
+    def _runs(self, job_id: JobId, attempt: int) -> bool:
+        job = self._twin.jobs.get(job_id)
+        return job is not None and job.phase.active and job.attempt == attempt
+
+    def _end(self, job: Job) -> None:
+        twin, now_ms = self._twin, self._now_ms
+        if source := twin.estimates.source(job, now_ms):
+            self.by[source] = None
+        followers = tuple(twin.dependents.get(job.id, ()))
+        done = Outcome(Phase.SUCCEEDED, Reason.COMPLETED)
+        twin.evolve(ev.AttemptStopping(now_ms, job.id, job.attempt, done))
+        twin.evolve(ev.AttemptEnded(now_ms, job.id, job.attempt, Phase.SUCCEEDED))
+        for job_id in followers:
+            if job_id in twin.jobs:
+                twin.evolve(ev.DependencyMet(now_ms, job_id, job.id))
+
+    def _who_stays(self) -> str:
+        names = [job.name for job_id in self._endless if (job := self._twin.jobs.get(job_id)) and job.phase.active]
+        if not names:
+            return "it would not start even when everything that runs has ended"
+        who = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        return f"{who} may run for ever: no time_limit, no total reported, and no job like it has ended yet"
+
+
+def expected(picture: Picture | None, job: Job, now_ms: int, policy: Policy) -> Forecast:
+    """The forecast for a job of which `picture_for` gave the picture, or why there is none."""
+    if job.held:
+        return Forecast(unknown="it is held")
+    if job.asked is not None:
+        return Forecast(unknown="it waits for nodes that are asked for")
+    if picture is None:
+        return Forecast(unknown=f"more than {AHEAD} jobs go first")
+    known = {each.id: each.phase for each in picture.jobs}
+    if any(not known.get(each, Phase.QUEUED).active for each in job.waiting_for):
+        return Forecast(unknown="a job that it comes after waits itself")
+    return forecast(picture, job.id, now_ms, policy)
+
+
+def sooner_with(
+    picture: Picture, job: Job, ways: Iterable[tuple[str, Job]], now_ms: int, policy: Policy, than: Forecast
+) -> tuple[tuple[str, int], ...]:
+    """Of changed requests, those with which the job starts notably sooner, and when. A forecast each."""
+    found = []
+    for text, changed in ways:
+        start_ms = forecast(picture, job.id, now_ms, policy, changed).after_ms
+        worth_ms = max(WORTH_MS, (than.after_ms - now_ms) // 10)
+        if start_ms and (not than.after_ms or than.after_ms - start_ms >= worth_ms):
+            found.append((text, start_ms))
+    return tuple(found)
