@@ -147,9 +147,11 @@ def test_an_api_server_accepts_several_servers_on_postgres(namespaces: Kubectl, 
 
 MAY = ("list nodes", "watch pods --all-namespaces", "create pods", "delete pods", "get pods --subresource=log",
        "create pods --subresource=exec", "create services", "create configmaps", "create events",
+       "list podtemplates", "create podtemplates", "delete podtemplates",
        "patch trainingjobs.jobsched.dev", "patch trainingjobs.jobsched.dev --subresource=status",
        "watch trainingqueues.jobsched.dev")  # fmt: skip
 MAY_NOT = ("get secrets", "list secrets", "list configmaps", "update nodes", "create pods -n default",
+           "create podtemplates -n default", "patch podtemplates",
            "delete pods -n kube-system", "create deployments.apps", "create trainingjobs.jobsched.dev",
            "delete trainingjobs.jobsched.dev", "create clusterroles.rbac.authorization.k8s.io",
            "impersonate serviceaccounts", "create serviceaccounts --subresource=token")  # fmt: skip
