@@ -17,6 +17,7 @@ from jobsched.core.launch import Launch, LaunchKey
 from jobsched.core.node import Cordon, Node
 from jobsched.core.observation import Observation
 from jobsched.core.pools import Demand
+from jobsched.core.recall import Recall
 from jobsched.core.resources import JobId, NodeName
 from jobsched.spec.queue import QueueSpec
 
@@ -238,6 +239,15 @@ class Store(Protocol):
 
     def samples(self, job_id: JobId, limit: int = 1_000) -> Sequence[Sample]:
         """Newest last."""
+        ...
+
+    def keep_recall(self, recall: Recall, fence: int) -> None:
+        """Keep what the leader knows beyond the projections, in place of what was kept before. May be lost in a power
+        cut. `StaleFence` if a newer leader exists."""
+        ...
+
+    def recall(self) -> Recall | None:
+        """What was kept last; None when there is none, or it cannot be read any more."""
         ...
 
     def lease(self, holder: str, ttl_ms: int, now_ms: int) -> Lease | None:

@@ -51,6 +51,8 @@ START_S = 15.0
 DRAIN_S = 3.0
 """How long open requests may go on once the server stops."""
 LITTLE_DISK_BYTES = 2**30
+RECALL_EVERY_MS = 300_000
+"""How often what is known beyond the projections is kept for the next leader; also when a server stops."""
 BACKFILL = {"off": None, "easy": Backfill(1), "conservative": Backfill(64)}
 
 log = structlog.get_logger("jobsched.server")
@@ -139,6 +141,7 @@ class Server:
             lease_ttl_ms=self._config.timers.lease_ttl,
             idle_ms=self._config.timers.longest_wait,
             node_grace_ms=self._config.timers.node_grace,
+            recall_every_ms=RECALL_EVERY_MS,
             secret=load_token(self.home / "secret").encode(),
         )  # fmt: skip
         controller.start()

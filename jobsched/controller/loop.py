@@ -23,18 +23,19 @@ from jobsched.core import events as ev
 from jobsched.core.answers import JobProgress
 from jobsched.core.cluster import Cluster
 from jobsched.core.converge import Addresses, converge
-from jobsched.core.job import Phase, ReplicaState
+from jobsched.core.job import Job, Phase, ReplicaState
 from jobsched.core.judge import Senses, judge, judge_nodes
 from jobsched.core.launch import launch_key
 from jobsched.core.observation import Observation, Sight
 from jobsched.core.policies import provisioning
 from jobsched.core.policies.health import doubts, next_look_ms
 from jobsched.core.pools import Demand
+from jobsched.core.recall import Recalled, note, recall
 from jobsched.core.resources import JobId, NodeName
 from jobsched.core.schedule import Policy, schedule
 from jobsched.core.timers import Timers, deadline
 from jobsched.errors import StaleFence, Unreachable
-from jobsched.ports import Backend, Clock, JobQuery, Provisioner, Store
+from jobsched.ports import Backend, Clock, JobQuery, Loaded, Provisioner, Store
 from jobsched.spec.queue import QueueSpec
 
 log = structlog.get_logger("jobsched.controller")
@@ -49,6 +50,8 @@ RETRY_MS = 1_000
 LEARNED_FROM = (Phase.SUCCEEDED, Phase.FAILED)
 LEARNED_JOBS = 1_000
 """A new leader learns run times from so many of the jobs that ended last."""
+RECALL_EVENTS = 20_000
+"""After so many events what is known is kept sooner, so that the next leader never has many more to fold."""
 IDLE_MS = 10_000
 """Longest sleep: a tick without news is cheap."""
 
@@ -92,7 +95,9 @@ class Controller:
         secret: bytes = b"",
         idle_ms: int = IDLE_MS,
         node_grace_ms: int | None = None,
+        recall_every_ms: int = 0,
     ) -> None:
+        """`recall_every_ms`: how often what is known beyond the projections is kept for the next leader; 0: never."""
         self._store = store
         self._backend = backend
         self._clock = clock
@@ -118,6 +123,9 @@ class Controller:
         self._looks_wanted = 1
         """A leader decides nothing before its first look since it leads: what it saw in an earlier reign is stale."""
         self._stale = False
+        self._recall_every_ms = recall_every_ms
+        self._noted = (0, 0)
+        """(when, at which event) that was last kept."""
         self.health = Health()
         caps = backend.capabilities
         self._senses = Senses(caps.absence_is_final, node_grace_ms or caps.lost_after_ms)
@@ -140,8 +148,10 @@ class Controller:
         for thread in self._threads:
             thread.join(timeout_s)
         try:
+            if self._state is not None and self._fence is not None and not self._stale:
+                self._keep_recall(self._state.cluster, self._fence, self._clock.now_ms())
             self._leader.release()
-        except Unreachable as error:
+        except (Unreachable, StaleFence) as error:
             log.warning("lease not released", error=error.message)
 
     def wake(self) -> None:
@@ -265,10 +275,18 @@ class Controller:
 
     def _load(self) -> _State:
         loaded = self._store.load()
+        recalled = self._recall(loaded)
+        if recalled is not None:
+            past: Iterable[Job] = ()
+        else:
+            past = reversed(self._store.jobs(JobQuery(phases=LEARNED_FROM, limit=LEARNED_JOBS)))
         cluster = Cluster.of(
             loaded.jobs, loaded.nodes, loaded.queues, loaded.lost_nodes, loaded.cordoned, loaded.ended, loaded.seq,
-            self._policy.rank, past=reversed(self._store.jobs(JobQuery(phases=LEARNED_FROM, limit=LEARNED_JOBS))),
+            self._policy.rank, past, recalled.estimates if recalled is not None else None,
         )  # fmt: skip
+        if recalled is not None:
+            recalled.give(cluster)
+        self._noted = (self._clock.now_ms(), loaded.seq)
         cluster.touched.update(dict.fromkeys(cluster.jobs))
         if self._provisioner is not None:
             cluster.node_pools = self._policy.node_pools
@@ -277,6 +295,26 @@ class Controller:
         for job_id in cluster.elastic:
             learn_again(cluster, job_id, self._store.samples(job_id))
         return _State(cluster)
+
+    def _recall(self, loaded: Loaded) -> Recalled | None:
+        """What an earlier leader knew, brought up to date."""
+        noted = self._store.recall() if self._recall_every_ms else None
+        if noted is None or noted.seq > loaded.seq:
+            return None
+        live = {job.id: job for job in loaded.jobs}
+        since = (stored for page in self._pages(noted.seq) for stored in page if stored.seq <= loaded.seq)
+        return recall(noted, since, loaded.nodes, lambda job_id: live.get(job_id) or self._store.job(job_id))
+
+    def _pages(self, after: int) -> Iterator[Sequence[ev.Stored]]:
+        while page := self._store.read(after, NEWS):
+            yield page
+            after = page[-1].seq
+
+    def _keep_recall(self, cluster: Cluster, fence: int, now: int) -> None:
+        """Nothing is lost when it fails: the one before and the log say the same."""
+        if self._recall_every_ms:
+            self._noted = (now, cluster.seq)
+            self._store.keep_recall(note(cluster, now), fence)
 
     def _decide(self, state: _State, fence: int, now: int, news: list[ev.Stored]) -> frozenset[JobId]:
         cluster, sight = state.cluster, self._sight
@@ -338,6 +376,8 @@ class Controller:
             self._arm(state, everyone, now)
         if len(plan.decisions) >= self._policy.batch:
             self._wake.set()
+        if now - self._noted[0] >= self._recall_every_ms or cluster.seq - self._noted[1] >= RECALL_EVENTS:
+            self._keep_recall(cluster, fence, now)
         return frozenset(seen_jobs)
 
     def _demand(self, cluster: Cluster) -> None:

@@ -638,6 +638,10 @@ class Cluster:
         """What a bound replica counts for in its queue."""
         return self._charged[job_id, replica]
 
+    def charges(self) -> Iterator[tuple[tuple[JobId, ReplicaId], Amounts]]:
+        """The same of every bound replica."""
+        yield from self._charged.items()
+
     def capacity(self) -> Mapping[str, int]:
         """Resource -> how much all healthy nodes have: GPUs of any kind, of each kind, CPUs, memory. Kept until a node
         changes."""

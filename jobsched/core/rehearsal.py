@@ -8,7 +8,6 @@ copies are made of the picture, in O(jobs in it + nodes).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from copy import deepcopy
 from dataclasses import dataclass, replace
 
 from jobsched.core import events as ev
@@ -19,7 +18,8 @@ from jobsched.core.job import Job, Phase, Reason
 from jobsched.core.node import Cordon, Node
 from jobsched.core.plan import Decision, Reservation
 from jobsched.core.policies.estimate import Estimates
-from jobsched.core.policies.fragmentation import Mix
+from jobsched.core.policies.fragmentation import Mix, MixNote
+from jobsched.core.policies.quota import AccountNote
 from jobsched.core.resources import WHOLE_GPU, JobId, NodeName
 from jobsched.core.schedule import Policy, schedule
 from jobsched.spec.job import JobSpec
@@ -46,14 +46,11 @@ class Picture:
     ended: tuple[tuple[JobId, bool], ...]
     seq: int
     rank: Rank
-    mix: Mix
+    mix: MixNote
     estimates: Estimates
     targets: Mapping[JobId, Target]
     reservations: tuple[Reservation, ...]
-    spent: tuple[tuple[str, int, int], ...]
-    """Of each queue with a budget: GPU time spent in the window, and up to when."""
-    past: tuple[tuple[str, Mapping[str, float], int], ...]
-    """Of each queue: what it held on average, and up to when."""
+    accounts: tuple[AccountNote, ...]
 
     def cluster(self, instead: Mapping[JobId, Job] | None = None) -> Cluster:
         """A cluster like the one that the picture was taken of, to be changed freely; `instead`: with other jobs in
@@ -63,15 +60,10 @@ class Picture:
             jobs, self.nodes, self.queues, self.lost, self.cordoned, self.ended, self.seq, self.rank,
             estimates=self.estimates,
         )  # fmt: skip
-        twin.mix, twin.targets = deepcopy(self.mix), dict(self.targets)
+        twin.mix, twin.targets = Mix.of(self.mix), dict(self.targets)
         for claim in self.reservations:
             twin.reservations[claim.job_id] = replace(claim, made_for=twin.pools_moved)
-        for name, milli_ms, at_ms in self.spent:
-            account = twin.quotas.account(name)
-            account.spent_milli_ms, account.spent_at_ms = milli_ms, at_ms
-        for name, past, at_ms in self.past:
-            account = twin.quotas.account(name)
-            account.past, account.past_at_ms = dict(past), at_ms
+        twin.quotas.recall(self.accounts)
         return twin
 
 
@@ -84,15 +76,13 @@ def picture_of(cluster: Cluster, waiting: Iterable[JobId] | None = None) -> Pict
         each = min(PER_LINE, max(1, MOST // max(1, len(lines))))
         waiting = [place.job_id for line in lines for place in line.places[:each]]
     ids = dict.fromkeys((*bound, *waiting))
-    accounts = cluster.quotas.accounts.values()
     return Picture(
         tuple(cluster.jobs[job_id] for job_id in ids), tuple(cluster.nodes.values()), tuple(cluster.queues.values()),
         tuple(sorted(cluster.lost)), tuple(cluster.cordoned.items()), tuple(cluster.ended.items()), cluster.seq,
-        cluster.rank, deepcopy(cluster.mix), cluster.estimates.as_they_are(ids),
+        cluster.rank, cluster.mix.noted(), cluster.estimates.as_they_are(ids),
         {job_id: cluster.targets[job_id] for job_id in ids if job_id in cluster.targets},
         tuple(c for c in cluster.reservations.values() if c.made_for == cluster.pools_moved and c.job_id in ids),
-        tuple((a.name, a.spent_milli_ms, a.spent_at_ms) for a in accounts if a.spent_at_ms),
-        tuple((a.name, dict(a.past), a.past_at_ms) for a in accounts if a.past_at_ms),
+        cluster.quotas.noted(),
     )  # fmt: skip
 
 

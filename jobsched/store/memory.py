@@ -15,6 +15,7 @@ from typing import Literal
 
 from jobsched.core.events import Event, Stored, job_id_of
 from jobsched.core.job import Job, Phase
+from jobsched.core.recall import Recall
 from jobsched.core.resources import JobId
 from jobsched.ports import Appended, JobQuery, Lease, Loaded, Sample, Usage
 from jobsched.store.projections import SAMPLES_KEPT, Projections, assert_fenced, check_fence, loaded, next_lease
@@ -33,6 +34,7 @@ class MemoryStore:
         """(submitted_at_ms, id) of every job, sorted: the order of listings."""
         self._phases: Counter[str] = Counter()
         self._samples: dict[JobId, deque[Sample]] = {}
+        self._recall: Recall | None = None
         self._lease = Lease("", 0, 0)
 
     def append(
@@ -128,6 +130,14 @@ class MemoryStore:
         with self._lock:
             kept = self._samples.get(job_id, ())
             return tuple(islice(kept, max(0, len(kept) - limit), None))
+
+    def keep_recall(self, recall: Recall, fence: int) -> None:
+        with self._lock:
+            check_fence(fence, self._lease.fence)
+            self._recall = recall
+
+    def recall(self) -> Recall | None:
+        return self._recall
 
     def lease(self, holder: str, ttl_ms: int, now_ms: int) -> Lease | None:
         with self._lock:

@@ -28,7 +28,7 @@ from sqlalchemy import (
 
 from jobsched.errors import StoreUnavailable
 
-HEAD: Final = "0003"
+HEAD: Final = "0004"
 """The newest migration; a database that says so is opened without importing alembic (0.6 s)."""
 
 metadata = MetaData()
@@ -120,6 +120,14 @@ lease = Table(
     Column("expires_ms", BigInteger, nullable=False),
 )
 """Exactly one row."""
+
+recall = Table(
+    "recall",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("body", Text, nullable=False),
+)
+"""One row at most: what the leader knew, `core.recall`."""
 
 samples = Table(
     "samples",

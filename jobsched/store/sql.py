@@ -60,6 +60,7 @@ from jobsched.core.events import (
 )
 from jobsched.core.job import Job, Phase
 from jobsched.core.node import Cordon, Node
+from jobsched.core.recall import Recall
 from jobsched.core.resources import JobId, NodeName
 from jobsched.errors import StoreUnavailable
 from jobsched.ports import Appended, JobQuery, Lease, Loaded, Sample, Usage
@@ -121,6 +122,7 @@ _STATE: Final = TypeAdapter(dict[str, Any])
 _NODE: Final = TypeAdapter(Node)
 _CORDON: Final = TypeAdapter(Cordon)
 _QUEUE: Final = TypeAdapter(QueueSpec)
+_RECALL: Final = TypeAdapter(Recall)
 _ARRAY: Final[TypeAdapter[ArraySpec | None]] = TypeAdapter(ArraySpec | None)
 _OWN: Final = {"name", "array"}
 """The fields of a spec that differ between jobs that are otherwise alike. They are kept in `doc`, so that the text in
@@ -340,6 +342,7 @@ class SqlStore:
         self._remember = remember
         self._written: dict[int, Stored] = {}
         self._put_node = _put(schema.nodes, self._dialect)
+        self._put_recall = _put(schema.recall, self._dialect)
         self._put_queue = _put(schema.queues, self._dialect)
         connect: dict[str, object] = {}
         if self._dialect == "sqlite":
@@ -642,6 +645,22 @@ class SqlStore:
         newest = select(table).where(table.c.job_id == job_id).order_by(table.c.n.desc()).limit(limit)
         with self._transaction("read") as connection:
             return tuple(_sample(row) for row in reversed(connection.execute(newest).all()))
+
+    # ---- what a leader knows besides ----
+
+    def keep_recall(self, recall: Recall, fence: int) -> None:
+        row = {"id": 1, "body": _RECALL.dump_json(recall).decode()}
+        with self._writer, self._transaction("lossy") as connection:
+            check_fence(fence, connection.execute(_LEASE).one().fence)
+            connection.execute(self._put_recall, row)
+
+    def recall(self) -> Recall | None:
+        with self._transaction("read") as connection:
+            body = connection.execute(select(schema.recall.c.body)).scalar()
+        try:
+            return _RECALL.validate_json(body) if body else None
+        except ValidationError:  # of another version: it is learned anew
+            return None
 
     # ---- lease ----
 

@@ -18,6 +18,10 @@ from jobsched.core.cluster import Cluster
 from jobsched.core.job import Binding, Cause, FailureClass, Job, Outcome, Phase, Reason, ReplicaId
 from jobsched.core.lifecycle import evolve_job
 from jobsched.core.node import Cordon, Gpu, Node
+from jobsched.core.policies.estimate import Estimates, Noted
+from jobsched.core.policies.fragmentation import Demand, MixNote
+from jobsched.core.policies.quota import AccountNote
+from jobsched.core.recall import Held, Recall
 from jobsched.core.resources import GpuId, GpuShare, JobId, NodeName
 from jobsched.errors import StaleFence
 from jobsched.ports import Appended, JobQuery, Rejected, Sample, Store, Usage
@@ -324,6 +328,31 @@ class StoreContract:
         third = store.lease("a", 10, now_ms=117)
         assert third is not None
         assert third.fence > second.fence
+
+    def test_what_a_leader_knows_is_kept_for_the_next(self, store: Store) -> None:
+        key = (("default", "me", "", (("worker", "", "python x.py"),), 1_000), "name")
+        noted = Noted(((key, (2,) * 18, (1,) * 18),), (((1,) * 18, (0,) * 18),), ((key, 5, 0),),
+                      ((JobId("a"), 3, 0),), 7)  # fmt: skip
+        demand = Demand(500, 1_000, ("h100",), 10, 20)
+        recall = Recall(
+            3, (QueueSpec(name="x", cohort="y"),), (AccountNote("x", 5, 6, (("gpus", 1.5),), 7),),
+            (Held(JobId("a"), ReplicaId("worker/0"), "x", "me", (("gpus", 1_000), ("cpu", 500))),),
+            10, 20, noted, MixNote(((demand, 2, 3),), ((demand, 1, 2),), 4, True, 5),
+        )  # fmt: skip
+        assert store.recall() is None
+        lease = store.lease("a", 10, now_ms=0)
+        assert lease is not None
+        store.keep_recall(replace(recall, seq=1), lease.fence)
+        store.keep_recall(recall, lease.fence)
+        found = store.recall()
+        assert found is not None
+        assert replace(found, estimates=noted) == recall
+        assert repr(Estimates.of(found.estimates)) == repr(Estimates.of(noted))
+        later = store.lease("b", 10, now_ms=10)
+        assert later is not None
+        with pytest.raises(StaleFence):
+            store.keep_recall(replace(recall, seq=9), lease.fence)
+        assert store.recall() == found
 
     def test_its_own_expired_lease_keeps_the_fence_if_nobody_led_since(self, store: Store) -> None:
         first, later = store.lease("a", 10, now_ms=0), store.lease("a", 10, now_ms=500)

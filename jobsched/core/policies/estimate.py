@@ -18,6 +18,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from heapq import nlargest
 from itertools import takewhile
 
 from jobsched.core.job import Job, Phase
@@ -112,6 +113,22 @@ def ran_ms(job: Job, now_ms: int) -> int:
     return job.ran_ms + (max(0, now_ms - job.running_since_ms) if job.phase is Phase.RUNNING else 0)
 
 
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """What `Estimates` had learned, as values; `live`: job, buckets passed, place of its campaign."""
+
+    tallies: tuple[tuple[Key, tuple[int, ...], tuple[int, ...]], ...] = ()
+    campaigns: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
+    families: tuple[tuple[Key, int, int], ...] = ()
+    """Family, its last submission, the place of the campaign that was of."""
+    live: tuple[tuple[JobId, int, int], ...] = ()
+    ends: int = 0
+
+
+FAMILIES_NOTED = 5_000
+"""Levels that are noted, those that saw most."""
+
+
 @dataclass(slots=True)
 class _Known:
     """A live job: its levels, widest first, and how many buckets it has passed."""
@@ -143,6 +160,35 @@ class Estimates:
     _reports: dict[JobId, _Report] = field(default_factory=dict)
     _ends: int = 0
     _learns: bool = True
+    _recalled: dict[JobId, tuple[int, Tally]] = field(default_factory=dict)
+    """Jobs that lived when this was noted: buckets passed, campaign."""
+
+    def noted(self, now_ms: int) -> Noted:
+        """What was learned so far; of campaigns, those that go on. O(families + live jobs)."""
+        most = nlargest(FAMILIES_NOTED, self._tallies.items(), key=lambda item: item[1].version)
+        going = [
+            (family, last_ms, tally) for family, (last_ms, tally) in self._campaigns.items()
+            if now_ms - last_ms <= CAMPAIGN_GAP_MS
+        ]  # fmt: skip
+        campaigns = [tally for _, _, tally in going] + [known.levels[-1] for known in self._live.values()]
+        place = {id(tally): at for at, tally in enumerate(campaigns)}
+        return Noted(
+            tuple((key, tuple(tally.entered), tuple(tally.ended)) for key, tally in most),
+            tuple((tuple(tally.entered), tuple(tally.ended)) for tally in campaigns),
+            tuple((family, last_ms, place[id(tally)]) for family, last_ms, tally in going),
+            tuple((job_id, known.passed, place[id(known.levels[-1])]) for job_id, known in self._live.items()),
+            self._ends,
+        )
+
+    @classmethod
+    def of(cls, noted: Noted) -> Estimates:
+        """As it was when that was noted. What came since is to be told: jobs that live, jobs that ended."""
+        tallies = {_tuples(key): _tally(entered, ended) for key, entered, ended in noted.tallies}
+        campaigns = [_tally(*each) for each in noted.campaigns]
+        families = {_tuples(family): (last_ms, campaigns[at]) for family, last_ms, at in noted.families}
+        found = cls(tallies, {}, families, {}, noted.ends)
+        found._recalled = {job_id: (passed, campaigns[at]) for job_id, passed, at in noted.live}
+        return found
 
     def as_they_are(self, job_ids: Iterable[JobId]) -> Estimates:
         """What is known of these jobs and of whatever is like them, for copies of a cluster: nothing that happens there
@@ -155,21 +201,27 @@ class Estimates:
     def submitted(self, job: Job) -> None:
         """A job came."""
         if job.id not in self._live:
-            self._live[job.id] = _Known(self._levels(job))
+            passed, campaign = self._recalled.pop(job.id, (0, None))
+            self._live[job.id] = _Known(self._levels(job, campaign), passed)
 
-    def _levels(self, job: Job) -> tuple[Tally, ...]:
+    def _levels(self, job: Job, campaign: Tally | None) -> tuple[Tally, ...]:
         family = family_of(job)
         name = _COUNTER.sub("", str(job.spec.name)) if job.spec.name else ""
-        last_ms, campaign = self._campaigns.get(family, (0, None))
-        if campaign is None or job.submitted_at_ms - last_ms > CAMPAIGN_GAP_MS:
-            campaign = Tally()
-        if self._learns:
-            self._campaigns[family] = (max(last_ms, job.submitted_at_ms), campaign)
+        if campaign is None:
+            campaign = self._campaign(family, job)
         keys: tuple[Key, ...] = ((), (family[-1],), family, (*family, name))
         tallies = self._tallies
         if not self._learns:
             return (*(tallies.get(key) or Tally() for key in keys), campaign)
         return (*(tallies.setdefault(key, Tally()) for key in keys), campaign)
+
+    def _campaign(self, family: Key, job: Job) -> Tally:
+        last_ms, campaign = self._campaigns.get(family, (0, None))
+        if campaign is None or job.submitted_at_ms - last_ms > CAMPAIGN_GAP_MS:
+            campaign = Tally()
+        if self._learns:
+            self._campaigns[family] = (max(last_ms, job.submitted_at_ms), campaign)
+        return campaign
 
     def ran(self, job_id: JobId, for_ms: int) -> None:
         """A live job has run so long and goes on."""
@@ -267,6 +319,15 @@ class Estimates:
     def seen(self, job: Job) -> int:
         """Ended jobs of the job's family."""
         return self.curve(job).seen
+
+
+def _tally(entered: Sequence[int], ended: Sequence[int]) -> Tally:
+    return Tally(list(entered), list(ended), version=sum(entered))
+
+
+def _tuples(key: Sequence[object]) -> Key:
+    """A key as it was before it was written down as lists."""
+    return tuple(_tuples(part) if isinstance(part, (list, tuple)) else part for part in key)
 
 
 def _curve(hazard: list[float], seen: int) -> Curve:

@@ -4,7 +4,7 @@ level by level from the root as in Slurm's Fair Tree, so that a cohort's share d
 Queues within their quota go before those that borrow (Kueue); among equals, the one whose dominant share per weight is
 smallest: what it holds now, and what it held on average in the past, with a half-life (Slurm, Kueue's usage-based fair
 sharing). Everything that starts pays an entry, so that a burst of short jobs counts before it is over. Shares are
-counted in `SCALE`ths of the cluster. Past use is kept in memory: a new leader begins with what runs.
+counted in `SCALE`ths of the cluster. Past use outlives its leader (`core.recall`).
 """
 
 from __future__ import annotations

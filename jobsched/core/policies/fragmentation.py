@@ -111,7 +111,7 @@ class Waste:
     def __init__(self, counts: Mapping[Demand, int], fill: bool, memory: Mapping[Demand, int] | None = None) -> None:
         self.total = sum(counts.values())
         self.fill = fill
-        self._memory = memory or {}
+        self.memory = memory or {}
         self._counts = sorted((d, n) for d, n in counts.items() if d.gpu_milli)
         self._of_class: dict[GpuClass, _Demands] = {}
         self._states: dict[tuple[GpuClass, Levels], State] = {}
@@ -134,7 +134,7 @@ class Waste:
             demands = self._of_class.get(cls)
             if demands is None:
                 usable = [(d, n) for d, n in self._counts if _usable(cls, d)]
-                demands = self._of_class[cls] = _Demands(usable, self._memory)
+                demands = self._of_class[cls] = _Demands(usable, self.memory)
             found = self._states[cls, levels] = State(self, cls, levels, demands)
         return found
 
@@ -278,6 +278,18 @@ def typical(counts: Mapping[Demand, int]) -> dict[Demand, int]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class MixNote:
+    """A `Mix` as values. `counts`: demand, replicas, what these ask of the memory of their nodes together; `usual`:
+    demand, replicas, what each asks of it."""
+
+    counts: tuple[tuple[Demand, int, int], ...] = ()
+    usual: tuple[tuple[Demand, int, int], ...] = ()
+    total: int = 0
+    shares: bool = False
+    next: int = 1
+
+
 @dataclass(slots=True)
 class Mix:
     """What was submitted so far: how many replicas of each demand. Old counts fade: when `FADES_AT` is reached all are
@@ -293,6 +305,22 @@ class Mix:
     _next: int = 1
     _usual: dict[Demand, int] = field(default_factory=dict)
     _waste: Waste = field(default_factory=lambda: Waste({}, fill=True))
+
+    def noted(self) -> MixNote:
+        return MixNote(
+            tuple((d, n, self._memory[d]) for d, n in self.counts.items()),
+            tuple((d, n, self._waste.memory.get(d, 0)) for d, n in self._usual.items()),
+            self.total, self.shares, self._next,
+        )  # fmt: skip
+
+    @classmethod
+    def of(cls, note: MixNote) -> Mix:
+        """As it was when that was noted."""
+        mix = cls({d: n for d, n, _ in note.counts}, note.total, {d: m for d, _, m in note.counts}, note.shares)
+        mix._next, mix._usual = note.next, {d: n for d, n, _ in note.usual}
+        if note.usual:
+            mix.version, mix._waste = 1, Waste(mix._usual, fill=True, memory={d: each for d, _, each in note.usual})
+        return mix
 
     def learn(self, shape: Shape) -> None:
         for role in shape.roles:

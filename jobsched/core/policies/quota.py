@@ -8,7 +8,7 @@ Everything is O(depth of the tree) and does not depend on the number of queues o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -135,7 +135,8 @@ class Account:
     def advance(self, now_ms: int, half_life_ms: int) -> None:
         """Bring `past` up to now."""
         if now_ms > self.past_at_ms:
-            self.past = {resource: self.average(resource, now_ms, half_life_ms) for resource in self.held}
+            known = dict.fromkeys((*self.past, *self.held))
+            self.past = {resource: self.average(resource, now_ms, half_life_ms) for resource in known}
             self.past_at_ms = now_ms
 
     def spent(self, now_ms: int) -> int:
@@ -145,6 +146,17 @@ class Account:
         begin = now_ms - now_ms % self.spec.budget.window
         before = self.spent_milli_ms if self.spent_at_ms >= begin else 0
         return before + self.held.get(GPUS, 0) * (now_ms - max(begin, min(now_ms, self.spent_at_ms)))
+
+
+@dataclass(frozen=True, slots=True)
+class AccountNote:
+    """What an account's jobs used and the jobs that live cannot tell: spent in the budget's window, and in the past."""
+
+    name: str
+    spent_milli_ms: int
+    spent_at_ms: int
+    past: tuple[tuple[str, float], ...]
+    past_at_ms: int
 
 
 class Quotas:
@@ -161,6 +173,22 @@ class Quotas:
         """Of past use; 0: it is not kept."""
         self.entry_ms = 0
         """So long everything that starts is taken to have been held already: many short jobs at once are not free."""
+
+    # ---- use that is over ----
+
+    def noted(self) -> tuple[AccountNote, ...]:
+        return tuple(
+            AccountNote(a.name, a.spent_milli_ms, a.spent_at_ms, tuple(a.past.items()), a.past_at_ms)
+            for a in self.accounts.values() if a.spent_at_ms or a.past_at_ms
+        )  # fmt: skip
+
+    def recall(self, notes: Iterable[AccountNote]) -> None:
+        """Accounts that are defined go on from what was noted."""
+        for note in notes:
+            account = self.accounts.get(note.name)
+            if account is not None:
+                account.spent_milli_ms, account.spent_at_ms = note.spent_milli_ms, note.spent_at_ms
+                account.past, account.past_at_ms = dict(note.past), note.past_at_ms
 
     # ---- the tree ----
 
