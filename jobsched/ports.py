@@ -116,6 +116,71 @@ class Provisioner(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Window:
+    """Size of the terminal that a command shall have."""
+
+    rows: int = 24
+    columns: int = 80
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Some bytes that came out of a session; `error`: on stderr, where that is apart."""
+
+    data: bytes
+    error: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """Nothing more will come. `code` as a shell tells it: 128 + N for signal N; 0 for a connection that was closed."""
+
+    code: int
+
+
+class Session(Protocol):
+    """A command beside a replica's own, or a connection to one of its ports, for as long as it lasts. One thread
+    receives while another may do the rest. BackendUnreachable from any method when the engine is lost."""
+
+    def receive(self, timeout_s: float) -> Output | Ended | None:
+        """What came next; None when nothing did in time. After `Ended` it is not asked again."""
+        ...
+
+    def send(self, data: bytes) -> None:
+        """To stdin, or into the connection. Blocks while the other side does not take it; what comes after its end is
+        dropped."""
+        ...
+
+    def end_input(self) -> None:
+        """Nothing more will be sent."""
+        ...
+
+    def resize(self, window: Window) -> None: ...
+
+    def close(self) -> None:
+        """End it, if it has not ended by itself. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class Reach(Protocol):
+    """What a backend besides implements if people can get at its running replicas. `Conflict` when the replica does not
+    run (any more), BackendUnreachable when the engine cannot be reached. What happens in a session never touches the
+    replica's own command, and ends with it."""
+
+    def execute(self, key: LaunchKey, command: Sequence[str], window: Window | None = None) -> Session:
+        """Run a command beside the replica's own: in its environment, directory (or container), with its GPUs and
+        limits; on a terminal of its own if a window is given. What cannot be run ends with 126 or 127, its reason on
+        stderr, as in a shell."""
+        ...
+
+    def connect(self, key: LaunchKey, port: int) -> Session:
+        """A connection to a TCP port on which the replica listens, at least on its loopback. `error` output tells why
+        it broke off."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
 class Loaded:
     """What a leader needs to begin: live jobs, nodes, queues, and the position they are folded up to."""
 
@@ -284,6 +349,6 @@ class Clock(Protocol):
 
 
 __all__ = [
-    "Addressing", "Appended", "Backend", "Capabilities", "Clock", "Job", "JobQuery", "Lease", "Loaded", "LogChunk",
-    "Provisioner", "Rejected", "Sample", "Store", "Usage", "Wake",
+    "Addressing", "Appended", "Backend", "Capabilities", "Clock", "Ended", "Job", "JobQuery", "Lease", "Loaded",
+    "LogChunk", "Output", "Provisioner", "Reach", "Rejected", "Sample", "Session", "Store", "Usage", "Wake", "Window",
 ]

@@ -13,7 +13,7 @@ import secrets
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from pydantic import TypeAdapter
@@ -41,7 +41,8 @@ from jobsched.core.cluster import Cluster, cordon_of
 from jobsched.core.edit import FIXED, compare
 from jobsched.core.events import Stored
 from jobsched.core.forecast import expected, picture_for, sooner_with
-from jobsched.core.job import Job, Phase, Reason
+from jobsched.core.job import Job, Phase, Reason, Replica, ReplicaState
+from jobsched.core.launch import LaunchKey, launch_key
 from jobsched.core.lifecycle import Illegal, evolve_job
 from jobsched.core.node import Cordon
 from jobsched.core.observation import Sight
@@ -54,7 +55,7 @@ from jobsched.core.story import story
 from jobsched.core.suspicion import BY
 from jobsched.errors import Conflict, JobschedError, NotFound, Problem, SpecError, Unplaceable, Unreachable, UsageError
 from jobsched.logs import Listener, LogReader, Selection
-from jobsched.ports import Backend, Clock, JobQuery, Sample, Store
+from jobsched.ports import Backend, Clock, JobQuery, Reach, Sample, Session, Store, Window
 from jobsched.spec.job import ArraySpec, JobSpec, training_roles
 from jobsched.spec.queue import QueueSpec, distinct_queues
 
@@ -73,6 +74,17 @@ ID = re.compile(r"[0-9a-hjkmnp-tv-z]{26}")
 ID_PREFIX = re.compile(r"[0-9a-hjkmnp-tv-z]{4,25}")
 
 IfExists = Literal["", "fail", "skip", "replace"]
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """The replica that somebody wants to get at: of the job `ref`; without a role that of rank 0, without an index the
+    first."""
+
+    ref: str
+    role: str = ""
+    index: int | None = None
+    owner: str = ""
 
 
 class Health(Protocol):
@@ -379,6 +391,34 @@ class Service:
             raise NotFound(f"job {job.name!r} has no role {selection.role!r}", hint=hint)
         _refuse_absent(job, selection)
         return self._logs.read(job.id, selection, follow=follow, tail=tail)
+
+    # ---- reaching into replicas ----
+
+    def execute(self, where: Where, command: Sequence[str], window: Window | None = None) -> Session:
+        """Run a command beside a replica's own. Raises `NotFound` for a role or index that the job has not, `Conflict`
+        when that replica does not run."""
+        if not command or not command[0]:
+            raise UsageError("there is no command to run", hint="for example: jobsched exec JOB -- nvidia-smi")
+        reach, key = self._reached(where)
+        return reach.execute(key, command, window)
+
+    def forward(self, where: Where, port: int) -> Session:
+        """A connection to a port of a replica; as `execute` otherwise."""
+        if not 0 < port < 1 << 16:
+            raise UsageError(f"{port} is no port")
+        reach, key = self._reached(where)
+        return reach.connect(key, port)
+
+    def _reached(self, where: Where) -> tuple[Reach, LaunchKey]:
+        job = self.resolve(where.ref, owner=where.owner)
+        if not isinstance(self._backend, Reach):
+            raise UsageError(f"replicas cannot be reached on the {self._backend.capabilities.name} backend")
+        if where.role and where.role not in job.spec.roles:
+            hint = _suggest(where.role, job.spec.roles, "roles")
+            raise NotFound(f"job {job.name!r} has no role {where.role!r}", hint=hint)
+        _refuse_absent(job, Selection(where.role, where.index))
+        replica = _replica_meant(job, where)
+        return self._backend, launch_key(job.id, job.attempt, replica.role, replica.index, replica.restart)
 
     def read(self, after: int, limit: int) -> Sequence[Stored]:
         """A piece of the whole log, for event streams."""
@@ -773,6 +813,16 @@ def _refuse_absent(job: Job, selection: Selection) -> None:
     ):  # fmt: skip
         if number is not None and number > highest:
             raise NotFound(f"job {job.name!r} has no {what} {number}", hint=f"the highest is {highest}")
+
+
+def _replica_meant(job: Job, where: Where) -> Replica:
+    role, index = where.role or next(iter((*training_roles(job.spec), *job.spec.roles))), where.index or 0
+    replica = next((r for r in job.replicas.values() if (r.role, r.index) == (role, index)), None)
+    if replica is None or replica.state is not ReplicaState.RUNNING or job.phase.terminal:
+        state = job.phase.lower() if replica is None or job.phase.terminal else replica.state.value
+        which = f"replica {role}/{index} of job {job.name!r}"
+        raise Conflict(f"{which} does not run: {state}", hint=f"'jobsched describe {job.id}' shows those that do")
+    return replica
 
 
 def _refuse_incomplete(spec: JobSpec) -> None:

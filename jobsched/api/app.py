@@ -19,6 +19,7 @@ from starlette.types import ASGIApp
 
 from jobsched.api.auth import LOOPBACK, Guard
 from jobsched.api.dashboard import dashboard_routes
+from jobsched.api.reach import reach_routes
 from jobsched.api.routes_cluster import cluster_routes
 from jobsched.api.routes_jobs import job_routes
 from jobsched.api.stream import Feed
@@ -79,6 +80,7 @@ def create_app(
     )
     api.openapi = lambda: document(api)  # type: ignore[method-assign]
     api.include_router(job_routes(service, feed))
+    api.include_router(reach_routes(service))
     api.include_router(cluster_routes(service, version, shutdown))
     api.include_router(dashboard_routes())
     api.add_exception_handler(JobschedError, _on_error)

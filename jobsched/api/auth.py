@@ -66,6 +66,9 @@ class Guard:
         self._hosts = None if hosts is None else frozenset(hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await self._let_in(scope, receive, send)
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -88,12 +91,25 @@ class Guard:
             trace = "".join(traceback.format_exception(exc))  # without local variables: they hold secrets
             log.error("request failed", path=scope["path"], request_id=request_id, traceback=trace)
 
+    async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """A session in a replica: the same conditions, and an error of the same form instead of the upgrade."""
+        try:
+            self._check(scope)
+        except JobschedError as exc:
+            await _send_error(send, exc, "websocket.http.response")
+            return
+        try:
+            await self._app(scope, receive, send)
+        except Exception as exc:
+            trace = "".join(traceback.format_exception(exc))
+            log.error("session failed", path=scope["path"], traceback=trace)
+
     def _check(self, scope: Scope) -> None:
         headers = dict(reversed(scope["headers"]))
         host = headers.get(b"host", b"").decode("latin-1")
         if self._hosts is not None and host.rsplit(":", 1)[0] not in self._hosts and host not in self._hosts:
             raise Forbidden("the Host header names another server", hint="use the URL that the server printed")
-        if scope["path"] in OPEN_PATHS and scope["method"] in ("GET", "HEAD"):
+        if scope["path"] in OPEN_PATHS and scope.get("method") in ("GET", "HEAD"):
             return
         if not hmac.compare_digest(headers.get(b"authorization", b""), self._expected):
             raise AuthError(
@@ -118,10 +134,10 @@ def _limited(receive: Receive) -> Receive:
     return limited
 
 
-async def _send_error(send: Send, error: JobschedError) -> None:
+async def _send_error(send: Send, error: JobschedError, kind: str = "http.response") -> None:
     body = json.dumps(error.to_wire()).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if isinstance(error, AuthError):
         headers.append((b"www-authenticate", b'Bearer realm="jobsched"'))
-    await send({"type": "http.response.start", "status": error.http_status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": f"{kind}.start", "status": error.http_status, "headers": headers})
+    await send({"type": f"{kind}.body", "body": body})

@@ -13,6 +13,11 @@ import uvicorn
 from jobsched.api.app import Application
 from jobsched.errors import Unreachable
 
+MAX_MESSAGE = 1 << 20
+"""Bytes of one message of a session."""
+SILENT_S = 300.0
+"""Longest wait for the answer to a ping: whoever is asked may have stopped reading for a while on purpose."""
+
 
 class HttpServer:
     """Serves an application on a listening socket. Not restartable."""
@@ -43,7 +48,8 @@ class HttpServer:
 class _Uvicorn(uvicorn.Server):
     def __init__(self, app: Application, drain_s: float) -> None:
         super().__init__(uvicorn.Config(
-            app.asgi, lifespan="on", ws="none", log_config=None, access_log=False, server_header=False,
+            app.asgi, lifespan="on", ws="wsproto", ws_max_size=MAX_MESSAGE, ws_ping_timeout=SILENT_S,
+            log_config=None, access_log=False, server_header=False,
             timeout_graceful_shutdown=round(drain_s), timeout_keep_alive=75, backlog=512,
         ))  # fmt: skip
         self._feed = app.feed

@@ -16,7 +16,9 @@ from pathlib import Path
 from jobsched.backends import local_render
 from jobsched.backends.followed_log import chunks
 from jobsched.backends.local_nodes import NodeSource, overlaid
+from jobsched.backends.sessions import TERMINAL, Connected, Local
 from jobsched.backends.supervisor import processes
+from jobsched.backends.supervisor.beside import Beside
 from jobsched.backends.supervisor.client import Line, command, dial, inherited
 from jobsched.backends.supervisor.protocol import VERSION, Layout, Message, Settings
 from jobsched.backends.supervisor.stacks import find_py_spy
@@ -24,8 +26,8 @@ from jobsched.core.launch import Launch, LaunchKey
 from jobsched.core.node import Node
 from jobsched.core.observation import Observation
 from jobsched.core.resources import NodeName
-from jobsched.errors import BackendUnreachable
-from jobsched.ports import Addressing, Capabilities, LogChunk
+from jobsched.errors import BackendUnreachable, Conflict
+from jobsched.ports import Addressing, Capabilities, LogChunk, Session, Window
 
 NODE_LOOK_S = 0.25
 
@@ -102,6 +104,22 @@ class LocalBackend:
 
     def logs(self, key: LaunchKey, offset: int = 0, follow: bool = False, timeout_ms: int = 0) -> Iterator[LogChunk]:
         return chunks(self.layout.log(key), offset, lambda: follow and self._runs(key), timeout_ms)
+
+    def execute(self, key: LaunchKey, command: Sequence[str], window: Window | None = None) -> Session:
+        found = self._ask({"do": "beside", "key": key})
+        if not found["ok"]:
+            raise Conflict(f"nothing can run beside the replica: {found['why']}")
+        size = (window.rows, window.columns) if window else None
+        env = found["env"] | (TERMINAL if window else {})
+        try:
+            return Local(Beside(found["pid"], env, found["enter"], command, size))
+        except OSError as error:  # it has just ended, or the machine is full
+            raise Conflict(f"nothing can run beside the replica: {error.strerror or error}") from error
+
+    def connect(self, key: LaunchKey, port: int) -> Session:
+        if not self._runs(key):
+            raise Conflict("nothing can be reached in the replica: it does not run")
+        return Connected.to(port)
 
     def close(self) -> None:
         for line in (self._control, self._watch):

@@ -10,6 +10,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -117,6 +118,17 @@ class Remote:
                 away_since = away_since or time.monotonic()
             time.sleep(0.2 + 0.2 * random.random())
             self._follow_server()
+
+    @contextmanager
+    def upgrade(self, path: str, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
+        """GET /v1/`path` on a connection that then speaks something else; see `channel`. Tried once."""
+        try:
+            with self._http.stream(
+                "GET", self._url(path), headers=self._headers(headers), timeout=httpx2.Timeout(30.0, connect=5.0)
+            ) as response:
+                yield response
+        except httpx2.TransportError as exc:
+            raise self._unreachable(exc) from exc
 
     def _send(self, method: str, path: str, params: Params, body: object, *, safe: bool) -> bytes:
         for trial in range(1, TRIES + 1):

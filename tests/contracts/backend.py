@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -20,7 +22,8 @@ from jobsched.core.launch import Launch, LaunchKey, launch_key
 from jobsched.core.node import Node
 from jobsched.core.observation import Observation, ReplicaReport, Seen, Sight
 from jobsched.core.resources import GpuShare, JobId, NodeName
-from jobsched.ports import Backend
+from jobsched.errors import Conflict
+from jobsched.ports import Backend, Ended, Output, Reach, Session, Window
 
 PATIENCE_S = 60.0
 """Only a failing test waits as long: a loaded machine takes ten times its usual second."""
@@ -273,6 +276,26 @@ while True:
 """
 
 
+LISTENS = """
+import socket
+with socket.create_server(("127.0.0.1", {port})) as server:
+    print("ready", flush=True)
+    while True:
+        sock, _ = server.accept()
+        with sock:
+            while data := sock.recv(65536):
+                sock.sendall(data.upper())
+"""
+SEES_TERMINAL = """
+import os, signal, sys, time
+signal.signal(signal.SIGWINCH, lambda *_: print("size", *os.get_terminal_size(), flush=True))
+print(sys.stdin.isatty(), sys.stdout.isatty(), *os.get_terminal_size(), os.environ["TERM"], flush=True)
+print("heard", input(), flush=True)
+sys.exit(3)
+"""
+FINDS = "import glob; print(sum(b'{mark}' in open(p, 'rb').read() for p in glob.glob('/proc/[0-9]*/cmdline')) - 1)"
+
+
 class ProcessBackendContract(BackendContract):
     """For backends whose replicas are commands with an environment, signals and logs; `python` is on their PATH."""
 
@@ -446,3 +469,135 @@ class ProcessBackendContract(BackendContract):
         launches = [a_launch(watcher.sight.nodes[name], ("/bin/true",), a_key(index=i)) for i, name in enumerate(names)]
         watcher.backend.start(launches)
         assert [r.node for r in watcher.ended(*(launch.key for launch in launches))] == names
+
+    # what people do in a replica ----------------------------------------------------------------------------------
+
+    @pytest.fixture
+    def reach(self, backend: Backend) -> Reach:
+        assert isinstance(backend, Reach)
+        return backend
+
+    @pytest.fixture
+    def key(self, engine: Engine, watcher: Watcher, node: Node) -> LaunchKey:
+        """Of a replica that runs."""
+        launch = a_launch(node, ("/bin/sh", "-c", "echo at $(pwd); echo ready; exec sleep 300"), env={"COLOUR": "blue"})
+        watcher.backend.start([launch])
+        watcher.running(launch.key)
+        self.wait_for_log(watcher.backend, launch.key, b"ready")
+        return launch.key
+
+    def said(self, session: Session, until: bytes = b"") -> tuple[bytes, bytes, int | None]:
+        """Everything on stdout and stderr, and the code; or what came until some text did."""
+        out, err = b"", b""
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            match session.receive(0.5):
+                case Output(data, error):
+                    out, err = (out, err + data) if error else (out + data, err)
+                case Ended(code):
+                    session.close()
+                    return out, err, code
+            if until and until in out:
+                return out, err, None
+        raise AssertionError(f"neither {until!r} nor an end came: {out!r} {err!r}")
+
+    def test_a_command_runs_in_the_replicas_environment_and_directory(
+        self, engine: Engine, reach: Reach, key: LaunchKey
+    ) -> None:
+        script = 'echo "$COLOUR $RANK $JOBSCHED_JOB_ID"; echo at $(pwd); echo oops >&2; exit 7'
+        out, err, code = self.said(reach.execute(key, ["/bin/sh", "-c", script]))
+        assert (out.splitlines()[0], err, code) == (b"blue 0 job-1", b"oops\n", 7)
+        assert out.splitlines()[1] == self.read_log(engine.backend, key).splitlines()[0]
+
+    def test_what_is_sent_is_read_and_its_end_is_seen(self, reach: Reach, key: LaunchKey) -> None:
+        session = reach.execute(key, ["cat"])
+        session.send(b"one\n")
+        assert self.said(session, until=b"one\n")[0] == b"one\n"
+        session.send(b"two")
+        session.end_input()
+        assert self.said(session) == (b"two", b"", 0)
+
+    def test_megabytes_go_through_both_ways(self, reach: Reach, key: LaunchKey) -> None:
+        data = bytes(range(256)) * 8_192
+        session = reach.execute(key, ["cat"])
+
+        def feed() -> None:
+            for at in range(0, len(data), 32_768):
+                session.send(data[at:at + 32_768])
+            session.end_input()
+
+        thread = threading.Thread(target=feed)
+        thread.start()
+        out, err, code = self.said(session)
+        thread.join()
+        assert (len(out), err, code) == (len(data), b"", 0)
+        assert out == data
+
+    def test_a_terminal_is_one(self, reach: Reach, key: LaunchKey) -> None:
+        session = reach.execute(key, ["python", "-c", SEES_TERMINAL], Window(rows=30, columns=100))
+        first = self.said(session, until=b"\n")[0]
+        assert first.startswith(b"True True 100 30 xterm")
+        session.resize(Window(rows=31, columns=99))
+        assert b"size 99 31" in self.said(session, until=b"31\r\n")[0]
+        session.send(b"you\r")
+        out, _, code = self.said(session)
+        assert b"heard you" in out
+        assert code == 3
+
+    def test_a_signal_is_told_as_a_shell_does(self, reach: Reach, key: LaunchKey) -> None:
+        assert self.said(reach.execute(key, ["/bin/sh", "-c", "kill -9 $$"]))[2] == 128 + signal.SIGKILL
+
+    def test_what_is_no_command_is_told_as_a_shell_does(self, reach: Reach, key: LaunchKey) -> None:
+        out, err, code = self.said(reach.execute(key, ["no-such-command"]))
+        assert code in (126, 127)
+        assert b"no-such-command" in out + err
+
+    def test_hanging_up_ends_the_command_and_not_the_replica(
+        self, reach: Reach, watcher: Watcher, key: LaunchKey
+    ) -> None:
+        mark = f"mark-{time.monotonic_ns()}"
+        script = f"import time; print('on', flush=True); time.sleep(300)  # {mark}"
+        session = reach.execute(key, ["python", "-c", script])
+        self.said(session, until=b"on\n")
+        finds = ["python", "-c", FINDS.format(mark=mark)]
+        assert self.said(reach.execute(key, finds))[0].strip() != b"0"
+        session.close()
+        deadline = time.monotonic() + PATIENCE_S
+        while self.said(reach.execute(key, finds))[0].strip() != b"0":
+            assert time.monotonic() < deadline, "the command goes on"
+        watcher.look(50)
+        assert watcher.sight.replicas[key].state is Seen.RUNNING
+
+    def test_a_session_ends_with_its_replica(self, reach: Reach, watcher: Watcher, key: LaunchKey) -> None:
+        session = reach.execute(key, ["sleep", "300"])
+        assert session.receive(0.3) is None
+        watcher.backend.stop([key], 0)
+        watcher.end(key)
+        assert self.said(session)[2] != 0
+        with pytest.raises(Conflict):
+            reach.execute(key, ["true"])
+        with pytest.raises(Conflict):
+            reach.connect(key, 80)
+        with pytest.raises(Conflict):
+            reach.execute(a_key("nobody"), ["true"])
+
+    def test_a_port_of_a_replica_is_reached(self, reach: Reach, watcher: Watcher, node: Node) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        launch = a_launch(node, ("python", "-c", LISTENS.format(port=port)), a_key("listens"))
+        watcher.backend.start([launch])
+        self.wait_for_log(watcher.backend, launch.key, b"ready")
+        for text in (b"hello", b"again"):
+            session = reach.connect(launch.key, port)
+            session.send(text)
+            assert self.said(session, until=text.upper())[0] == text.upper()
+            session.end_input()
+            assert self.said(session) == (b"", b"", 0)
+        try:
+            _, said, code = self.said(reach.connect(launch.key, port + 1))
+        except Conflict as refused:  # found out before or after it is connected
+            said, code = refused.message.encode(), 1
+        assert str(port + 1).encode() in said
+        assert code != 0
+        watcher.backend.stop([launch.key], 0)
+        watcher.end(launch.key)

@@ -185,6 +185,18 @@ class Keeper:
         if (program := find_program(interpreter, env.get("PATH", ""), "/")) is not None:
             self._warm.prepare(program, preload, env, pinned=True)
 
+    def beside(self, key: Key) -> Message:
+        """What a process needs to run beside this replica: whose neighbour it is, its environment, its groups."""
+        replica = self.replicas.get(key)
+        if replica is None or replica.state is not State.RUNNING or replica.reaped is not None:
+            return {"ok": False, "why": "it does not run"}
+        try:
+            env = self._environment(replica.order) if replica.order.env else processes.environment(replica.pid)
+        except StartError as error:  # a secret was taken away meanwhile
+            return {"ok": False, "why": str(error)}
+        replica.visited = True
+        return {"ok": True, "pid": replica.pid, "env": env, "enter": replica.confinement.enter}
+
     @property
     def running(self) -> int:
         return sum(replica.end is None for replica in self.replicas.values())
@@ -331,7 +343,6 @@ class Keeper:
             return
         self._by_pid[pid] = replica
         self.loop.watch(replica.pidfd, lambda: self._main_ended(replica))
-        replica.forget_secrets()
         self.changed(replica.key)
 
     def _environment(self, order: Order) -> dict[str, str]:
@@ -441,7 +452,7 @@ class Keeper:
         for replica in list(self._settling.values()):
             assert replica.reaped is not None
             left: set[int] = set()
-            if strays or not replica.own_child or processes.send_group(replica.pid, 0):
+            if strays or replica.visited or not replica.own_child or processes.send_group(replica.pid, 0):
                 look = look or Look()
                 left = self._all_of(replica, look)
                 self._kill(left)

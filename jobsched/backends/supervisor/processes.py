@@ -80,6 +80,18 @@ def marker(pid: int) -> str:
     return ""
 
 
+def environment(pid: int) -> dict[str, str]:
+    """What a process was started with; empty when it is not ours to read. Of a replica that a warm interpreter became,
+    only what that one had."""
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            entries = file.read().split(b"\0")
+    except OSError:
+        return {}
+    pairs = (os.fsdecode(entry).partition("=") for entry in entries if b"=" in entry)
+    return {name: value.strip() if name == LAUNCH_VARIABLE else value for name, _, value in pairs}
+
+
 class Look:
     """One look at all processes; their marks are read only when somebody asks for them."""
 

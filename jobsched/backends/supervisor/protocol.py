@@ -4,12 +4,13 @@ One JSON object per line over a unix stream socket. A connection is either a *co
 answered by one line, in order) or, after `{"do": "watch"}`, a *watch* connection: a full listing, then changes as they
 happen, newest state per replica. `hello`, `upgrade` and `quit` keep their meaning in every version.
 
-    -> {"do": "hello", "settings": {…}}        <- {"version": 1, "pid": 12, "limits": "cgroup v2", "running": 3, …}
+    -> {"do": "hello", "settings": {…}}        <- {"version": 2, "pid": 12, "limits": "cgroup v2", "running": 3, …}
     -> {"do": "start", "orders": [Order, …]}   <- {"ok": true}
     -> {"do": "hold", "keys": [k, …]}          these are killed when this connection ends, however it does; if the
                                                supervisor ends first, by the next one, unless they are held again
     -> {"do": "stop", "keys": [k, …], "grace_ms": 30000}
     -> {"do": "stacks" | "forget" | "state", "keys": [k, …]}
+    -> {"do": "beside", "key": k}              <- {"ok": true, "pid": 34, "env": {…}, "enter": […]}   for `beside`
     -> {"do": "warm", "interpreter": …, "preload": […], "env": {…}}
     -> {"do": "upgrade", "argv": […]}          the supervisor becomes this command; its children stay its children
     -> {"do": "quit", "kill": false}           refused while replicas run, unless told to kill them
@@ -28,7 +29,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NewType
 
-VERSION = 1
+VERSION = 2
 LAUNCH_VARIABLE = "JOBSCHED_LAUNCH"
 """`<home id>:<launch key>` in the environment of every process of a replica: how strays are told apart."""
 MARKER_SIZE = 512

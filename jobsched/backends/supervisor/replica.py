@@ -109,6 +109,8 @@ class Replica:
     pidfd: int = -1
     own_child: bool = True
     """False for one adopted from an earlier supervisor."""
+    visited: bool = False
+    """Somebody ran a command beside it, whose processes are nobody's children here."""
     waited: bool = False
     """For a warm interpreter; not again."""
     handshake: socket.socket | None = None
@@ -132,7 +134,7 @@ class Replica:
         return self.order.key
 
     def forget_secrets(self) -> None:
-        """The environment and the arguments are needed only once."""
+        """Nobody needs the environment and the arguments of one that has ended."""
         self.order = replace(self.order, env={}, argv=())
 
     def stub(self) -> Message:
