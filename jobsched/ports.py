@@ -168,10 +168,12 @@ class Reach(Protocol):
     run (any more), BackendUnreachable when the engine cannot be reached. What happens in a session never touches the
     replica's own command, and ends with it."""
 
-    def execute(self, key: LaunchKey, command: Sequence[str], window: Window | None = None) -> Session:
+    def execute(
+        self, key: LaunchKey, command: Sequence[str], window: Window | None = None, *, stdin: bool = True
+    ) -> Session:
         """Run a command beside the replica's own: in its environment, directory (or container), with its GPUs and
-        limits; on a terminal of its own if a window is given. What cannot be run ends with 126 or 127, its reason on
-        stderr, as in a shell."""
+        limits; on a terminal of its own if a window is given; without `stdin` it has nothing to read. What cannot be
+        run ends with 126 or 127, its reason on stderr, as in a shell."""
         ...
 
     def connect(self, key: LaunchKey, port: int) -> Session:

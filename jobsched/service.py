@@ -394,13 +394,15 @@ class Service:
 
     # ---- reaching into replicas ----
 
-    def execute(self, where: Where, command: Sequence[str], window: Window | None = None) -> Session:
+    def execute(
+        self, where: Where, command: Sequence[str], window: Window | None = None, *, stdin: bool = True
+    ) -> Session:
         """Run a command beside a replica's own. Raises `NotFound` for a role or index that the job has not, `Conflict`
         when that replica does not run."""
         if not command or not command[0]:
             raise UsageError("there is no command to run", hint="for example: jobsched exec JOB -- nvidia-smi")
         reach, key = self._reached(where)
-        return reach.execute(key, command, window)
+        return reach.execute(key, command, window, stdin=stdin)
 
     def forward(self, where: Where, port: int) -> Session:
         """A connection to a port of a replica; as `execute` otherwise."""

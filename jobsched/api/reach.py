@@ -45,6 +45,8 @@ class Order(BaseModel):
     role: Annotated[str, Field(max_length=64)] = ""
     index: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     command: Annotated[tuple[Annotated[str, Field(max_length=128 << 10)], ...], Field(max_length=MAX_ARGUMENTS)] = ()
+    stdin: bool = True
+    """Whether it shall have input."""
     rows: Size | None = None
     """With `columns`: on a terminal of that size."""
     columns: Size | None = None
@@ -103,7 +105,7 @@ class Desk:
     def _begin(self, ref: str, owner: str, order: Order) -> Session:
         where = Where(ref, order.role, order.index, owner)
         if order.do == "exec":
-            return self._service.execute(where, order.command, order.window)
+            return self._service.execute(where, order.command, order.window, stdin=order.stdin)
         return self._service.forward(where, order.port)
 
     async def _carry(self, socket: WebSocket, session: Session) -> int:

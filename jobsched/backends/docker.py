@@ -24,7 +24,7 @@ from typing import Any
 from jobsched.backends import bundle, reports
 from jobsched.backends import docker_render as render
 from jobsched.backends.container_log import collect
-from jobsched.backends.containers import exit_of, instant
+from jobsched.backends.containers import exit_of, instant, relay
 from jobsched.backends.docker_engine import Engine, Gone, ImageError, Refused
 from jobsched.backends.docker_pools import MadeEngine, Maker
 from jobsched.backends.docker_render import CannotRender, Json, Site
@@ -41,8 +41,8 @@ from jobsched.core.node import Gpu, Node
 from jobsched.core.observation import Observation, ReplicaReport, Seen
 from jobsched.core.pools import Demand
 from jobsched.core.resources import NOTHING, GpuShare, NodeName
-from jobsched.errors import BackendUnreachable, JobschedError
-from jobsched.ports import Addressing, Capabilities, LogChunk
+from jobsched.errors import BackendUnreachable, Conflict, JobschedError
+from jobsched.ports import Addressing, Capabilities, LogChunk, Session, Window
 from jobsched.spec.server import DockerBackend as Config
 from jobsched.spec.server import DockerEngine
 
@@ -317,6 +317,20 @@ class DockerBackend:
 
     def logs(self, key: LaunchKey, offset: int = 0, follow: bool = False, timeout_ms: int = 0) -> Iterator[LogChunk]:
         return chunks(self.layout.log(key), offset, lambda: follow and self._writes(key), timeout_ms)
+
+    def execute(
+        self, key: LaunchKey, command: Sequence[str], window: Window | None = None, *, stdin: bool = True
+    ) -> Session:
+        (replica,) = self._known([key]) or (None,)
+        if replica is None or replica.report.state is not Seen.RUNNING:
+            raise Conflict("nothing can run beside the replica: it does not run")
+        try:
+            return replica.engine.engine.execute(replica.container, command, window, stdin)
+        except (Gone, Refused) as error:
+            raise Conflict(f"nothing can run beside the replica: {error}") from error
+
+    def connect(self, key: LaunchKey, port: int) -> Session:
+        return self.execute(key, relay(port))
 
     def close(self) -> None:
         self._closing.set()

@@ -6,8 +6,10 @@ Used by `docker`, which decides nothing either. Needs the package `docker`; thre
 from __future__ import annotations
 
 import contextlib
+import secrets
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import docker
@@ -17,9 +19,12 @@ import requests.exceptions
 import urllib3.exceptions
 
 from jobsched.backends import docker_render as render
-from jobsched.backends.containers import SEND
+from jobsched.backends.containers import HANG_UP, SEND, SESSION
 from jobsched.backends.docker_render import Json
+from jobsched.backends.docker_sessions import LOST, Exec
+from jobsched.backends.sessions import TERMINAL
 from jobsched.errors import BackendUnreachable
+from jobsched.ports import Window
 from jobsched.spec.server import DockerEngine
 
 TIMEOUT_S = 20
@@ -198,6 +203,42 @@ class Engine:
         except (Gone, Refused):
             return []
         return [int(word) for word in output.split() if word.isdigit()]
+
+    def execute(self, container: str, command: Sequence[str], window: Window | None, stdin: bool) -> Exec:
+        """Run a command in a container beside its own. Raises Gone, Refused when the container does not run."""
+        terminal, mark = window is not None, f"{SESSION}={secrets.token_hex(8)}"
+        environment = [mark, *(f"{name}={value}" for name, value in TERMINAL.items() if terminal)]
+        client = self._new_client()
+        try:
+            with _errors():
+                made = client.exec_create(
+                    container, list(command), stdin=stdin, tty=terminal, environment=environment)["Id"]
+                sock = client.exec_start(made, tty=terminal, socket=True)
+        except BaseException:
+            client.close()
+            raise
+
+        def code() -> int | None:
+            try:
+                with _errors():
+                    found = client.exec_inspect(made)["ExitCode"]
+            except (Gone, Refused):  # with its container
+                return LOST
+            return None if found is None else int(found)
+
+        def resized(size: Window) -> None:
+            with suppress(Gone, Refused), _errors():
+                client.exec_resize(made, size.rows, size.columns)
+
+        def hang_up() -> None:
+            with suppress(Gone, Refused), _errors():
+                ending = client.exec_create(container, ["/bin/sh", "-c", HANG_UP, "sh", mark])
+                client.exec_start(ending["Id"])
+
+        session = Exec(sock, terminal, code=code, resized=resized, hang_up=hang_up, left=client.close)
+        if window is not None:
+            resized(window)
+        return session
 
     def kill(self, container: str, name: str = "SIGKILL") -> None:
         """To its first process; nothing happens to one that has ended."""

@@ -105,16 +105,21 @@ class LocalBackend:
     def logs(self, key: LaunchKey, offset: int = 0, follow: bool = False, timeout_ms: int = 0) -> Iterator[LogChunk]:
         return chunks(self.layout.log(key), offset, lambda: follow and self._runs(key), timeout_ms)
 
-    def execute(self, key: LaunchKey, command: Sequence[str], window: Window | None = None) -> Session:
+    def execute(
+        self, key: LaunchKey, command: Sequence[str], window: Window | None = None, *, stdin: bool = True
+    ) -> Session:
         found = self._ask({"do": "beside", "key": key})
         if not found["ok"]:
             raise Conflict(f"nothing can run beside the replica: {found['why']}")
         size = (window.rows, window.columns) if window else None
         env = found["env"] | (TERMINAL if window else {})
         try:
-            return Local(Beside(found["pid"], env, found["enter"], command, size))
+            session = Local(Beside(found["pid"], env, found["enter"], command, size))
         except OSError as error:  # it has just ended, or the machine is full
             raise Conflict(f"nothing can run beside the replica: {error.strerror or error}") from error
+        if not stdin:
+            session.end_input()
+        return session
 
     def connect(self, key: LaunchKey, port: int) -> Session:
         if not self._runs(key):

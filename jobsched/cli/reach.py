@@ -73,16 +73,15 @@ def exec_(ctx: click.Context, replica: str, command: Sequence[str], with_input: 
     with connected(ctx) as remote:
         path = path_of(remote, job)
         try:
-            with opened(remote, path, {"do": "exec", "command": command, **order}) as channel:
-                return _attached(channel, terminal=terminal, with_input=with_input or terminal)
+            order |= {"do": "exec", "command": command, "stdin": with_input or terminal}
+            with opened(remote, path, order) as channel:
+                return _attached(channel, terminal=terminal, with_input=order["stdin"])
         except KeyboardInterrupt:
             return 130
 
 
 def _attached(channel: Any, *, terminal: bool, with_input: bool) -> int:
     """This process's streams are the command's until it ends."""
-    if not with_input:
-        channel.end_input()
     with _raw() if terminal else contextlib.nullcontext():
         if with_input:
             threading.Thread(target=_pass_input, args=(channel,), daemon=True).start()

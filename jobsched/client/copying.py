@@ -35,8 +35,8 @@ class Side:
     name: str
     """Of the replica, for people."""
 
-    def run(self, *command: str) -> Any:
-        return opened(self.remote, self.path, {"do": "exec", "command": command, **self.order})
+    def run(self, *command: str, stdin: bool = False) -> Any:
+        return opened(self.remote, self.path, {"do": "exec", "command": command, "stdin": stdin, **self.order})
 
 
 @dataclass(slots=True)
@@ -134,7 +134,7 @@ def upload(source: Path, side: Side, target: str) -> Copied:
         member.uname = member.gname = ""
         return member
 
-    with side.run("tar", "-xof", "-", "-C", folder) as channel:
+    with side.run("tar", "-xof", "-", "-C", folder, stdin=True) as channel:
         def send() -> None:
             try:
                 with tarfile.open(fileobj=_Sent(channel.send), mode="w|") as archive:  # type: ignore[call-overload]

@@ -51,7 +51,7 @@ def asked(api: Api, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], Echo]:
     calls: list[Any] = []
     echo = Echo()
 
-    def execute(where: Where, command: Any, window: Window | None = None) -> Echo:
+    def execute(where: Where, command: Any, window: Window | None = None, *, stdin: bool = True) -> Echo:
         calls.append((where, command, window))
         if command == ("gone",):
             raise Conflict("it does not run", hint="look")

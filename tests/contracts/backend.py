@@ -510,6 +510,7 @@ class ProcessBackendContract(BackendContract):
         assert out.splitlines()[1] == self.read_log(engine.backend, key).splitlines()[0]
 
     def test_what_is_sent_is_read_and_its_end_is_seen(self, reach: Reach, key: LaunchKey) -> None:
+        assert self.said(reach.execute(key, ["cat"], stdin=False)) == (b"", b"", 0)
         session = reach.execute(key, ["cat"])
         session.send(b"one\n")
         assert self.said(session, until=b"one\n")[0] == b"one\n"
