@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,8 +45,8 @@ from jobsched.core.node import Node
 from jobsched.core.observation import Observation, ReplicaReport, Seen
 from jobsched.core.pools import Demand
 from jobsched.core.resources import NodeName
-from jobsched.errors import BackendUnreachable
-from jobsched.ports import Addressing, Capabilities, LogChunk
+from jobsched.errors import BackendUnreachable, Conflict
+from jobsched.ports import Addressing, Capabilities, LogChunk, Session, Window
 from jobsched.spec.pod import CONTAINER
 from jobsched.spec.server import KubernetesBackend as Config
 
@@ -223,6 +223,22 @@ class KubernetesBackend:
 
     def logs(self, key: LaunchKey, offset: int = 0, follow: bool = False, timeout_ms: int = 0) -> Iterator[LogChunk]:
         return chunks(self.layout.log(key), offset, lambda: follow and self._writes(key), timeout_ms)
+
+    def execute(
+        self, key: LaunchKey, command: Sequence[str], window: Window | None = None, *, stdin: bool = True
+    ) -> Session:
+        with _reaching():
+            return self.api.execute(self._running_pod(key), command, CONTAINER, window, stdin)
+
+    def connect(self, key: LaunchKey, port: int) -> Session:
+        with _reaching():
+            return self.api.forward(self._running_pod(key), port)
+
+    def _running_pod(self, key: LaunchKey) -> str:
+        replica = self.table.get(key)
+        if replica is None or not self._can_hear(replica):
+            raise Conflict("the replica cannot be reached: it does not run")
+        return f"{self._base}/pods/{replica.pod}"
 
     def provision(self, demands: Sequence[Demand]) -> None:
         """By what autoscalers react to; see `kubernetes_pools`."""
@@ -760,6 +776,16 @@ class KubernetesBackend:
     def _aside(self, target: Callable[..., None], *args: object) -> None:
         threading.Thread(target=_reported, args=(target, *args), name=f"kubernetes-{target.__name__}",
                          daemon=True).start()
+
+
+@contextmanager
+def _reaching() -> Iterator[None]:
+    """Refusals to reach into a pod as ours."""
+    try:
+        yield
+    except (Gone, Refused) as error:
+        raise Conflict(f"the replica cannot be reached: {error}",
+                       hint="does it still run, and may the server use pods/exec and pods/portforward?") from error
 
 
 def _reported(target: Callable[..., None], *args: object) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import socket
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,8 +25,11 @@ import websocket
 from kubernetes.config.config_exception import ConfigException
 from kubernetes.stream import ws_client
 
+from jobsched.backends.containers import HANG_UP, SESSION
 from jobsched.backends.kubernetes_render import message_of
+from jobsched.backends.kubernetes_sessions import COMMANDS, PORTS, Exec, Forward, Socket
 from jobsched.errors import BackendUnreachable, ConfigError
+from jobsched.ports import Window
 from jobsched.spec.server import KubernetesBackend
 
 Json = dict[str, Any]
@@ -174,6 +178,37 @@ class Api:
                 client.close()
         except Exception as error:  # the library's own, the socket's, and those of its websocket package
             raise BackendUnreachable(f"cannot run a command in the pod: {error}") from error
+
+    def execute(self, path: str, command: Sequence[str], container: str, window: Window | None, stdin: bool) -> Exec:
+        """A session with a command in the pod at `path`. Gone, Refused when it does not run."""
+        mark = f"{SESSION}={secrets.token_hex(8)}"
+        query = [("command", word) for word in ("/bin/sh", "-c", 'export "$0"; exec "$@"', mark, *command)]
+        query += [("container", container), ("stdout", "true"), ("stderr", "false" if window else "true"),
+                  ("stdin", str(stdin).lower()), ("tty", str(window is not None).lower())]
+
+        def hang_up() -> None:
+            self.exec(f"{path}/exec", ["/bin/sh", "-c", HANG_UP, "sh", mark], container)
+
+        session = Exec(self._socket(f"{path}/exec", query, COMMANDS), hang_up)
+        if window is not None:
+            session.resize(window)
+        return session
+
+    def forward(self, path: str, port: int) -> Forward:
+        """A connection to a port of the pod at `path`. Gone, Refused when it does not run."""
+        return Forward(self._socket(f"{path}/portforward", [("ports", str(port))], PORTS))
+
+    def _socket(self, path: str, query: Sequence[tuple[str, str]], protocols: str) -> Socket:
+        headers = {name.lower(): text for name, text in self._headers().items()}
+        headers["sec-websocket-protocol"] = protocols
+        self.calls[f"GET {_kind(path)}"] += 1
+        try:
+            return Socket(ws_client.create_websocket(
+                self._configuration, ws_client.get_websocket_url(self.host + path, list(query)), headers))
+        except websocket.WebSocketBadStatusException as error:
+            raise _error(error.status_code, message_of(error.resp_body or b""), f"GET {path}") from error
+        except (websocket.WebSocketException, OSError) as error:
+            raise BackendUnreachable(f"the API server does not answer: {error}") from error
 
     def close(self) -> None:
         with suppress(Exception):

@@ -16,9 +16,9 @@ from pathlib import Path
 from jobsched.backends import local_render
 from jobsched.backends.followed_log import chunks
 from jobsched.backends.local_nodes import NodeSource, overlaid
-from jobsched.backends.sessions import TERMINAL, Connected, Local
+from jobsched.backends.sessions import TERMINAL, Local
 from jobsched.backends.supervisor import processes
-from jobsched.backends.supervisor.beside import Beside
+from jobsched.backends.supervisor.beside import Beside, Joined
 from jobsched.backends.supervisor.client import Line, command, dial, inherited
 from jobsched.backends.supervisor.protocol import VERSION, Layout, Message, Settings
 from jobsched.backends.supervisor.stacks import find_py_spy
@@ -124,7 +124,11 @@ class LocalBackend:
     def connect(self, key: LaunchKey, port: int) -> Session:
         if not self._runs(key):
             raise Conflict("nothing can be reached in the replica: it does not run")
-        return Connected.to(port)
+        try:
+            return Local(Joined(port))
+        except OSError as error:
+            raise Conflict(f"nothing listens on port {port} there: {error.strerror or error}",
+                           hint="is the program up, and is that its port?") from error
 
     def close(self) -> None:
         for line in (self._control, self._watch):

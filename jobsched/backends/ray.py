@@ -26,6 +26,7 @@ from jobsched.backends import bundle, local_render
 from jobsched.backends import ray_render as render
 from jobsched.backends.followed_log import chunks
 from jobsched.backends.ray_render import Bundle, CannotRender, Json, Place
+from jobsched.backends.ray_sessions import Visit
 from jobsched.backends.supervisor import replica_log, secret_files
 from jobsched.backends.supervisor.protocol import Layout, Settings
 from jobsched.backends.supervisor.sweeper import Sweeper, mark_kept
@@ -34,8 +35,8 @@ from jobsched.core.launch import Launch, LaunchKey, parse_key
 from jobsched.core.node import Node
 from jobsched.core.observation import Observation, ReplicaReport, Seen
 from jobsched.core.resources import NOTHING, GpuId, GpuShare, NodeName, Resources
-from jobsched.errors import BackendUnreachable
-from jobsched.ports import Addressing, Capabilities, LogChunk
+from jobsched.errors import BackendUnreachable, Conflict
+from jobsched.ports import Addressing, Capabilities, LogChunk, Session, Window
 from jobsched.spec.server import RayBackend as Config
 
 ANSWER_S = 60.0
@@ -45,6 +46,8 @@ SILENT_S = 9.0
 RETRY_S, RETRY_MAX_S = 0.5, 5.0
 CLOSE_S = 8.0
 """How long a driver may take to end what it was told."""
+VISIT_S = 15.0
+"""Longest wait for an actor to open a door."""
 GLANCE_S = 0.1
 """How long news of mere progress may wait."""
 
@@ -104,6 +107,9 @@ class RayBackend:
         """None while the cluster does not answer."""
         self._problem = ""
         self._told_nodes: dict[NodeName, Node] | None = None
+        self._visits: dict[int, Json | None] = {}
+        """Those that are asked for -> the answer, once it came."""
+        self._next_visit = 0
         self._closing = threading.Event()
         self._listed = threading.Event()
         """The first listing came, or failed to."""
@@ -185,6 +191,32 @@ class RayBackend:
 
     def logs(self, key: LaunchKey, offset: int = 0, follow: bool = False, timeout_ms: int = 0) -> Iterator[LogChunk]:
         return chunks(self.layout.log(key), offset, lambda: follow and self._writes(key), timeout_ms)
+
+    def execute(
+        self, key: LaunchKey, command: Sequence[str], window: Window | None = None, *, stdin: bool = True
+    ) -> Session:
+        size = (window.rows, window.columns) if window else None
+        return self._visit(key, {"command": list(command), "window": size, "stdin": stdin, "port": 0})
+
+    def connect(self, key: LaunchKey, port: int) -> Session:
+        return self._visit(key, {"command": [], "window": None, "stdin": True, "port": port})
+
+    def _visit(self, key: LaunchKey, what: Json) -> Session:
+        """By a door that the replica's actor opens; see `ray_door`."""
+        with self._changed:
+            replica = self._replicas.get(key)
+            if replica is None or replica.report.state is not Seen.RUNNING:
+                raise Conflict("the replica cannot be reached: it does not run")
+            number = self._next_visit = self._next_visit + 1
+            self._visits[number] = None
+            self._order({"do": "visit", "visit": number, "key": key, **what})
+            self._changed.wait_for(lambda: self._visits[number] is not None, VISIT_S)
+            answer = self._visits.pop(number)
+        if answer is None:
+            raise BackendUnreachable(f"the replica's actor did not answer within {VISIT_S:g} s")
+        if why := answer.get("why"):
+            raise Conflict(f"the replica cannot be reached: {why}")
+        return Visit(answer["host"], answer["port"], answer["secret"])
 
     def close(self) -> None:
         self._closing.set()
@@ -459,6 +491,10 @@ class RayBackend:
                     case "failed":
                         text = f"Ray would not start it: {message['text']}"
                         self._never_ran(LaunchKey(message["key"]), text, Reason.REPLICA_LOST)
+                    case "visited":
+                        if message["visit"] in self._visits:
+                            self._visits[message["visit"]] = message
+                            self._changed.notify_all()
                     case "down":
                         return str(message["text"])
             if self._closing.is_set():

@@ -22,7 +22,9 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from jobsched.backends.ray_door import Talk, open_door
 from jobsched.backends.supervisor import client, replica_log
+from jobsched.backends.supervisor.beside import Beside, Joined
 from jobsched.backends.supervisor.client import Line
 from jobsched.backends.supervisor.protocol import VERSION, Layout, Message, Order
 from jobsched.backends.supervisor.sweeper import KEEP_FILE
@@ -94,6 +96,29 @@ class Host:
         """As the port's; a stop that comes before the start leaves nothing to start."""
         self._stopped = True
         self._ask({"do": "stop", "keys": [self._order.key], "grace_ms": grace_ms})
+
+    def visit(self, command: Sequence[str], window: tuple[int, int] | None, stdin: bool, port: int) -> Message:
+        """Open a door (`ray_door`) to a command beside the replica, or to a port of this node if one is given; where it
+        is, or why there is none."""
+        found: Message = {"ok": False, "why": "it does not run"}
+        with self._control, suppress(OSError):
+            if self._line is not None:
+                found = self._line.ask({"do": "beside", "key": self._order.key})
+        if not found["ok"]:
+            return {"why": found["why"]}
+        try:
+            if port:
+                talk: Talk = Joined(port)
+            else:
+                env = found["env"] | ({"TERM": "xterm-256color"} if window else {})
+                talk = Beside(found["pid"], env, found["enter"], command, window)
+                if not stdin:
+                    talk.end_input()
+        except OSError as error:
+            where = f"nothing listens on port {port} there: " if port else ""
+            return {"why": f"{where}{error.strerror or error}"}
+        host = _own_address()
+        return dict(zip(("host", "port", "secret"), (host, *open_door(host, talk)), strict=True))
 
     def ask_stacks(self) -> None:
         self._ask({"do": "stacks", "keys": [self._order.key]})
@@ -194,6 +219,12 @@ def _given() -> tuple[str, str, Sequence[str]]:
 
     context = ray.get_runtime_context()
     return context.gcs_address, context.get_node_id(), context.get_accelerator_ids().get("GPU", [])
+
+
+def _own_address() -> str:
+    import ray.util
+
+    return str(ray.util.get_node_ip_address())
 
 
 def _read(log: Path, offset: int) -> tuple[int, bytes]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import fcntl
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 import uuid
@@ -586,6 +588,8 @@ def _handler(cluster: FakeCluster) -> type[BaseHTTPRequestHandler]:
                     self._log(namespace, name, query)
                 case "GET" if sub == "exec":
                     self._exec(namespace, name)
+                case "GET" if sub == "portforward":
+                    self._forward(namespace, name, int(query["ports"]))
                 case "GET" if name:
                     found = cluster.objects.get(resource, {}).get((namespace, name))
                     if found is None:
@@ -696,30 +700,126 @@ def _handler(cluster: FakeCluster) -> type[BaseHTTPRequestHandler]:
                 self.connection.shutdown(socket.SHUT_RDWR)
 
         def _exec(self, namespace: str, name: str) -> None:
-            command = parse_qs(urlsplit(self.path).query)["command"]
+            asked = parse_qs(urlsplit(self.path).query)
+            process = self._running(namespace, name)
+            if asked["command"][:3] == ["/bin/sh", "-c", SEND]:
+                self._upgrade()
+                output, code = self._in_pod(process, asked["command"]), 0
+                self._frame(2, b"\1" + output)
+            else:
+                version = self._upgrade()
+                code = self._run(process, asked, version)
+            status: Json = {"status": "Success" if not code else "Failure", "metadata": {}}
+            if code:
+                cause = {"reason": "ExitCode", "message": str(code)}
+                status |= {"reason": "NonZeroExitCode", "details": {"causes": [cause]}}
+            with suppress(OSError):
+                self._frame(2, b"\3" + json.dumps(status).encode())
+                self._frame(8, struct.pack(">H", 1000))
+            self.close_connection = True
+
+        def _running(self, namespace: str, name: str) -> Process:
             pod = cluster.objects["pods"].get((namespace, name))
             process = cluster.processes.get(pod["metadata"]["uid"]) if pod else None
             if pod is None or process is None or process.popen is None or pod["spec"]["nodeName"] in cluster.dead:
                 raise Problem(500, "container not found")
+            return process
+
+        def _upgrade(self) -> str:
+            """The newest version that was offered."""
+            offered = self.headers.get("Sec-WebSocket-Protocol", "")
+            version = ("v5" if "v5" in offered else "v4") + ".channel.k8s.io"
             nonce = self.headers["Sec-WebSocket-Key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
             accept = base64.b64encode(hashlib.sha1(nonce.encode()).digest()).decode()
             self.send_response(101)
             for header, text in (("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Accept", accept),
-                                 ("Sec-WebSocket-Protocol", "v4.channel.k8s.io")):
+                                 ("Sec-WebSocket-Protocol", version)):
                 self.send_header(header, text)
             self.end_headers()
-            output, code = self._in_pod(process, command)
-            for channel, data in ((b"\1", output), (b"\3", json.dumps({
-                    "status": "Success" if not code else "Failure", "metadata": {}}).encode())):
-                self._frame(2, channel + data)
-            self._frame(8, struct.pack(">H", 1000))
+            self.sending = threading.Lock()
+            return version
+
+        def _run(self, process: Process, asked: dict[str, list[str]], version: str) -> int:
+            """A command beside a pod's own, in its environment and directory, as a kubelet does it: one whose
+            connection is lost goes on. Its code."""
+            assert process.popen is not None
+            with suppress(OSError):
+                cwd = os.readlink(f"/proc/{process.popen.pid}/cwd")
+            master = slave = -1
+            streams: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+            if asked.get("tty") == ["true"]:
+                master, slave = os.openpty()
+                streams = dict.fromkeys(streams, slave)
+            command = asked["command"] if master < 0 else ["setsid", "-c", *asked["command"]]
+            started = subprocess.Popen(command, cwd=cwd, env=process.env | {"TERM": "xterm"},
+                                       start_new_session=master < 0, **streams)
+            if master >= 0:
+                os.close(slave)
+            elif asked.get("stdin") != ["true"]:
+                started.stdin.close()
+            sources = {master: 1} if master >= 0 else {started.stdout.fileno(): 1, started.stderr.fileno(): 2}
+
+            def take() -> None:
+                while (frame := self._next_frame()) is not None:
+                    channel, data = frame
+                    with suppress(OSError, ValueError):
+                        if channel == 0 and master >= 0:
+                            os.write(master, data)
+                        elif channel == 0:
+                            started.stdin.write(data)
+                            started.stdin.flush()
+                        elif channel == 255 and data == b"\0" and version.startswith("v5"):
+                            started.stdin.close()
+                        elif channel == 4:
+                            size = json.loads(data)
+                            fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack(
+                                "HHHH", size["Height"], size["Width"], 0, 0))
+
+            def give(fd: int, channel: int) -> None:
+                with suppress(OSError):
+                    while data := os.read(fd, 32_768):
+                        self._frame(2, bytes([channel]) + data)
+
+            threading.Thread(target=take, daemon=True).start()
+            givers = [threading.Thread(target=give, args=source, daemon=True) for source in sources.items()]
+            for giver in givers:
+                giver.start()
+            code = started.wait()
+            for giver in givers:
+                giver.join(5.0)
+            return code if code >= 0 else 128 - code
+
+        def _forward(self, namespace: str, name: str, port: int) -> None:
+            self._running(namespace, name)
+            self._upgrade()
+            number = struct.pack("<H", port)
+            self._frame(2, b"\0" + number)
+            self._frame(2, b"\1" + number)
+            try:
+                sock = socket.create_connection(("127.0.0.1", port), 5.0)
+            except OSError as error:
+                self._frame(2, f"\1error forwarding port {port} to pod {name}: {error}".encode())
+                self.close_connection = True
+                return
+            sock.settimeout(None)
+
+            def take() -> None:
+                with suppress(OSError):
+                    while (frame := self._next_frame()) is not None:
+                        if frame[0] == 0:
+                            sock.sendall(frame[1])
+                    sock.shutdown(socket.SHUT_RDWR)
+
+            threading.Thread(target=take, daemon=True).start()
+            with sock, suppress(OSError):
+                while data := sock.recv(32_768):
+                    self._frame(2, b"\0" + data)
+            with suppress(OSError):
+                self._frame(8, struct.pack(">H", 1000))
             self.close_connection = True
 
-        def _in_pod(self, process: Process, command: list[str]) -> tuple[bytes, int]:
+        def _in_pod(self, process: Process, command: list[str]) -> bytes:
             """The script that sends signals would reach the whole machine, so it is played."""
-            if command[:3] != ["/bin/sh", "-c", SEND]:
-                done = subprocess.run(command, env=process.env, capture_output=True, check=False)
-                return done.stdout, done.returncode
             number, whom, sent = int(command[4]), command[5], []
             for pid in cluster._members(process):
                 with suppress(OSError):
@@ -728,14 +828,35 @@ def _handler(cluster: FakeCluster) -> type[BaseHTTPRequestHandler]:
                     if whom == "all" or int(caught.split()[1], 16) >> (number - 1) & 1:
                         os.kill(pid, number)
                         sent.append(f"{pid}\n")
-            return "".join(sent).encode(), 0
+            return "".join(sent).encode()
 
         # bytes ----------------------------------------------------------------------------------------------------
 
         def _frame(self, opcode: int, data: bytes) -> None:
             length = bytes([len(data)]) if len(data) < 126 else b"\x7e" + struct.pack(">H", len(data))
-            self.wfile.write(bytes([0x80 | opcode]) + length + data)
-            self.wfile.flush()
+            with self.sending:
+                self.wfile.write(bytes([0x80 | opcode]) + length + data)
+                self.wfile.flush()
+
+        def _next_frame(self) -> tuple[int, bytes] | None:
+            """Channel and data of the next message from the other side; None when there will be none."""
+            while True:
+                try:
+                    first, second = self.rfile.read(2)
+                    length = second & 0x7F
+                    if length > 125:
+                        (length,) = struct.unpack(*((">H", self.rfile.read(2)) if length == 126 else
+                                                    (">Q", self.rfile.read(8))))
+                    mask = self.rfile.read(4)
+                    data = self.rfile.read(length)
+                except (ValueError, OSError, struct.error):
+                    return None
+                plain = int.from_bytes(data, "big") ^ int.from_bytes((mask * (length // 4 + 1))[:length], "big")
+                data = plain.to_bytes(length, "big")
+                if first & 0x0F == 8:
+                    return None
+                if first & 0x0F in (1, 2) and data:
+                    return data[0], data[1:]
 
         def _json(self, code: int, found: Json) -> None:
             data = json.dumps(found).encode()

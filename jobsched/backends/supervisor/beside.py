@@ -12,6 +12,7 @@ import fcntl
 import os
 import select
 import signal
+import socket
 import struct
 import subprocess
 import termios
@@ -25,6 +26,7 @@ OUT, ERR, END = 1, 2, 3
 CHUNK = 32 << 10
 LOOK_MS = 100
 """How often a sender that is blocked looks up."""
+CONNECT_S = 10.0
 LINGER_S = 0.2
 """How long last words are waited for after the end: a child of the command may keep its pipes open for ever."""
 HANG_UP_S = 1.0
@@ -155,6 +157,44 @@ class Beside:
             if fd >= 0:
                 os.close(fd)
         self._master = self._slave = -1
+
+
+class Joined:
+    """A connection to a port of this machine's loopback. OSError when nothing listens there."""
+
+    def __init__(self, port: int) -> None:
+        try:
+            self._sock = socket.create_connection(("127.0.0.1", port), CONNECT_S)
+        except ConnectionRefusedError:
+            self._sock = socket.create_connection(("::1", port), CONNECT_S)
+        self._sock.settimeout(None)
+        self._poll = select.poll()
+        self._poll.register(self._sock, select.POLLIN)
+
+    def receive(self, timeout_s: float) -> tuple[int, bytes] | None:
+        if not self._poll.poll(timeout_s * 1000):
+            return None
+        try:
+            data = self._sock.recv(CHUNK)
+        except OSError:
+            data = b""
+        return (OUT, data) if data else (END, b"0")
+
+    def send(self, data: bytes) -> None:
+        with contextlib.suppress(OSError):  # it has ended
+            self._sock.sendall(data)
+
+    def end_input(self) -> None:
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_WR)
+
+    def resize(self, rows: int, columns: int) -> None:
+        """It has no terminal."""
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # wakes who sends
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
 
 
 def _directory(pid: int) -> str:
