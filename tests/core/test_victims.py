@@ -140,6 +140,21 @@ def test_equal_priority_takes_nothing_and_off_means_off() -> None:
         assert not stops(world)
 
 
+def test_who_stops_leaves_with_all_it_has() -> None:
+    """The first job needs less than the elastic one holds, but not less than its minimum leaves it: the rest of what
+    becomes free is the next one's, who asks nobody else."""
+    world = a_world(QueueSpec(), gpus=3)
+    worker = {"command": "w", "gpu": "any:1", "cpu": "100m", "restart": {"scope": "replica"},
+              "replicas": {"min": 2, "max": 3, "prefer": 3}}  # fmt: skip
+    elastic = world.submit(a_spec(roles={"worker": worker}))
+    world.tick(4)
+    urgent = [*submit(world, "default", 1, **gang(1, 2, priority=9)), *submit(world, "default", 1, priority=8)]
+    world.tick(6)
+    assert [s.job_id for s in stops(world)] == [elastic]
+    assert not [s for s in world.store.read(0, 100_000) if isinstance(s.event, ev.ReplicasReleased)]
+    assert all(world.job(j).phase is Phase.RUNNING for j in urgent)
+
+
 def test_elastic_jobs_shrink_before_anybody_stops_and_grow_back() -> None:
     world = a_world(QueueSpec())
     worker = {"command": "w", "gpu": "any:1", "cpu": "100m", "restart": {"scope": "replica"},

@@ -89,6 +89,16 @@ class Victim:
     """GPU time lost, in thousandths of a GPU times milliseconds; of jobs without GPUs, milliseconds."""
 
 
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What a victim gives up beside those chosen before it: who stops after it has shrunk gives the rest of it."""
+
+    victim: Victim
+    replicas: tuple[Replica, ...]
+    mark: tuple[int, int]
+    """The trial before that."""
+
+
 @dataclass(slots=True)
 class Hunt:
     """The search for room for one line of like jobs, inside a trial in which everything that leaves anyhow is lent.
@@ -121,8 +131,8 @@ class Hunt:
         if not chosen:
             self.cluster.rollback(mark)
             return None
-        gang, chosen = self._only_needed(job, mark, chosen)
-        return gang, tuple(chosen)
+        gang, chosen = self._only_needed(job, chosen)
+        return gang, tuple(replace(given.victim, replicas=given.replicas) for given in chosen)
 
     # ---- who may be made to give way ----
 
@@ -205,11 +215,11 @@ class Hunt:
         self.cluster.rollback(mark)
         return None
 
-    def _enough(self, job: Job) -> list[Victim]:
+    def _enough(self, job: Job) -> list[Given]:
         """The shortest row of candidates, best first, whose leaving makes room; they stay lent, nothing is taken. Tries
         1, 2, 4, … of them, then halves the last step."""
         assert self._left is not None
-        lent: list[tuple[Victim, tuple[int, int]]] = []
+        lent: list[Given] = []
         passed: list[Victim] = []
         want, low, fits = 1, 0, False
         while not fits:
@@ -230,7 +240,7 @@ class Hunt:
             self._left = []
             return []
         high = len(lent)
-        order = [victim for victim, _ in lent]
+        order = [given.victim for given in lent]
         while high - low > 1:
             middle = (low + high) // 2
             self._unlend(lent, middle)
@@ -244,7 +254,7 @@ class Hunt:
                     lent.append(again)
         self._unlend(lent, high)
         self._left += [*passed, *reversed(order[high:])]
-        return [victim for victim, _ in lent]
+        return lent
 
     def _would_fit(self, job: Job) -> bool:
         mark = self.cluster.mark()
@@ -252,9 +262,9 @@ class Hunt:
         self.cluster.rollback(mark)
         return fits
 
-    def _lend(self, job: Job, victim: Victim) -> tuple[Victim, tuple[int, int]] | None:
+    def _lend(self, job: Job, victim: Victim) -> Given | None:
         """As if the victim had left; None when the claim on it no longer holds, or it has given that way already."""
-        rest = tuple(r for r in victim.replicas if (victim.job.id, r.id) not in self.lent)
+        rest = self._rest(victim)
         claim = self._claim(job, self.cluster.quotas.account(victim.job.spec.queue))
         if not rest or claim is None or not claim.covers(victim):
             return None
@@ -262,43 +272,45 @@ class Hunt:
             claim.reclaims and isinstance(admit(self.cluster, job, self.now_ms, least=True), Refused)
         ):  # fmt: skip
             return None  # what is not wholly borrowed goes only where the quota itself is needed back
+        return self._give(victim, rest)
+
+    def _rest(self, victim: Victim) -> tuple[Replica, ...]:
+        """What the victim still has to give."""
+        return tuple(r for r in victim.replicas if (victim.job.id, r.id) not in self.lent)
+
+    def _give(self, victim: Victim, replicas: tuple[Replica, ...]) -> Given:
         mark = self.cluster.mark()
-        self.cluster.lend(victim.job, rest)
-        self.lent.update((victim.job.id, r.id) for r in rest)
-        return replace(victim, replicas=rest), mark
+        self.cluster.lend(victim.job, replicas)
+        self.lent.update((victim.job.id, r.id) for r in replicas)
+        return Given(victim, replicas, mark)
 
-    def _unlend(self, lent: list[tuple[Victim, tuple[int, int]]], keep: int) -> None:
+    def _unlend(self, lent: list[Given], keep: int) -> None:
         if len(lent) > keep:
-            self.cluster.rollback(lent[keep][1])
+            self.cluster.rollback(lent[keep].mark)
         while len(lent) > keep:
-            victim, _ = lent.pop()
-            self.lent.difference_update((victim.job.id, r.id) for r in victim.replicas)
+            given = lent.pop()
+            self.lent.difference_update((given.victim.job.id, r.id) for r in given.replicas)
 
-    def _only_needed(
-        self, job: Job, mark: tuple[int, int], chosen: list[Victim]
-    ) -> tuple[Gang, list[Victim]]:
+    def _only_needed(self, job: Job, chosen: list[Given]) -> tuple[Gang, list[Given]]:
         """Put back, dearest first, whoever the job does not need after all."""
         assert self._left is not None
-        dearest = sorted(chosen, key=lambda v: (v.cost, str(v.job.id)), reverse=True)
+        dearest = sorted((g.victim for g in chosen), key=lambda v: (v.cost, str(v.job.id)), reverse=True)
         for victim in dearest[:PRUNED] if len(chosen) > 1 else ():
-            rest = [v for v in chosen if v is not victim]
-            self._lend_only(mark, chosen, rest)
-            if rest and self._would_fit(job):
+            before = [given.victim for given in chosen]
+            self._unlend(chosen, 0)
+            chosen = self._give_all(v for v in before if v is not victim)
+            if chosen and self._would_fit(job):
                 self._left.append(victim)
-                chosen = rest
             else:
-                self._lend_only(mark, rest, chosen)
+                self._unlend(chosen, 0)
+                chosen = self._give_all(before)
         gang = self._place(job)
         assert gang is not None, "it fitted a moment ago"
         return gang, chosen
 
-    def _lend_only(self, mark: tuple[int, int], lent: Iterable[Victim], these: Iterable[Victim]) -> None:
-        self.cluster.rollback(mark)
-        for victim in lent:
-            self.lent.difference_update((victim.job.id, r.id) for r in victim.replicas)
-        for victim in these:
-            self.cluster.lend(victim.job, victim.replicas)
-            self.lent.update((victim.job.id, r.id) for r in victim.replicas)
+    def _give_all(self, victims: Iterable[Victim]) -> list[Given]:
+        """Lend each without asking for a claim, what those before it left of it."""
+        return [self._give(victim, rest) for victim in victims if (rest := self._rest(victim))]
 
 
 def may_claim(cluster: Cluster, how: Preemption, key: LineKey) -> bool:
@@ -479,12 +491,10 @@ def evictions(victims: Iterable[tuple[Job, Victim]], now_ms: int) -> list[Decisi
     found: list[Decision] = []
     stopped: set[JobId] = set()
     for job, victim in victims:
-        if victim.job.id in stopped:
-            continue  # it leaves as a whole already
-        if victim.stops:
-            stopped.add(victim.job.id)
+        assert victim.job.id not in stopped, "it leaves as a whole already"
         last = found[-1] if found else None
         if victim.stops:
+            stopped.add(victim.job.id)
             found.append(_stop(job, victim, now_ms))
             continue
         ids = tuple(r.id for r in victim.replicas)
