@@ -29,7 +29,7 @@ from jobsched.core.job import RoleShape, Shape
 from jobsched.core.ledger import GpuClass, Space
 from jobsched.core.policies.fragmentation import BestFit, Gradient, Packing, demand_of
 from jobsched.core.policies.placement import Choice, Gang, Score, place_gang
-from jobsched.core.policies.ranking import Rated
+from jobsched.core.policies.ranking import Pool, Rated
 from jobsched.core.resources import WHOLE_GPU, NodeName
 from jobsched.core.shape import shape_of
 from jobsched.errors import NotFound
@@ -50,18 +50,24 @@ OURS = "fragmentation"
 
 @dataclass(frozen=True, slots=True)
 class Anywhere:
-    """FGD's baseline `Random`: any node, any GPU that has room."""
+    """FGD's baseline `Random`: any node, any GPU that has room. Nodes in like state are drawn as one, by their number."""
 
     random: Random
-    version: int = 0
-    steady: bool = False
-    by_name: bool = True
+    nodes: Pool
+    steady: bool = True
+    by_name: bool = False
+
+    @property
+    def version(self) -> int:
+        """Every question is drawn for anew."""
+        return self.random.getrandbits(62)
 
     def rate(self, space: Space, cls: GpuClass, role: RoleShape) -> Rated:
         milli = role.gpu_milli
         share = 0 < milli < WHOLE_GPU
         levels = [level for level in space.levels(cls) if level >= milli] if share else [WHOLE_GPU]
-        return Rated(self.random.randrange(1 << 60), self.random.choice(levels))
+        like = len(self.nodes.groups[space.cpu_milli, space.memory_bytes, space.gpu_state()].names)
+        return Rated(-int(self.random.expovariate(like) * (1 << 60)), self.random.choice(levels))
 
 
 @cache
@@ -100,11 +106,13 @@ def empty_cluster(random: Random) -> Cluster:
     return cluster
 
 
-def choice(policy: str, name: str, random: Random) -> Choice:
+def choice(policy: str, name: str, random: Random, cluster: Cluster) -> Choice:
     if policy == "fgd":
         return Gradient.of(Counter(demand_of(shape.roles[0]) for shape in pods(name)))
-    scores: dict[str, Choice] = {"random": Anywhere(random), "packing": Packing(), "bestfit": BestFit()}
-    return scores.get(policy) or Score(policy)
+    if policy == "random":
+        return Anywhere(random, cluster.pool(pods(name)[0]))
+    baselines: dict[str, Choice] = {"packing": Packing(), "bestfit": BestFit()}
+    return baselines.get(policy) or Score(policy)
 
 
 def place(name: str, seed: int, policy: str) -> tuple[float, int, float]:
@@ -113,7 +121,7 @@ def place(name: str, seed: int, policy: str) -> tuple[float, int, float]:
     cluster = empty_cluster(random)
     capacity = sum(WHOLE_GPU * len(node.gpus) for node in cluster.nodes.values())
     coming = arrivals(pods(name), capacity, random)
-    how = choice(policy, name, random)
+    how = choice(policy, name, random, cluster)
     used = 0
     begin = time.process_time()
     with cluster.ledger.trial():

@@ -13,6 +13,7 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import exp
+from operator import itemgetter
 from typing import NamedTuple
 
 from jobsched.core.job import RoleShape, Shape
@@ -95,7 +96,7 @@ class _Demands:
 
 SMALLEST = 20
 """Demands for fewer thousandths of a GPU are left out where a GPU is thought to be filled at random."""
-OFTEN = 6
+OFTEN = 4
 STATES_KEPT = 50_000
 
 
@@ -141,9 +142,10 @@ class Waste:
 
 class State:
     """One state of a node's GPUs of one class: what is wasted there falls in steps as the node's CPUs grow. States that
-    are asked for often get a table of these steps, for nodes with plenty of memory."""
+    are asked for often get a table of these steps, as if memory were plenty, and look after what memory keeps out."""
 
-    __slots__ = ("_afters", "_asked", "_cls", "_free", "_levels", "_plenty", "_steps", "_uses", "_waste", "_wasted")
+    __slots__ = ("_afters", "_asked", "_cls", "_free", "_heavy", "_levels", "_plenty", "_steps", "_uses", "_waste",
+                 "_wasted")  # fmt: skip
 
     def __init__(self, waste: Waste, cls: GpuClass, levels: Levels, demands: _Demands) -> None:
         self._waste, self._cls, self._levels = waste, cls, levels
@@ -151,20 +153,40 @@ class State:
         if waste.fill:
             self._free += waste.total * sum([level - demands.filled(level) for level in levels])
         self._uses = demands.uses(levels, waste.fill)
-        self._plenty = max([memory * (most if each else 1) for _, memory, _, each, most in self._uses], default=0)
         self._afters: dict[int, list[tuple[State, int]]] = {}
         self._asked = 0
         self._steps: list[int] = []
         self._wasted: list[int] = []
+        self._plenty = 0
+        """Memory from which on it keeps nothing out."""
+        self._heavy: list[tuple[int, _Use]] = []
+        """What replicas of a demand may take together, and its use; most first."""
 
     def wasted(self, cpu_milli: int, memory_bytes: int) -> int:
-        """With so many CPUs and so much memory free. O(log steps) in the long run, where memory is plenty."""
-        if memory_bytes >= self._plenty:
-            if self._steps:
-                return self._wasted[bisect_right(self._steps, cpu_milli)]
+        """With so many CPUs and so much memory free. O(log steps + demands that memory may keep out) in the long
+        run."""
+        if not self._steps:
             self._asked += 1
             if self._asked > OFTEN:
                 self._tabulate()
+            return self._count(cpu_milli, memory_bytes)
+        wasted = self._wasted[bisect_right(self._steps, cpu_milli)]
+        if memory_bytes < self._plenty:
+            for together, (need, memory, reach, each, most) in self._heavy:
+                if together <= memory_bytes:
+                    break
+                if need > cpu_milli:
+                    continue
+                holds = cpu_milli // need if need else most
+                if holds > most:
+                    holds = most
+                if memory > memory_bytes:
+                    wasted += reach + each * holds
+                elif memory_bytes // memory < holds:
+                    wasted += each * (holds - memory_bytes // memory)
+        return wasted
+
+    def _count(self, cpu_milli: int, memory_bytes: int) -> int:
         wasted = self._free
         for need, memory, reach, each, most in self._uses:
             if need > cpu_milli:
@@ -191,6 +213,9 @@ class State:
         self._wasted = [self._free]
         for step in self._steps:
             self._wasted.append(self._wasted[-1] - falls[step])
+        self._heavy = [(use[1] * (use[4] if use[3] else 1), use) for use in self._uses if use[1]]
+        self._heavy.sort(reverse=True)
+        self._plenty = self._heavy[0][0] if self._heavy else 0
 
     def after(self, gpu_milli: int) -> list[tuple[State, int]]:
         """Every way to take whole GPUs or a share: the state that it leaves, and the level of the GPU that it is taken
@@ -232,7 +257,10 @@ def _gains(waste: Waste, space: Space, cls: GpuClass, role: RoleShape) -> list[t
     cpu, memory, gpu = space.cpu_milli - role.cpu_milli, space.memory_bytes - role.memory_bytes, role.gpu_milli
     if gpu:
         state, before = waste.of(space, cls)
-        return [(before - left.wasted(cpu, memory), level) for left, level in state.after(gpu)]
+        after = state.after(gpu)
+        if len(after) == 1:
+            return [(before - after[0][0].wasted(cpu, memory), after[0][1])]
+        return [(before - left.wasted(cpu, memory), level) for left, level in after]
     gain = 0
     for own in space.whole:
         state, before = waste.of(space, own)
@@ -375,13 +403,10 @@ class Learned:
 
     def rate(self, space: Space, cls: GpuClass, role: RoleShape) -> Rated:
         gains = _gains(self.mix.waste, space, cls, role)
-        best = gains[0]
-        for choice in gains:
-            if choice[0] > best[0]:
-                best = choice
-        return Rated(*best)
+        return Rated(*(gains[0] if len(gains) == 1 else max(gains, key=_gain)))
 
 
+_gain = itemgetter(0)
 MOST_CPU_MILLI = 128_000
 MOST_GPU_MILLI = 8_000
 

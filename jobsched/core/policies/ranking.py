@@ -203,14 +203,15 @@ def _rate(space: Space, score: NodeScore, role: RoleShape, classes: tuple[GpuCla
     """The best of the node's classes, the first of equals; None when it has too few CPUs or GPUs for the replica."""
     if space.cpu_milli < role.cpu_milli:
         return None
-    gpu, found = role.gpu_milli, None
-    for cls in classes:
-        if gpu and cls not in space.whole:
+    gpu = role.gpu_milli
+    if not gpu:
+        return score.rate(space, classes[0], role)
+    whole = space.whole
+    found = None
+    for cls in classes if len(whole) > 1 else whole:  # most nodes have GPUs of one class
+        if cls not in whole or cls not in classes:
             continue
-        if gpu >= WHOLE_GPU:
-            if space.whole[cls] < gpu // WHOLE_GPU:
-                continue
-        elif gpu and space.levels(cls)[-1] < gpu:
+        if whole[cls] * WHOLE_GPU < gpu if gpu >= WHOLE_GPU else space.levels(cls)[-1] < gpu:
             continue
         rated = score.rate(space, cls, role)
         if found is None or rated.value > found.value:
