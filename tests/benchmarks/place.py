@@ -50,7 +50,7 @@ OURS = "fragmentation"
 
 @dataclass(frozen=True, slots=True)
 class Anywhere:
-    """FGD's baseline `Random`: any node, any GPU that has room. Nodes in like state are drawn as one, by their number."""
+    """FGD's baseline `Random`: any node, any GPU that has room. Like nodes are drawn as one, by their number."""
 
     random: Random
     nodes: Pool
