@@ -130,14 +130,16 @@ class Service:
 
     def __init__(
         self, store: Store, live: LiveView, backend: Backend, clock: Clock,
-        checks: Callable[[], Iterable[Check]] = tuple,
+        checks: Callable[[], Iterable[Check]] = tuple, priority_classes: Mapping[str, int] | None = None,
     ) -> None:  # fmt: skip
-        """`checks` adds what only the composition root knows (home directory, versions) to `doctor`."""
+        """`checks` adds what only the composition root knows (home directory, versions) to `doctor`;
+        `priority_classes`: names that may stand for a priority."""
         self.live = live
         self._store = store
         self._backend = backend
         self._clock = clock
         self._checks = checks
+        self._priority_classes = dict(priority_classes or {})
         self._logs = LogReader(store, backend, live.subscribe)
         self._new_id = ULIDGenerator(clock=clock.now_ms)
         self._naming = threading.Lock()
@@ -154,6 +156,7 @@ class Service:
         Raises `SpecError` (incomplete spec), `NotFound` (queue, dependency), `Unplaceable` (no node can ever hold it;
         not with `hold`), `Conflict` (a dependency did not succeed; the name is taken and `if_exists` is "fail")."""
         _refuse_incomplete(spec)
+        spec = self._prioritised(spec)
         with self.live.view() as (cluster, _):
             queues = tuple(cluster.queues)
             closed = _closed(cluster, spec.queue)
@@ -189,6 +192,7 @@ class Service:
     def plan(self, spec: JobSpec, *, owner: str = "") -> PlanAnswer:
         """Where and when the job would run if it were submitted now, and who would give way; changes nothing."""
         _refuse_incomplete(spec)
+        spec = self._prioritised(spec)
         with self.live.view() as (cluster, _):
             _refuse_early(cluster.queues)
             if spec.queue not in cluster.queues:
@@ -202,6 +206,22 @@ class Service:
         if answer.code != 10 or answer.verdict is None or answer.victims:
             return answer
         return replace(answer, verdict=self._expecting(answer.verdict, probe, picture, now_ms, others))
+
+    def _prioritised(self, spec: JobSpec) -> JobSpec:
+        """With the number of its priority class."""
+        if not spec.priority_class:
+            return spec
+        return spec.model_copy(update={"priority": self._priority(spec.priority_class)})
+
+    def _priority(self, name: str) -> int:
+        known = self._priority_classes.get(name)
+        if known is None:
+            listed = ", ".join(f"{each} ({value})" for each, value in self._priority_classes.items()) or "none"
+            close = difflib.get_close_matches(name, self._priority_classes, n=1, cutoff=0.6)
+            guess = f"did you mean {close[0]}? " if close else ""
+            hint = f"{guess}classes of this server: {listed}; a number is fine, too"
+            raise SpecError([Problem(f"there is no priority class {name!r}", field="priority", hint=hint)])
+        return known
 
     def _submissions(
         self, spec: JobSpec, owner: str, request_id: str, hold: bool, waiting_for: tuple[JobId, ...]
@@ -494,7 +514,10 @@ class Service:
 
         return self._wish(ref, owner, wish)
 
-    def set_priority(self, ref: str, priority: int, *, by: str = "", owner: str = "") -> JobAnswer:
+    def set_priority(self, ref: str, priority: int | str, *, by: str = "", owner: str = "") -> JobAnswer:
+        """A number or a class."""
+        priority = self._priority(priority) if isinstance(priority, str) else priority
+
         def wish(job: Job, at_ms: int) -> ev.JobEvent | None:
             _refuse_ended(job, "given another priority")
             return ev.JobPriorityChanged(at_ms, job.id, by, priority) if job.priority != priority else None
@@ -507,6 +530,7 @@ class Service:
 
         Raises what `submit` raises, and `UsageError` for what a job cannot change (its array, what it comes after)."""
         _refuse_incomplete(spec)
+        spec = self._prioritised(spec)
         with self.live.view() as (cluster, _):
             queues = tuple(cluster.queues)
             closed = _closed(cluster, spec.queue)

@@ -146,7 +146,7 @@ class Server:
         )  # fmt: skip
         controller.start()
         opened.callback(controller.stop)
-        service = Service(store, controller, backend, clock, self._checks)
+        service = Service(store, controller, backend, clock, self._checks, self._config.priority_classes)
         host, port = listener.getsockname()[:2]
         app = create_app(
             service, self.token, version=__version__, shutdown=self.wish_to_stop,

@@ -23,6 +23,7 @@ from jobsched.ports import Capabilities, LogChunk, Store, Wake
 from jobsched.service import Service
 from jobsched.spec.job import JobSpec
 from jobsched.spec.queue import QueueSpec
+from jobsched.spec.server import ServerConfig
 from jobsched.store.memory import MemoryStore
 
 GIB = 2**30
@@ -167,7 +168,9 @@ class Stage:
         self.clock = StillClock()
         self.backend = LogBackend()
         self.live = FoldedView(self.store)
-        self.service = Service(self.store, self.live, self.backend, self.clock)
+        self.service = Service(
+            self.store, self.live, self.backend, self.clock, priority_classes=ServerConfig().priority_classes
+        )
         self.decide(ev.QueueDefined(0, QueueSpec()), *(ev.NodeSeen(0, a_node(f"n{i + 1}")) for i in range(nodes)))
 
     def decide(self, *events: ev.Event) -> None:

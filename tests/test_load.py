@@ -184,7 +184,7 @@ env: {"bad name": x, MISSING: }
         ("command: a\ncpu:\n", 2, 1, "cpu: has no value", "write one, or remove the line"),
         ("command: a\nqueue: ~\n", 2, 1, "queue: has no value", "write one, or remove the line"),
         ("command: a\nname: 5\n", 2, 7, "name: must be text, not 5", "put it in quotes"),
-        ("command: a\npriority: high\n", 2, 11, "priority: must be a whole number, not the text 'high'", ""),
+        ("command: a\npriority: High!\n", 2, 11, "priority: must be a whole number, not the text 'High!'", ""),
         ("command: a\npriority: 1.5\n", 2, 11, "priority: must be a whole number, not 1.5", ""),
         ("command: a\npriority: 9999999\n", 2, 11, "priority: must be at most 1,000,000, not 9999999", ""),
         ("command: a\nafter: b\n", 2, 8, "after: must be a list, not the text 'b'", "write [a, b]"),

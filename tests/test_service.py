@@ -197,6 +197,21 @@ def test_why_and_plan_say_when_a_job_starts(stage: Stage) -> None:
     assert stage.service.get(waiting.id).verdict.starts == ""  # type: ignore[union-attr]
 
 
+def test_priority_classes(stage: Stage) -> None:
+    high = stage.submit(priority="high")
+    assert (high.priority, high.spec.priority, high.spec.priority_class) == (100, 100, "high")
+    assert stage.service.set_priority(high.id, "low").job.priority == -100
+    with pytest.raises(SpecError) as refused:
+        stage.submit(priority="hihg")
+    (problem,) = refused.value.problems
+    assert (problem.message, problem.field) == ("there is no priority class 'hihg'", "priority")
+    assert problem.hint.startswith("did you mean high? classes of this server: low (-100), normal (0), high (100)")
+    with pytest.raises(SpecError):
+        stage.service.set_priority(high.id, "urgent")
+    with pytest.raises(SpecError):
+        stage.service.plan(a_spec(priority="urgent"))
+
+
 # ---- wishing ----
 
 

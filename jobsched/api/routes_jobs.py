@@ -73,7 +73,7 @@ class ScaleBody(WishBody):
 
 
 class PriorityBody(WishBody):
-    priority: Annotated[int, Field(ge=-1_000_000, le=1_000_000)]
+    priority: Annotated[int, Field(strict=True, ge=-1_000_000, le=1_000_000)] | Text
 
 
 def job_routes(service: Service, feed: Feed) -> APIRouter:

@@ -38,7 +38,7 @@ def spec_options(command: F) -> F:
         click.option("--after", multiple=True, metavar="JOB", help="Start only after this job has succeeded."),
         click.option("--array", metavar="0-9%4", help="Once per index, at most 4 at a time."),
         click.option("--time-limit", metavar="2h", help="Longest run of all attempts together."),
-        click.option("--priority", metavar="N", help="Higher goes first within the queue."),
+        click.option("--priority", metavar="N|CLASS", help="Higher goes first within the queue."),
         click.option("--queue", metavar="NAME", help="Queue to wait in."),
         click.option("--name", metavar="NAME", help="Name of the job."),
         click.option("-e", "--env", multiple=True, metavar="K=V", help="Variable; K alone takes the caller's."),
@@ -287,7 +287,7 @@ def _submit_one(ctx: click.Context, words: Sequence[str], options: dict[str, Any
 
 
 def _plan_text(spec: JobSpec, answer: Document) -> str:
-    head = f"Job {spec.name or '(unnamed)'}   queue {spec.queue} · priority {spec.priority}\n"
+    head = f"Job {spec.name or '(unnamed)'}   queue {spec.queue} · priority {spec.priority_class or spec.priority}\n"
     columns = (render.Column("ROLE", lambda r: r["role"]), render.Column("REPLICAS", lambda r: r["replicas"]),
                render.Column("EACH", lambda r: r["each"]), render.Column("WHERE", lambda r: " ".join(r["where"])))
     verdict = answer.get("verdict")

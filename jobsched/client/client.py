@@ -305,7 +305,7 @@ class JobHandle:
         """Wanted replicas of elastic roles: `job.scale(worker=8)`."""
         return self._do("scale", {"wanted": wanted})
 
-    def prioritize(self, priority: int) -> JobHandle:
+    def prioritize(self, priority: int | str) -> JobHandle:
         return self._do("priority", {"priority": priority})
 
     def live(self, timeout: float | None = None) -> None:

@@ -143,6 +143,8 @@ def manifests() -> list[Schema]:
 def job_crd() -> Schema:
     whole = job_schema()
     defs = cast(dict[str, Schema], whole["$defs"])
+    priority = cast(dict[str, Schema], defs["Job"]["properties"])["priority"]
+    priority |= cast(list[Schema], priority.pop("anyOf"))[-1]  # here bounds can only hold for numbers: priority_class
     spec = _structural(defs["Job"], defs, "Job")
     spec["anyOf"] = [{"required": ["roles"]}, {"required": ["command"]}]
     cast(Schema, spec["properties"])["scale"] = _SCALE

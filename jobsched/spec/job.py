@@ -306,7 +306,8 @@ def _gpu_milli(value: object) -> int:
 
 def _any_of(schema: dict[str, object], notations: list[object]) -> None:
     """Rewrite the JSON Schema of a model in place: its normal form, or one of the notations that people write."""
-    normal = {key: schema.pop(key) for key in ("type", "properties", "additionalProperties") if key in schema}
+    own = ("type", "properties", "additionalProperties", "minimum", "maximum")
+    normal = {key: schema.pop(key) for key in own if key in schema}
     schema["anyOf"] = [*notations, normal]
 
 
@@ -573,6 +574,10 @@ def _parse_array(text: str) -> dict[str, object]:
     return {"indices": tuple(sorted(indices)), "max_parallel": int(parallel or 0)}
 
 
+def _or_a_name(schema: dict[str, object]) -> None:
+    _any_of(schema, [{"type": "string", "pattern": f"^{NAME.pattern}$"}])
+
+
 SuccessRule = Literal["auto", "chief", "worker0", "all_workers"]
 CleanUp = Literal["all", "running", "none"]
 
@@ -584,8 +589,10 @@ class JobSpec(SpecModel):
     """Unique among your live jobs only if you submit with --if-exists; made up (`adjective-noun-4hex`) when absent."""
     queue: Name = "default"
     """Queue to wait in."""
-    priority: Annotated[int, Field(strict=True, ge=-1_000_000, le=1_000_000)] = 0
-    """Higher goes first within the queue."""
+    priority: Annotated[int, Field(strict=True, ge=-1_000_000, le=1_000_000, json_schema_extra=_or_a_name)] = 0
+    """Higher goes first within the queue: a number, or a class of the server's configuration (low, normal, high)."""
+    priority_class: Name | Literal[""] = ""
+    """The class that `priority` names; the server puts its number there."""
     labels: Labels = {}
     """Free labels, for selection with -l."""
     roles: Annotated[Mapping[RoleName, RoleSpec], Field(validate_default=True)] = {}
@@ -624,6 +631,18 @@ class JobSpec(SpecModel):
     """Ids or names of jobs that must succeed first."""
     kubernetes: KubernetesWishes = KubernetesWishes()
     """Wishes about pods, where replicas are pods."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_priority(cls, value: object) -> object:
+        """`priority: high` names a class, of which only the server knows the number."""
+        if isinstance(value, Mapping) and isinstance(named := value.get("priority"), str) and NAME.fullmatch(named):
+            if named.isdigit():
+                return value
+            if value.get("priority_class") not in (None, "", named):
+                raise ValueError(f"priority is {show(named)} and priority_class {show(value['priority_class'])}")
+            return {**value, "priority": 0, "priority_class": named}
+        return value
 
     @field_validator("roles")
     @classmethod

@@ -613,6 +613,9 @@ class KubernetesObjects(SpecModel):
     job says otherwise for that job."""
 
 
+Priority = Annotated[int, Field(strict=True, ge=-1_000_000, le=1_000_000)]
+
+
 class ServerConfig(SpecModel):
     """One server."""
 
@@ -628,6 +631,10 @@ class ServerConfig(SpecModel):
     """Follow `TrainingJob` and `TrainingQueue` objects; `{}` turns it on."""
     queues: tuple[QueueSpec, ...] = (QueueSpec(),)
     """Queues that jobs may name."""
+    priority_classes: Annotated[Mapping[Name, Priority], Field(max_length=1_000)] = Field(
+        default={"low": -100, "normal": 0, "high": 100}
+    )
+    """Names that jobs may give as their `priority`, and what they stand for."""
     pools: Annotated[tuple[NodePool, ...], Field(max_length=1_000)] = ()
     """Nodes on demand."""
     policy: PolicyConfig = PolicyConfig()

@@ -166,7 +166,7 @@ def test_errors_have_one_form(api: Api, method: str, path: str, body: object, st
 
 
 def test_every_problem_of_a_spec_is_told_with_its_field(api: Api) -> None:
-    spec = {"roles": {"worker": {"command": "x", "cpu": "many"}}, "priority": "high", "nmae": "x"}
+    spec = {"roles": {"worker": {"command": "x", "cpu": "many"}}, "priority": "very high", "nmae": "x"}
     problems = api.http.post("/v1/jobs", json={"spec": spec}).json()["problems"]
     assert {problem["field"] for problem in problems} == {"roles.worker.cpu", "priority", "nmae"}
 

@@ -98,7 +98,7 @@ WRONG: dict[str, tuple[Json, str]] = {
     # what is wrong: (spec, the field that the answer names)
     "a field that is not there": (with_(5, "walltime"), "spec.walltime"),
     "a field that a role has not": (with_(5, *WORKER, "replica"), "spec.roles.worker.replica"),
-    "text for a number": (with_("high", "priority"), "spec.priority"),
+    "text for a number": (with_("1.5", "priority"), "spec.priority"),
     "a number out of range": (with_(10_000_000, "priority"), "spec.priority"),
     "not one of the choices": (with_("cheif", "success"), "spec.success"),
     "not a signal": (with_("KILL", "checkpoint", "signal"), "spec.checkpoint.signal"),

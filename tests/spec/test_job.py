@@ -261,3 +261,13 @@ def test_every_spec_reads_back_from_its_json(fields: dict[str, object]) -> None:
     assert JobSpec.model_validate(dumped) == spec
     assert JobSpec.model_validate_json(spec.model_dump_json()) == spec
     assert load.load_job_dict(dumped) == spec
+
+
+def test_a_priority_may_be_named() -> None:
+    spec = JobSpec.model_validate({"priority": "high", "roles": {"worker": {"command": "x"}}})
+    assert (spec.priority, spec.priority_class) == (0, "high")
+    assert JobSpec.model_validate_json(spec.model_dump_json()) == spec
+    with pytest.raises(ValidationError, match="priority is 'high' and priority_class 'low'"):
+        JobSpec.model_validate({"priority": "high", "priority_class": "low", "roles": {"worker": {"command": "x"}}})
+    with pytest.raises(ValidationError, match="priority_class"):
+        JobSpec.model_validate({"priority_class": "not a name!", "roles": {"worker": {"command": "x"}}})

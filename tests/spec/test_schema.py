@@ -47,7 +47,7 @@ def test_what_the_loader_accepts_the_schema_accepts(fields: dict[str, object]) -
         {"command": "a", "cpu": []},
         {"roles": {"w": {}}},
         {"roles": {"w": {"command": "a"}}, "gpu": 1},
-        {"command": "a", "priority": "high"},
+        {"command": "a", "priority": "very high"},
         {"command": "a", "array": {}},
         {"command": "a", "replicas": {"min": 0}},
         {"command": "a", "replicas": "x"},
