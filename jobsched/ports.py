@@ -221,6 +221,10 @@ class JobQuery:
     limit: int = 100
 
 
+OWN_METRICS = "jobsched."
+"""How metrics of samples begin that are jobsched's own, and not shown to anybody."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """A progress sample of one job for the side table: never an event, may be lost in a crash."""
@@ -351,6 +355,7 @@ class Clock(Protocol):
 
 
 __all__ = [
-    "Addressing", "Appended", "Backend", "Capabilities", "Clock", "Ended", "Job", "JobQuery", "Lease", "Loaded",
-    "LogChunk", "Output", "Provisioner", "Reach", "Rejected", "Sample", "Session", "Store", "Usage", "Wake", "Window",
+    "OWN_METRICS", "Addressing", "Appended", "Backend", "Capabilities", "Clock", "Ended", "Job", "JobQuery", "Lease",
+    "Loaded", "LogChunk", "Output", "Provisioner", "Reach", "Rejected", "Sample", "Session", "Store", "Usage", "Wake",
+    "Window",
 ]

@@ -55,7 +55,7 @@ from jobsched.core.story import story
 from jobsched.core.suspicion import BY
 from jobsched.errors import Conflict, JobschedError, NotFound, Problem, SpecError, Unplaceable, Unreachable, UsageError
 from jobsched.logs import Listener, LogReader, Selection
-from jobsched.ports import Backend, Clock, JobQuery, Reach, Sample, Session, Store, Window
+from jobsched.ports import OWN_METRICS, Backend, Clock, JobQuery, Reach, Sample, Session, Store, Window
 from jobsched.spec.job import ArraySpec, JobSpec, training_roles
 from jobsched.spec.queue import QueueSpec, distinct_queues
 
@@ -399,7 +399,8 @@ class Service:
         return self._store.history(self.resolve(ref, owner=owner).id, after, max(1, min(limit, 10_000)))
 
     def samples(self, ref: str, *, limit: int = 1_000, owner: str = "") -> Sequence[Sample]:
-        return self._store.samples(self.resolve(ref, owner=owner).id, max(1, min(limit, 10_000)))
+        found = self._store.samples(self.resolve(ref, owner=owner).id, max(1, min(limit, 10_000)))
+        return [replace(sample, metrics=_shown(sample)) for sample in found]
 
     def logs(
         self, ref: str, selection: Selection, *, follow: bool = False, tail: int | None = None, owner: str = ""
@@ -583,7 +584,8 @@ class Service:
                 known = cluster.jobs.get(job.id)
                 if known and (known.phase is Phase.QUEUED or job.id in cluster.growing):
                     verdict = explain.verdict(cluster, known, now_ms)
-        return JobAnswer(job, self._progress(job), verdict, explain.headline(job, verdict))
+        progress = self._last_progress(job) if job.phase.terminal else self._progress(job)
+        return JobAnswer(job, progress, verdict, explain.headline(job, verdict))
 
     def _answers(self, jobs: Sequence[Job]) -> tuple[JobAnswer, ...]:
         """For listings. Jobs of one line wait for the same thing, so one verdict a line does (without the place in
@@ -607,6 +609,12 @@ class Service:
 
     def _progress(self, job: Job) -> JobProgress | None:
         return None if job.phase is Phase.QUEUED else self.live.progress(job.id)
+
+    def _last_progress(self, job: Job) -> JobProgress | None:
+        """How far a job had come that has ended; None when it never told."""
+        for last in self._store.samples(job.id, 1):
+            return JobProgress(last.step, last.total, last.world_size, _shown(last))
+        return None
 
     # ---- nodes and queues ----
 
@@ -773,6 +781,11 @@ def made_up_name() -> str:
     import coolname  # reads word lists of half a megabyte: only when a name is needed
 
     return f"{coolname.generate_slug(2)}-{secrets.token_hex(2)}"
+
+
+def _shown(sample: Sample) -> tuple[tuple[str, float], ...]:
+    """A sample's metrics without those that are our own."""
+    return tuple((name, value) for name, value in sample.metrics if not name.startswith(OWN_METRICS))
 
 
 def _receipt(job: Job) -> JobAnswer:

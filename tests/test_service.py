@@ -8,7 +8,7 @@ from jobsched.core import events as ev
 from jobsched.core.job import Phase, Reason
 from jobsched.core.resources import JobId, NodeName
 from jobsched.errors import Conflict, NotFound, SpecError, Unplaceable, UsageError
-from jobsched.ports import JobQuery
+from jobsched.ports import OWN_METRICS, JobQuery, Sample
 from jobsched.service import MAX_ARRAY
 from tests.stage import Stage, a_spec
 
@@ -376,3 +376,16 @@ def test_verify_allows_for_events_that_arrive_meanwhile(stage: Stage, monkeypatc
 
     monkeypatch.setattr(stage.store, "job", later)
     assert stage.service.verify().ok
+
+
+def test_an_ended_job_still_says_how_far_it_came(stage: Stage) -> None:
+    job = stage.run(stage.submit())
+    stage.store.add_samples([Sample(job.id, 5, 1, 40, 50, 2, (("loss", 0.25), (f"{OWN_METRICS}nodes", 1.0)))])
+    assert stage.service.samples(job.id)[0].metrics == (("loss", 0.25),), "our own are nobody's business"
+    stage.end(job)
+    progress = stage.service.get(job.id).progress
+    assert progress is not None
+    assert (progress.step, progress.total, progress.metrics) == (40, 50, (("loss", 0.25),))
+    silent = stage.run(stage.submit())
+    stage.end(silent)
+    assert stage.service.get(silent.id).progress is None

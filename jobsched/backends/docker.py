@@ -343,6 +343,8 @@ class DockerBackend:
         for stream in streams:
             with suppress(Exception):
                 stream.close()
+        if not self._replicas:  # containers that run have the directory mounted, and it must stay the same one
+            self.layout.leave(self._socket.path)
         for thread in self._threads:
             thread.join(2.0)
         for station in self._stations:

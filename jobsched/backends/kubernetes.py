@@ -123,7 +123,7 @@ class KubernetesBackend:
 
     def __init__(self, home: Path, config: Config) -> None:
         self.layout = Layout(home.absolute())
-        self.layout.make()
+        self.layout.make(sockets=False)
         self.config = config
         self.api = Api(config)
         instance = config.instance or _instance(self.layout.state / "kubernetes-instance")

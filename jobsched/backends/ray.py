@@ -90,7 +90,7 @@ class RayBackend:
 
     def __init__(self, home: Path, config: Config) -> None:
         self.layout = Layout(home.absolute())
-        self.layout.make()
+        self.layout.make(sockets=False)
         self.config = config
         self.home_id = _home_id(self.layout.state / "ray-id")
         self._lock = threading.RLock()

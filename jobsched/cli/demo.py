@@ -25,7 +25,7 @@ from jobsched.cli import attach, render
 from jobsched.cli.cluster import NODE_COLUMNS
 from jobsched.cli.jobs import explanation
 from jobsched.cli.render import talk
-from jobsched.cli.server import stop_server
+from jobsched.cli.server import end_supervisor, stop_server
 from jobsched.client import locate
 from jobsched.client.documents import TERMINAL, Document, submission
 from jobsched.client.interleave import interleave
@@ -224,6 +224,7 @@ def clear_away(home: Path) -> list[int]:
         stop_server(home, force=True)
     except JobschedError as exc:
         talk(exc.render())
+    end_supervisor(home, kill=True)
     mine = [p for p in psutil.process_iter(["pid", "cmdline"])
             if p.pid != os.getpid() and any(str(home) in word for word in p.info["cmdline"] or ())
             and any("jobsched.backends" in word for word in p.info["cmdline"] or ())]

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
@@ -98,6 +99,20 @@ def stop_server(home: Path, *, force: bool = False, timeout_s: float = STOP_TIME
             os.kill(pid, signal.SIGKILL)
             until = time.monotonic() + timeout_s
         time.sleep(0.05)
+    end_supervisor(home)
+
+
+def end_supervisor(home: Path, *, kill: bool = False) -> None:
+    """Of a server that has gone: it would end by itself in a minute. While replicas run it stays, unless they are to be
+    killed."""
+    from jobsched.backends.supervisor.client import Line
+    from jobsched.backends.supervisor.protocol import Layout
+
+    with suppress(OSError):
+        line = Line(Layout(home).control_socket)
+        if line.ask({"do": "quit", "kill": kill})["ok"]:
+            line.wait_for_end()
+        line.close()
 
 
 @server.command("status")

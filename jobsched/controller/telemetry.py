@@ -14,7 +14,7 @@ from jobsched.core.observation import Progress, Seen, Sight
 from jobsched.core.policies.goodput import Report, SpeedModel
 from jobsched.core.resources import JobId
 from jobsched.core.shape import elastic_role
-from jobsched.ports import Sample
+from jobsched.ports import OWN_METRICS, Sample
 
 SAMPLE_EVERY_MS = 1_000
 
@@ -54,7 +54,7 @@ def progress_of(job: Job, sight: Sight, now_ms: int) -> JobProgress:
     return JobProgress(newest.step, newest.total, newest.world_size or len(rank), newest.metrics, tuple(rows))
 
 
-NODES = "nodes"
+NODES = f"{OWN_METRICS}nodes"
 """Metric that samples of elastic jobs carry: on how many nodes the gang was, so that speeds can be learned again."""
 
 

@@ -65,3 +65,4 @@ def engine(tmp_path: Path) -> Iterator[LocalEngine]:
     engine.backend.close()
     assert engine.processes() == set()
     assert engine.groups() == []
+    assert not Layout(engine.home).sockets.exists()

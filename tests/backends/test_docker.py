@@ -68,7 +68,10 @@ class DockerEngine:
         return f"{HOME}={self.backend.home_id}"
 
     def clean_up(self) -> None:
+        nobody = not self.backend._replicas
         self.backend.close()
+        if nobody:
+            assert not self.backend.layout.sockets.exists()
         api = docker_stage.api()
         for entry in api.containers(all=True, filters={"label": self.label}):
             with suppress(docker_stage.api_error()):  # it is being removed already

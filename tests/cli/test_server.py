@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 from jobsched import __version__, errors
+from jobsched.backends.supervisor.protocol import Layout
+from jobsched.cli.demo import clear_away
 from jobsched.cli.server import stop_server
 from jobsched.client import locate
+from jobsched.client.client import Client
 from tests.cli.conftest import Cli
 
 
@@ -84,6 +87,34 @@ def test_stopping_a_server_that_answers_no_more(alone: None, tmp_path: Path) -> 
     with pytest.raises(errors.NotFound):
         stop_server(home)
     assert os.path.exists(home / "server.json")
+
+
+@pytest.mark.e2e
+def test_stopping_leaves_nothing_outside_of_the_home_unless_replicas_run(
+    alone: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / ("long-" * 20)
+    monkeypatch.setenv("JOBSCHED_HOME", str(home))
+    sockets = Layout(home).sockets
+    assert home not in sockets.parents, "a path that is too long for sockets"
+    locate.start(home)
+    assert sockets.is_dir()
+    stop_server(home)
+    assert not sockets.exists()
+    locate.start(home)
+    try:
+        with Client() as client:
+            job = client.submit({"command": "sleep 300"}).wait("running", timeout=60)
+            before = job.members[0].ident
+            stop_server(home)
+            assert sockets.is_dir()
+            locate.start(home)
+        with Client() as client:
+            job = client.job(job.id)
+            assert (job.wait("running", timeout=60).members[0].ident, job.attempts) == (before, 1)
+    finally:
+        assert clear_away(home) == []
+    assert not sockets.exists()
 
 
 def test_the_dashboard_address_holds_the_token_in_its_fragment(cli: Cli) -> None:

@@ -27,6 +27,7 @@ def main() -> int:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return 0  # somebody was faster
+    layout.make()  # again: one that just ended may have taken its sockets' directory away
     listener = listen(layout.control_socket)
     if not upgraded:
         if os.fork():
@@ -47,6 +48,7 @@ def main() -> int:
         os.set_inheritable(lock, True)
         command = [*server.upgrade_to, "--stay", str(lock)]
         os.execv(command[0], command)  # same process: replicas stay our children
+    layout.leave(layout.control_socket, layout.report_socket)
     return 0
 
 

@@ -25,6 +25,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NewType
@@ -163,13 +164,26 @@ class Layout:
         job, attempt, role, index, _ = key.split("/")
         return self.scratch / job / attempt / f"{role}-{index}"
 
-    def make(self) -> None:
-        """Create the directories, private to this user. PermissionError if somebody else owns the socket directory."""
-        for path in (self.home, self.state, self.logs, self.scratch, self.secrets, self.nodes, self.sockets):
+    def make(self, *, sockets: bool = True) -> None:
+        """Create the directories, private to this user; `sockets` False where nobody will listen. PermissionError if
+        somebody else owns the socket directory."""
+        for path in (self.home, self.state, self.logs, self.scratch, self.secrets, self.nodes):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not sockets:
+            return
+        self.sockets.mkdir(mode=0o700, exist_ok=True)
         if self.sockets.stat().st_uid != os.getuid():
             raise PermissionError(f"{self.sockets} belongs to another user")
         self.sockets.chmod(0o700)
+
+
+    def leave(self, *sockets: Path) -> None:
+        """Nobody listens on these any more: what may lie outside of the home goes, unless others listen there."""
+        for path in sockets:
+            path.unlink(missing_ok=True)
+        for folder in dict.fromkeys((*(path.parent for path in sockets), self.sockets)):
+            with suppress(OSError):  # not empty, or gone already
+                folder.rmdir()
 
 
 def encode(message: Message) -> bytes:
