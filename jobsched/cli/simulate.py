@@ -75,8 +75,7 @@ def _workload(fmt: str, trace: str, nodes: str, policy: str, jobs: int, seed: in
         size = int(trace) if trace.isdigit() else jobs or 2_000
         workload = synthetic(size, seed, nodes or "16x8")
     elif fmt in traces.FORMATS:
-        reader, first = traces.FORMATS[fmt]
-        workload = reader(trace or first, policy)
+        workload = traces.read(fmt, trace, policy)
     else:
         known = ", ".join([SYNTHETIC, *traces.FORMATS])
         raise UsageError(f"there is no trace format {fmt!r}", hint=f"known formats: {known}")

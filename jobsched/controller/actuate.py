@@ -33,7 +33,7 @@ def actuate(backend: Backend, actions: Iterable[Action], sight: Sight, now_ms: i
         for launch in starts:
             sight.ordered_at_ms[launch.key] = now_ms
             sight.by_job.setdefault(parse_key(launch.key).job_id, set()).add(launch.key)
-        backend.start([_with_secrets(launch, secret) for launch in starts])
+        backend.start([_with_secrets(launch, secret) for launch in starts] if secret else starts)
 
 
 def _with_secrets(launch: Launch, secret: bytes) -> Launch:

@@ -282,7 +282,7 @@ class Controller:
             past = reversed(self._store.jobs(JobQuery(phases=LEARNED_FROM, limit=LEARNED_JOBS)))
         cluster = Cluster.of(
             loaded.jobs, loaded.nodes, loaded.queues, loaded.lost_nodes, loaded.cordoned, loaded.ended, loaded.seq,
-            self._policy.rank, past, recalled.estimates if recalled is not None else None,
+            self._policy.rank, past, recalled.estimates if recalled is not None else None, self._policy.alike,
         )  # fmt: skip
         if recalled is not None:
             recalled.give(cluster)
@@ -320,7 +320,8 @@ class Controller:
         cluster, sight = state.cluster, self._sight
         self._define_queues(state, fence, now, news)
         observations = self._observations()
-        self._senses = replace(self._senses, blind=bool(self.health.backend_error))
+        if self._senses.blind is not bool(self.health.backend_error):
+            self._senses = replace(self._senses, blind=not self._senses.blind)
         with self._lock:
             seen_jobs, seen_nodes = self._fold(state, observations, now)
             if self._looks < self._looks_wanted:
@@ -338,8 +339,7 @@ class Controller:
                 found = judge(cluster, sight, look, now, self._senses)
                 samples = state.sampler.samples(cluster, sight, look, now)
                 for sample in samples:
-                    if sample.total > 0:
-                        cluster.estimates.reported(cluster.jobs[sample.job_id], sample.step, sample.total, now)
+                    cluster.reported(sample.job_id, sample.step, sample.total, now)
             if samples:
                 self._store.add_samples(samples)
             if not found:

@@ -43,14 +43,15 @@ SHAPES_KEPT = 10_000
 
 @dataclass(frozen=True, slots=True)
 class LineKey:
-    """Jobs that the scheduler need not tell apart but by age: same queue, priority, shape, array, and owner where the
-    queue tells its users apart."""
+    """Jobs that the scheduler need not tell apart but by rank and age: same queue, priority, shape, array, owner where
+    the queue tells its users apart, and outlook where the policy has one (`Cluster.alike`)."""
 
     queue: str
     priority: int
     shape: Shape
     array_id: str = ""
     owner: str = ""
+    outlook: tuple[int, ...] = ()
 
 
 class Place(NamedTuple):
@@ -99,6 +100,16 @@ def equal_rank(job: Job, estimates: Estimates) -> int:
     return 0
 
 
+Alike = Callable[[Job, Estimates], tuple[int, ...]]
+"""Jobs of which a policy expects the same, now and later, as long as they wait, get equal values. Asked when a job
+joins its line."""
+
+
+def all_alike(job: Job, estimates: Estimates) -> tuple[int, ...]:
+    """The policy does not look at what a job has done."""
+    return ()
+
+
 @dataclass(slots=True)
 class Line:
     """One line of like jobs, best rank and oldest first."""
@@ -134,6 +145,8 @@ class Cluster:
     """Jobs that may start now."""
     lines_of: dict[str, dict[LineKey, Line]] = field(default_factory=dict)
     """The same by queue; queues without waiting jobs are absent."""
+    lines_in: dict[PoolKey, dict[LineKey, Line]] = field(default_factory=dict)
+    """The same by where their jobs may run."""
     stuck: dict[str, Line] = field(default_factory=dict)
     """Queue whose first line was found not to fit, where that stops the whole queue; forgotten when a job comes or
     goes."""
@@ -169,6 +182,7 @@ class Cluster:
     quotas: Quotas = field(default_factory=Quotas)
     """What every queue holds and may still take."""
     rank: Rank = equal_rank
+    alike: Alike = all_alike
     ripening: dict[LineKey, int] = field(default_factory=dict)
     """Lines for whose heads no room could be made yet -> when the next protected job may be stopped for them."""
     standing: dict[JobId, Standing] = field(default_factory=dict)
@@ -274,10 +288,11 @@ class Cluster:
         rank: Rank = equal_rank,
         past: Iterable[Job] = (),
         estimates: Estimates | None = None,
+        alike: Alike = all_alike,
     ) -> Cluster:
         """From a store's projections; equal to folding the log up to `seq`. `past`: jobs that ended, oldest first, to
         learn run times from; `estimates`: what was learned already."""
-        cluster = cls(seq=seq, cordoned=dict(cordoned), ended=dict(ended), rank=rank)
+        cluster = cls(seq=seq, cordoned=dict(cordoned), ended=dict(ended), rank=rank, alike=alike)
         cluster.estimates = estimates or cluster.estimates
         cluster.estimates.learn(past)
         for queue in queues:
@@ -455,12 +470,22 @@ class Cluster:
             del levels[job.priority][job.id]
             if not levels[job.priority]:
                 del levels[job.priority]
+    def reported(self, job_id: JobId, step: int, total: int, at_ms: int) -> None:
+        """A running job told how far it is of how much."""
+        if total > 0 and self.estimates.reported(self.jobs[job_id], step, total, at_ms):
+            self.stirred[self._crowd_of[job_id]] = None
+
     def _stir(self, before: Job | None, after: Job) -> None:
         """Note where something may be decided anew."""
         shape = self._shape.get(after.id)
         if shape is None:
             return
         key = pool_key(shape)
+        if before is not None and before.phase is not after.phase:
+            if after.phase.active:
+                self.crowds[key].active[after.id] = None
+            else:
+                self.crowds[key].active.pop(after.id, None)
         if after.phase.terminal:
             self._leave_crowd(after.id)
             self.standing.pop(after.id, None)
@@ -471,6 +496,8 @@ class Cluster:
                 crowd = self.crowds[key] = Crowd(shape)
             crowd.jobs[after.id] = None
             self._crowd_of[after.id] = key
+            if after.phase.active:
+                crowd.active[after.id] = None
         elif after.phase is not Phase.QUEUED and (before.stop_wish, before.cancel_by, before.wanted) == (
             after.stop_wish, after.cancel_by, after.wanted,
         ):  # fmt: skip
@@ -481,6 +508,7 @@ class Cluster:
         key = self._crowd_of.pop(job_id, None)
         if key is not None:
             del self.crowds[key].jobs[job_id]
+            self.crowds[key].active.pop(job_id, None)
             if not self.crowds[key].jobs:
                 del self.crowds[key]
 
@@ -547,10 +575,12 @@ class Cluster:
     def _line_up(self, job: Job) -> None:
         self.stirred[pool_key(self._shape[job.id])] = None
         owner = job.owner if _tells_users_apart(self.queues.get(job.spec.queue)) else ""
-        key = LineKey(job.spec.queue, job.priority, self._shape[job.id], job.array_id, owner)
+        outlook = self.alike(job, self.estimates)
+        key = LineKey(job.spec.queue, job.priority, self._shape[job.id], job.array_id, owner, outlook)
         line = self.lines.get(key)
         if line is None:
             line = self.lines[key] = self.lines_of.setdefault(key.queue, {})[key] = Line(key)
+            self.lines_in.setdefault(self._crowd_of[job.id], {})[key] = line
         self.stuck.pop(key.queue, None)
         self.joined += 1
         place = Place(self.rank(job, self.estimates), job.submitted_at_ms, job.id)
@@ -570,6 +600,10 @@ class Cluster:
             del self.lines_of[key.queue][key]
             if not self.lines_of[key.queue]:
                 del self.lines_of[key.queue]
+            pool = self._crowd_of[job.id]
+            del self.lines_in[pool][key]
+            if not self.lines_in[pool]:
+                del self.lines_in[pool]
 
     def unpark(self, now_ms: int) -> None:
         """Queued jobs whose backoff is over join their lines. Cost: those jobs."""

@@ -16,7 +16,7 @@ from jobsched.core.launch import Action, AskStacks, Forget, Launch, LaunchKey, S
 from jobsched.core.observation import Sight
 from jobsched.core.resources import WHOLE_GPU, JobId, NodeName
 from jobsched.core.timers import START_AGAIN_MS
-from jobsched.spec.job import RestartScope, restart_policy, training_roles
+from jobsched.spec.job import RestartScope, restart_scope, training_roles
 from jobsched.spec.pod import both
 
 STALE_GRACE_MS = 0
@@ -203,7 +203,7 @@ def _contract(
         max_replicas=own.replicas.max,
         elastic=own.replicas.elastic,
         sparse=any(r.replicas.elastic for n, r in spec.roles.items() if n in training_roles(spec)),
-        in_place=restart_policy(spec, replica.role).scope is RestartScope.REPLICA,
+        in_place=restart_scope(spec, replica.role) is RestartScope.REPLICA,
         checkpoint_dir=_checkpoint_dir(job, addresses),
         checkpoint_signal=spec.checkpoint.signal,
         threads=max(1, own.cpu // 1_000),

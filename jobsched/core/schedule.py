@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from jobsched.core import events as ev
-from jobsched.core.cluster import Cluster, Line, Place, Rank, equal_rank
+from jobsched.core.cluster import Alike, Cluster, Line, Place, Rank, all_alike, equal_rank
 from jobsched.core.job import Binding, Job, Reason, ReplicaState, Shape
 from jobsched.core.plan import Decision, Plan, Reservation
 from jobsched.core.policies.admission import admit, least_needs, limited, more
@@ -42,6 +42,8 @@ class Policy:
     """Weighted factors in place of `ordering`."""
     rank: Rank = equal_rank
     """Order between like jobs, before their age."""
+    alike: Alike = all_alike
+    """Which of them are alike."""
     preemption: Preemption | None = None
     """Room is made for waiting jobs: reclaim and priority; None: nobody is stopped for another."""
     fair: FairShare | None = None

@@ -38,6 +38,9 @@ class Script:
     kill_ms: int = KILL_MS
     failure: Reason = Reason.NONE
     """Set: it never runs and ends with this failure instead."""
+    progress: Callable[[], Progress | None] | None = None
+    """What it reports, looked at when it starts to run and `reports_ms` later."""
+    reports_ms: tuple[int, ...] = ()
 
 
 Scripts = Callable[[Launch], Script]
@@ -72,6 +75,8 @@ class SimBackend:
         self._due: list[tuple[int, LaunchKey]] = []
         self._changed: dict[LaunchKey, None] = {}
         self._gone: dict[LaunchKey, None] = {}
+        self._vanished = False
+        """Whether some of those went without anybody having asked to forget them."""
         self._nodes_changed: dict[NodeName, None] = {}
         self._full = True
         self._takes_ms = takes_ms
@@ -112,6 +117,7 @@ class SimBackend:
         )
         self._changed.clear()
         self._gone.clear()
+        self._vanished = False
         self._nodes_changed.clear()
         return observation
 
@@ -127,7 +133,7 @@ class SimBackend:
             ends = now if script.failure is not Reason.NONE else min(running + script.run_ms, FOREVER_MS)
             self._replicas[launch.key] = _Replica(launch, script, running, ends, script.exit_code)
             self._changed[launch.key] = None
-            for instant in (running, ends):
+            for instant in (running, ends, *[running + after_ms for after_ms in script.reports_ms]):
                 if now < instant < FOREVER_MS:
                     heapq.heappush(self._due, (instant, launch.key))
 
@@ -160,7 +166,8 @@ class SimBackend:
         for key in keys:
             replica = self._replicas.get(key)
             if replica is not None and replica.ends_at_ms <= now:
-                self._remove(key)
+                del self._replicas[key]
+                self._gone[key] = None  # told with the next news: whoever asked for it does not wait for it
 
     def logs(self, key: LaunchKey, offset: int = 0, follow: bool = False, timeout_ms: int = 0) -> Iterator[LogChunk]:
         """Simulated replicas say nothing."""
@@ -247,7 +254,7 @@ class SimBackend:
 
     def next_event_ms(self) -> int | None:
         """When there will be something to observe; None: never, unless somebody acts."""
-        if self._full or self._changed or self._gone or self._nodes_changed:
+        if self._full or self._changed or self._vanished or self._nodes_changed:
             return self._clock.now_ms()
         coming = [at for entries in self._coming.values() for at, _ in entries if at < FOREVER_MS]
         return min([*coming, *(at for at, _ in self._due[:1])], default=None)
@@ -273,6 +280,7 @@ class SimBackend:
     def _remove(self, key: LaunchKey) -> None:
         if self._replicas.pop(key, None) is not None:
             self._gone[key] = None
+            self._vanished = True
 
     @staticmethod
     def _step(replica: _Replica, at_ms: int) -> int:
@@ -285,6 +293,8 @@ class SimBackend:
         ended = replica.ends_at_ms <= now
         state = Seen.EXITED if ended else Seen.RUNNING if replica.running_at_ms <= now else Seen.STARTING
         progress = replica.told
+        if script.progress is not None and replica.running_at_ms <= now and not ended:
+            progress = replica.told = script.progress()
         if script.step_ms and replica.running_at_ms <= now:
             until = min(now, replica.ends_at_ms, replica.hung_at_ms)
             age = now - until + (until - replica.running_at_ms) % script.step_ms

@@ -19,6 +19,7 @@ from jobsched.core.launch import Launch, LaunchKey, parse_key
 from jobsched.core.observation import Progress
 from jobsched.core.policies.backfill import Backfill
 from jobsched.core.policies.elasticity import Elasticity
+from jobsched.core.policies.estimate import REPORT_AFTER_MS
 from jobsched.core.policies.ordering import (
     expected_service,
     fifo,
@@ -28,6 +29,8 @@ from jobsched.core.policies.ordering import (
     knapsack,
     learned,
     least_attained,
+    left_told,
+    outlook,
     priority,
     shortest,
 )
@@ -36,7 +39,7 @@ from jobsched.core.resources import WHOLE_GPU, JobId, NodeName
 from jobsched.core.schedule import Policy
 from jobsched.sim.backend import FOREVER_MS, Script, SimBackend
 from jobsched.sim.clock import SimClock
-from jobsched.sim.throughput import AdaptiveCourse, Course, Seats
+from jobsched.sim.throughput import AdaptiveCourse, Course, Seats, SteadyCourse
 from jobsched.sim.workload import Arrival, Workload
 from jobsched.store.memory import MemoryStore
 
@@ -45,6 +48,8 @@ START_MS = 1_699_920_000_000
 NEVER_MS = 1 << 60
 LOSING = (FailureClass.USER, FailureClass.OOM, FailureClass.HANG, FailureClass.INFRA)
 """Ends that nobody could save before."""
+REPORTS_MS = (1_000, *(1_000 + (REPORT_AFTER_MS << 2 * k) for k in range(9)))
+"""When a job that runs steadily reports: more often would tell nothing new."""
 STUCK_TICKS = 10_000
 """So many ticks at one instant mean that the loop chases its own tail."""
 
@@ -105,7 +110,17 @@ class Player:
         run.keys.append(launch.key)
         left = run.pause_ms + self.course(job_id).left_ms(run.seats) - run.ran_ms(self._clock.now_ms())
         run_ms = max(1, round(left)) if left < FOREVER_MS else FOREVER_MS
-        return Script(run_ms=run_ms, kill_ms=self.workload.rules.kill_ms)
+        course, rules = self.course(job_id), self.workload.rules
+        if not (rules.progress and isinstance(course, SteadyCourse) and course.work.steps and len(run.keys) == 1):
+            return Script(run_ms=run_ms, kill_ms=rules.kill_ms)
+
+        def progress() -> Progress | None:
+            ran = run.ran_ms(self._clock.now_ms())
+            return Progress(course.step(run.seats, ran), course.work.steps) if ran or not run.pause_ms else None
+
+        pause = round(run.pause_ms)
+        instants = tuple(pause + after_ms for after_ms in REPORTS_MS if pause + after_ms < run_ms)
+        return Script(run_ms=run_ms, kill_ms=rules.kill_ms, progress=progress, reports_ms=instants)
 
     def report(self, engine: SimBackend) -> None:
         """Elastic jobs tell how fast they are, and those that end before their next report get their end."""
@@ -134,6 +149,9 @@ class Player:
     def left_ms(self, job: Job) -> int:
         """True time to the end: what an informed policy is told."""
         course, run = self.course(job.id), self._runs.get(job.id)
+        if run is not None and not job.phase.active:
+            self.catch_up()
+            run = None
         if run is None or run.attempt != job.attempt or not job.phase.active:
             return round(course.left_ms(self._seats(job)))
         return round(course.left_ms(run.seats)) - run.ran_ms(self._clock.now_ms())
@@ -333,6 +351,22 @@ def _preempting(order: Callable[[Simulation], Order], remember: bool = False) ->
     return make
 
 
+def _shortest(order: Callable[[Told], Order]) -> PolicyMaker:
+    """Preempting, told what is left: like jobs go in that order, so that their line's first are enough to look at."""
+    def make(sim: Simulation) -> Policy:
+        rules, told = sim.workload.rules, sim.player.left_ms
+        how = Replan(order(told), rules.repack, settle=rules.settle, heads=True)
+        return _policy(sim, replan=how, rank=lambda job, estimates: told(job))
+
+    return make
+
+
+def _learned(sim: Simulation) -> Policy:
+    rules = sim.workload.rules
+    how = Replan(learned, rules.repack, settle=rules.settle, heads=True)
+    return _policy(sim, replan=how, rank=left_told, alike=outlook)
+
+
 def _policy(sim: Simulation, **fields: object) -> Policy:
     rules = sim.workload.rules
     given: dict[str, object] = {
@@ -360,15 +394,17 @@ POLICIES: dict[str, PolicyMaker] = {
     "sjf": _ranked(lambda sim: sim.told_ms),
     "qssf": _ranked(lambda sim: gpu_time(sim.told_ms)),
     "edf": _ranked(_deadline),
-    "srtf": _preempting(lambda sim: shortest(sim.player.left_ms)),
-    "srsf": _preempting(lambda sim: shortest(gpu_time(sim.player.left_ms))),
-    "knapsack": _preempting(lambda sim: knapsack(sim.player.left_ms)),
+    "srtf": _shortest(shortest),
+    "srsf": _shortest(lambda told: shortest(gpu_time(told))),
+    "knapsack": _shortest(knapsack),
     "las": _preempting(_las, remember=True),
-    "learned": _preempting(lambda sim: learned),
+    "learned": _learned,
+    "reported": _learned,
+    "guessed": _learned,
     "in-time": _preempting(lambda sim: in_time(sim.player.left_ms, lambda job: sim.due_ms(job))),
     "themis": _preempting(lambda sim: finish_time_fairness(sim.player.left_ms)),
-    "kinds": _preempting(lambda sim: shortest(gpu_time(sim.player.left_ms))),
-    "blind": _preempting(lambda sim: shortest(gpu_time(sim.player.left_ms))),
+    "kinds": _shortest(lambda told: shortest(gpu_time(told))),
+    "blind": _shortest(lambda told: shortest(gpu_time(told))),
     "service": lambda sim: _policy(sim, ordering=fifo, rank=expected_service),
     "easy": lambda sim: _policy(sim, ordering=fifo, backfill=Backfill(1)),
     "conservative": lambda sim: _policy(sim, ordering=fifo, backfill=Backfill(64)),

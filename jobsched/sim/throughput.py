@@ -52,13 +52,15 @@ class Steady:
     work_ms: float
     start_ms: int = 0
     speed: Callable[[Seats], float] = full_speed
+    steps: int = 0
+    """How many steps the work consists of; 0: it cannot tell how far it is."""
 
     def begin(self) -> Course:
-        return _SteadyCourse(self, self.work_ms)
+        return SteadyCourse(self, self.work_ms)
 
 
 @dataclass(slots=True)
-class _SteadyCourse:
+class SteadyCourse:
     work: Steady
     left: float
 
@@ -67,6 +69,11 @@ class _SteadyCourse:
 
     def advance(self, seats: Seats, ran_ms: float) -> None:
         self.left = max(0.0, self.left - ran_ms * self.work.speed(seats))
+
+    def step(self, seats: Seats, ran_ms: float) -> int:
+        """Steps made when it has run so long since it was last advanced."""
+        left = max(0.0, self.left - ran_ms * self.work.speed(seats))
+        return int(self.work.steps * (1 - left / self.work.work_ms))
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,7 +60,7 @@ def rows(path: Path) -> Iterator[dict[str, str]]:
 
 def philly(name: str = "philly_2017-10", nodes: str = "philly_vc_nodes_load85", estimates: str = "") -> Workload:
     """Philly (ATC'19) with one pool of 8-GPU nodes per virtual cluster, as in Helios (SC'21). `estimates` names a file
-    of run times told to the policies; default: the true ones."""
+    of run times that jobs say they expect, each off by some error; default: the true ones are told to the policies."""
     sizes = {row["vc"]: int(row["node num"]) for row in rows(find("philly", nodes))}
     told = [int(row["est_duration_s"]) for row in rows(find("philly", estimates))] if estimates else None
     arrivals: list[Arrival] = []
@@ -72,11 +72,14 @@ def philly(name: str = "philly_2017-10", nodes: str = "philly_vc_nodes_load85", 
         at = datetime.fromisoformat(row["timestamp"])
         begin = begin or at.replace(hour=0, minute=0, second=0)
         run_ms, gpus = round(float(row["duration"]) * 1_000), int(row["num_gpus"])
+        spec = gang_spec(gpus, 8, f"vc-{vc}", ("vc", vc))
+        if told:
+            spec = spec.model_copy(update={"expected": max(0, told[place] * 1_000)})
         arrivals.append(
             Arrival(
                 at_ms=round((at - begin).total_seconds() * 1_000),
                 job_id=JobId(f"{place:06}"),
-                spec=gang_spec(gpus, 8, f"vc-{vc}", ("vc", vc)),
+                spec=spec,
                 work=Steady(run_ms),
                 told_ms=told[place] * 1_000 if told else run_ms,
                 family=f"{vc}/{gpus}",
@@ -114,7 +117,7 @@ def muri(name: str = "trace3", *, counted: bool = False, once: bool = False) -> 
                 at_ms=at_ms,
                 job_id=JobId(f"{len(arrivals):06}"),
                 spec=gang_spec(gpus, 64 if counted else 8),
-                work=Steady(work_ms, 1_000 * costs[gpus.bit_length() - 1]),
+                work=Steady(work_ms, 1_000 * costs[gpus.bit_length() - 1], steps=int(row["iterations"])),
                 told_ms=round(work_ms),
                 family=f"{row['model_name']}/{row['batch_size']}/{gpus}",
             )
@@ -306,7 +309,8 @@ def gavel(
         )  # fmt: skip
         arrival = _steady(place, at_s, run_s, gpus, 4, row[0], single=True)
         arrival = replace(arrival, spec=gang_spec(gpus, 4, kinds="|".join(kinds), single=True))
-        arrivals.append(replace(arrival, work=Steady(1_000 * run_s, 0, GavelSpeed(tuple(sorted(speeds.items()))))))
+        speed = GavelSpeed(tuple(sorted(speeds.items())))
+        arrivals.append(replace(arrival, work=Steady(1_000 * run_s, 0, speed, round(steps))))
     return Workload(name, tuple(arrivals), make_nodes(nodes))
 
 
@@ -376,8 +380,20 @@ def _muri_for(name: str, policy: str) -> Workload:
     return muri(name, counted=policy == "las")
 
 
+def _philly_for(name: str, policy: str) -> Workload:
+    return philly(name, estimates=f"{name}_noisy_estimate" if policy == "guessed" else "")
+
+
+def read(fmt: str, name: str, policy: str) -> Workload:
+    """A trace (the format's first by default) as it is played under a policy: `reported` is about jobs that report
+    their progress, `guessed` about those that say how long they expect to run."""
+    reader, first = FORMATS[fmt]
+    workload = reader(name or first, policy)
+    return replace(workload, rules=replace(workload.rules, progress=policy == "reported"))
+
+
 FORMATS: dict[str, tuple[Callable[[str, str], Workload], str]] = {
-    "philly": (lambda name, policy: philly(name), "philly_2017-10"),
+    "philly": (_philly_for, "philly_2017-10"),
     "muri": (_muri_for, "trace3"),
     "pollux": (lambda name, policy: pollux(name, elastic=policy == "elastic"), "workload-1.0_6"),
     "gavel": (lambda name, policy: gavel(name, blind=policy == "blind"), "msr_seed0_0e4a51"),

@@ -47,6 +47,8 @@ class Rules:
     """Preemptive passes start nobody before everything that was stopped is gone."""
     report_every_ms: int = 0
     """How often elastic jobs report their speed; only at multiples of it are their ends looked for. 0: never."""
+    progress: bool = False
+    """Jobs whose steps are known report how many they have made of how many."""
     score: Score = Score.PACK
     thresholds_gpu_s: tuple[int, ...] = (3_250, 7_200)
     """Of least attained service: GPU-seconds at which a job sinks a level."""
@@ -117,8 +119,9 @@ def gang_spec(
             roles["rest"] = {**role, "gpu": f"{kind}:{rest}"}
     placement = {"nodes": dict([node_label])} if node_label else {}
     return JobSpec.model_validate(
-        {"roles": roles, "queue": queue, "placement": placement, "start_timeout": 0, "checkpoint": {"grace": 0}}
-    )
+        {"roles": roles, "queue": queue, "placement": placement, "start_timeout": 0, "heartbeat_timeout": 0,
+         "checkpoint": {"grace": 0}}
+    )  # fmt: skip
 
 
 @cache
@@ -158,7 +161,7 @@ def synthetic(
                 at_ms=round(at_s * 1_000),
                 job_id=JobId(f"{place:06}"),
                 spec=gang_spec(size, per_node),
-                work=Steady(round(run_s) * 1_000),
+                work=Steady(round(run_s) * 1_000, steps=round(run_s)),
                 owner=user,
                 told_ms=round(run_s) * 1_000,
                 family=f"{user}/{size}",

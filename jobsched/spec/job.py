@@ -611,6 +611,9 @@ class JobSpec(SpecModel):
     """Which containers and scratch files are removed after the end; logs are always kept."""
     keep_after_finish: DurationMs = 7 * 86_400_000
     """How long logs and scratch files stay after the end."""
+    expected: DurationMs = 0
+    """How long the job is expected to run, all attempts together; 0: no idea. It ends nothing: orders that look at run
+    times learn how far such guesses are off."""
     time_limit: DurationMs = 0
     """Longest run of all attempts together; 0 means none."""
     queue_deadline: DurationMs = 0
@@ -672,16 +675,22 @@ class JobSpec(SpecModel):
 def training_roles(spec: JobSpec) -> tuple[str, ...]:
     """Roles whose replicas have ranks: all but `ps` and `evaluator`, chief first, then in written order."""
     names = [name for name in spec.roles if name not in SERVING_ROLES]
+    if len(names) < 2:
+        return tuple(names)
     return tuple(sorted(names, key=lambda n: (n not in ("chief", "master"), names.index(n))))
 
 
 def restart_policy(spec: JobSpec, role: str) -> RestartPolicy:
     """The policy that holds for a role, with its scope made definite."""
     policy = spec.roles[role].restart or spec.restart
-    if policy.scope is not None:
-        return policy
+    return policy if policy.scope is not None else policy.model_copy(update={"scope": restart_scope(spec, role)})
+
+
+def restart_scope(spec: JobSpec, role: str) -> RestartScope:
+    """The same's scope alone, which is asked for at each launch."""
+    scope = (spec.roles[role].restart or spec.restart).scope
     serving = role in SERVING_ROLES or "ps" in spec.roles
-    return policy.model_copy(update={"scope": RestartScope.REPLICA if serving else RestartScope.JOB})
+    return scope or (RestartScope.REPLICA if serving else RestartScope.JOB)
 
 
 ROLE_ONLY = tuple(name for name in RoleSpec.model_fields if name not in JobSpec.model_fields)

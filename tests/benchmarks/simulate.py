@@ -31,7 +31,7 @@ def main() -> None:
     for name in sys.argv[1:] or FIGURES:
         fmt, trace, policy, published_s = FIGURES[name]
         try:
-            workload = traces.FORMATS[fmt][0](trace, policy)
+            workload = traces.read(fmt, trace, policy)
         except NotFound as missing:
             print(json.dumps({"name": name, "skipped": missing.message}), flush=True)
             continue

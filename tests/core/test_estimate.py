@@ -105,7 +105,7 @@ def test_siblings_that_still_run_teach_before_they_end() -> None:
         estimates.submitted(job)
     before = estimates.curve(siblings[0]).rate[0]
     for job in siblings[1:]:
-        estimates.ran(job.id, 20 * HOUR_MS)
+        estimates.ran(job, 20 * HOUR_MS)
     assert estimates.curve(siblings[0]).rate[0] < before / 2
 
 
@@ -137,7 +137,9 @@ def test_reported_progress_replaces_the_family() -> None:
     assert estimates.left_ms(job, 150_000) == 850_000
     again = changed(job, attempt=2)
     estimates.reported(again, 100, 1_000, 200_000)
-    assert estimates.reported_left_ms(again, 200_000) is None
+    assert estimates.reported_left_ms(again, 200_000) == 900_000  # as fast as before, until it is known better
+    estimates.reported(again, 200, 1_000, 400_000)
+    assert estimates.reported_left_ms(again, 400_000) == 1_600_000
 
 
 def test_what_never_ran_teaches_nothing() -> None:

@@ -99,6 +99,7 @@ jobs = st.fixed_dictionaries(
         "clean_up": st.sampled_from(["all", "running", "none"]),
         "keep_after_finish": durations,
         "time_limit": durations,
+        "expected": durations,
         "hang_timeout": durations,
         "checkpoint": st.fixed_dictionaries(
             {},

@@ -5,7 +5,9 @@ still run count for every bucket they have passed, so that long jobs teach befor
 > same GPUs > same family > same name > same campaign); each level starts from the one above as if it had seen some jobs
 like that, so a family with few ends leans on its parents. A family is what a user runs again and again: queue, owner,
 image, programs, GPUs. A campaign is a run of submissions of one family with short gaps: siblings of a sweep run alike.
-Reported progress, where a job tells its total, replaces all of that.
+Jobs that say how long they expect to run have tables of their own, in parts of that time: what is learned there is how
+far such guesses are off. Reported progress, where a job tells its total, replaces all of that; and where its like do,
+a job is worth a short run to hear it.
 
 `Cluster` folds job events into its `Estimates`; orderings, backfill and answers ask. Learned from the past only.
 Sources: Gittins 1979 for the index (as in Tiresias, NSDI'19); Kaplan & Meier 1958; Helios (SC'21) and 3Sigma
@@ -37,6 +39,10 @@ TRUST = (2.0, 10.0, 5.0, 3.0, 3.0)
 CAMPAIGN_GAP_MS = 600_000
 REPORT_AFTER_MS = 60_000
 """A reported rate counts once it was measured over so long."""
+PROBE_MS = 2 * REPORT_AFTER_MS
+"""A job that is likely to report is let run so long to hear it."""
+EXPECTED_MS = BASE_MS << 3
+"""Where tables of jobs that guess their run time have the guess: room for an eighth of it and less."""
 REFRESH = 16
 """Tables of families that saw nothing themselves follow their parents after so many ends."""
 
@@ -52,6 +58,12 @@ class Tally:
     version: int = 0
     made: tuple[int, Curve] | None = field(default=None, repr=False)
     """The curve of jobs whose last level this is, and what it was made from, here and at the levels above."""
+    number: int = 0
+    """Of a campaign: counts up."""
+    told: int = 0
+    """Jobs that reported how far they are of how much."""
+    silent: int = 0
+    """Jobs that ran long enough for that, and did not."""
 
     def add(self, first: int, bucket: int, ends: bool) -> None:
         """A job has passed buckets `first`..`bucket`-1, and ended in `bucket` or not."""
@@ -123,6 +135,8 @@ class Noted:
     """Family, its last submission, the place of the campaign that was of."""
     live: tuple[tuple[JobId, int, int], ...] = ()
     ends: int = 0
+    reports: tuple[tuple[Key, int, int], ...] = ()
+    """How many jobs of a level told how far they are of how much, and how many did not."""
 
 
 FAMILIES_NOTED = 5_000
@@ -135,6 +149,7 @@ class _Known:
 
     levels: tuple[Tally, ...]
     passed: int = 0
+    told: bool = False
 
 
 @dataclass(slots=True)
@@ -147,6 +162,13 @@ class _Report:
     step: int
     at_ms: int
     total: int
+    earlier_pace: float = 0.0
+    """Milliseconds a step in the attempt before; 0: not known."""
+
+    def pace(self) -> float:
+        """Milliseconds a step; 0: not known yet."""
+        steps, took_ms = self.step - self.first_step, self.at_ms - self.first_at_ms
+        return took_ms / steps if steps > 0 and took_ms >= REPORT_AFTER_MS else self.earlier_pace
 
 
 @dataclass(slots=True)
@@ -159,6 +181,8 @@ class Estimates:
     """Family -> (its last submission, the campaign that was of)."""
     _reports: dict[JobId, _Report] = field(default_factory=dict)
     _ends: int = 0
+    _begun: int = 0
+    """Campaigns so far."""
     _learns: bool = True
     _recalled: dict[JobId, tuple[int, Tally]] = field(default_factory=dict)
     """Jobs that lived when this was noted: buckets passed, campaign."""
@@ -178,15 +202,21 @@ class Estimates:
             tuple((family, last_ms, place[id(tally)]) for family, last_ms, tally in going),
             tuple((job_id, known.passed, place[id(known.levels[-1])]) for job_id, known in self._live.items()),
             self._ends,
+            tuple((key, tally.told, tally.silent) for key, tally in most if tally.told or tally.silent),
         )
 
     @classmethod
     def of(cls, noted: Noted) -> Estimates:
         """As it was when that was noted. What came since is to be told: jobs that live, jobs that ended."""
         tallies = {_tuples(key): _tally(entered, ended) for key, entered, ended in noted.tallies}
+        for key, told, silent in noted.reports:
+            if (tally := tallies.get(_tuples(key))) is not None:
+                tally.told, tally.silent = told, silent
         campaigns = [_tally(*each) for each in noted.campaigns]
+        for number, campaign in enumerate(campaigns):
+            campaign.number = number
         families = {_tuples(family): (last_ms, campaigns[at]) for family, last_ms, at in noted.families}
-        found = cls(tallies, {}, families, {}, noted.ends)
+        found = cls(tallies, {}, families, {}, noted.ends, len(campaigns))
         found._recalled = {job_id: (passed, campaigns[at]) for job_id, passed, at in noted.live}
         return found
 
@@ -194,7 +224,7 @@ class Estimates:
         """What is known of these jobs and of whatever is like them, for copies of a cluster: nothing that happens there
         is learned from. O(jobs named)."""
         live = {job_id: self._live[job_id] for job_id in job_ids if job_id in self._live}
-        return Estimates(self._tallies, live, self._campaigns, self._reports, self._ends, _learns=False)
+        return Estimates(self._tallies, live, self._campaigns, self._reports, self._ends, self._begun, _learns=False)
 
     # ---- learning ----
 
@@ -205,11 +235,12 @@ class Estimates:
             self._live[job.id] = _Known(self._levels(job, campaign), passed)
 
     def _levels(self, job: Job, campaign: Tally | None) -> tuple[Tally, ...]:
-        family = family_of(job)
+        guesses = bool(job.spec.expected)
+        family = (guesses, *family_of(job))
         name = _COUNTER.sub("", str(job.spec.name)) if job.spec.name else ""
         if campaign is None:
             campaign = self._campaign(family, job)
-        keys: tuple[Key, ...] = ((), (family[-1],), family, (*family, name))
+        keys: tuple[Key, ...] = ((guesses,), (guesses, family[-1]), family, (*family, name))
         tallies = self._tallies
         if not self._learns:
             return (*(tallies.get(key) or Tally() for key in keys), campaign)
@@ -218,17 +249,19 @@ class Estimates:
     def _campaign(self, family: Key, job: Job) -> Tally:
         last_ms, campaign = self._campaigns.get(family, (0, None))
         if campaign is None or job.submitted_at_ms - last_ms > CAMPAIGN_GAP_MS:
-            campaign = Tally()
+            self._begun += 1
+            campaign = Tally(number=self._begun)
         if self._learns:
             self._campaigns[family] = (max(last_ms, job.submitted_at_ms), campaign)
         return campaign
 
-    def ran(self, job_id: JobId, for_ms: int) -> None:
+
+    def ran(self, job: Job, for_ms: int) -> None:
         """A live job has run so long and goes on."""
-        known = self._live.get(job_id)
+        known = self._live.get(job.id)
         if known is None or not self._learns:
             return
-        bucket = bucket_of(for_ms)
+        bucket = bucket_of(_in_parts(job, for_ms))
         if bucket > known.passed:
             for tally in known.levels:
                 tally.add(known.passed, bucket, ends=False)
@@ -241,8 +274,10 @@ class Estimates:
         self._reports.pop(job.id, None)
         known = self._live.pop(job.id, None)
         if known is not None and job.ran_ms > 0:
+            bucket, silent = bucket_of(_in_parts(job, job.ran_ms)), not known.told and job.ran_ms >= PROBE_MS
             for tally in known.levels:
-                tally.add(known.passed, bucket_of(job.ran_ms), ends=True)
+                tally.add(known.passed, bucket, ends=True)
+                tally.silent += silent
             self._ends += 1
 
     def learn(self, jobs: Iterable[Job]) -> None:
@@ -251,25 +286,43 @@ class Estimates:
             self.submitted(job)
             self.ended(job)
 
-    def reported(self, job: Job, step: int, total: int, at_ms: int) -> None:
-        """A running job told how far it is."""
-        report = self._reports.get(job.id)
+    def reported(self, job: Job, step: int, total: int, at_ms: int) -> bool:
+        """A running job told how far it is; whether that makes its time to the end known for the first time."""
+        report, known = self._reports.get(job.id), self._live.get(job.id)
+        if known is not None and not known.told:
+            known.told = True
+            for tally in known.levels:
+                tally.told += 1
         if report is None or report.attempt != job.attempt or step < report.first_step:
-            self._reports[job.id] = _Report(job.attempt, step, at_ms, step, at_ms, total)
-        else:
-            report.step, report.at_ms, report.total = step, at_ms, total
+            pace = report.pace() if report is not None else 0.0
+            self._reports[job.id] = _Report(job.attempt, step, at_ms, step, at_ms, total, pace)
+            return False
+        before = report.pace()
+        report.step, report.at_ms, report.total = step, at_ms, total
+        return not before and report.pace() > 0
 
     # ---- answers ----
 
-    def campaign(self, job_id: JobId) -> Tally | None:
-        """The job's own level: jobs of one campaign that ran equally long have the same curve."""
-        known = self._live.get(job_id)
-        return known.levels[-1] if known is not None else None
+    def outlook(self, job: Job) -> tuple[int, ...]:
+        """Equal for waiting jobs of which the same is expected; `Policy.rank` orders those that told something of
+        their own."""
+        known = self._live.get(job.id)
+        if known is None or self.reported_left_ms(job, 0) is not None:
+            return ()
+        return (known.levels[-1].number, bucket_of(_in_parts(job, job.ran_ms)))
+
+    def will_report(self, job: Job) -> bool:
+        """Whether the job's like usually report how far they are of how much."""
+        known = self._live.get(job.id)
+        likely = 0.0
+        for tally in known.levels if known is not None else ():
+            likely = (tally.told + likely) / (tally.told + tally.silent + 1)
+        return likely > 0.5
 
     def curve(self, job: Job) -> Curve:
         """What is known of this job's run time."""
         known = self._live.get(job.id)
-        levels = known.levels if known is not None else (self._tallies.get((), Tally()),)
+        levels = known.levels if known is not None else (self._tallies.get((False,), Tally()),)
         last = levels[-1]
         stamp = sum([tally.version for tally in levels[2:]]) + self._ends // REFRESH
         if last.made is not None and last.made[0] == stamp:
@@ -286,13 +339,22 @@ class Estimates:
     def reported_left_ms(self, job: Job, now_ms: int) -> int | None:
         """Time to the end at the reported rate; None before enough was reported."""
         report = self._reports.get(job.id)
-        if report is None or report.total <= 0:
+        if report is None or report.total <= 0 or not (pace := report.pace()):
             return None
-        steps, took_ms = report.step - report.first_step, report.at_ms - report.first_at_ms
-        if steps <= 0 or took_ms < REPORT_AFTER_MS:
-            return None
-        left = max(0, report.total - report.step) * took_ms // steps
-        return max(1, left - (now_ms - report.at_ms if job.phase is Phase.RUNNING else 0))
+        left = round(max(0, report.total - report.step) * pace)
+        since_ms = max(report.at_ms, job.running_since_ms)
+        return max(1, left - (now_ms - since_ms if job.phase is Phase.RUNNING else 0))
+
+    def promise(self, job: Job, ran: int) -> tuple[float, int]:
+        """Ends per millisecond when a job that ran so long is given the best quantum, and the run time at which that
+        is over (0: never). One that runs keeps what it promised when it was let in until that quantum is over."""
+        curve = self.curve(job)
+        bucket = bucket_of(_in_parts(job, ran))
+        begun = bucket_of(_in_parts(job, job.ran_ms)) if job.phase is not Phase.QUEUED else bucket
+        best = max((k for k in range(begun, bucket + 1) if curve.until[k] > bucket), key=lambda k: curve.rate[k])
+        until, rate, guess = curve.until[best], curve.rate[best], job.spec.expected
+        until_ms = EDGES_MS[until] if until < BUCKETS else 0
+        return (rate * EXPECTED_MS / guess, -(-until_ms * guess // EXPECTED_MS)) if guess else (rate, until_ms)
 
     def left_ms(self, job: Job, now_ms: int, quantile: float = 0.5) -> int:
         """Time to the end: by reported progress, else by that quantile of its family, else by its time limit; never
@@ -301,8 +363,11 @@ class Estimates:
         ran = ran_ms(job, now_ms)
         left = self.reported_left_ms(job, now_ms)
         if left is None:
-            curve = self.curve(job)
-            left = limit - ran if limit and not curve.seen else curve.left_ms(ran, quantile)
+            curve, guess = self.curve(job), job.spec.expected
+            if not curve.seen and (limit or guess):
+                left = (min(limit, guess) if limit and guess else limit or guess) - ran
+            else:
+                left = _in_ms(job, curve.left_ms(_in_parts(job, ran), quantile))
         return max(1, min(left, limit - ran) if limit else left)
 
     def source(self, job: Job, now_ms: int) -> str:
@@ -313,7 +378,7 @@ class Estimates:
 
     def mean_left_ms(self, job: Job) -> int:
         """Expected run time of one that has not run, never longer than its time limit."""
-        mean = self.curve(job).mean_left_ms(job.ran_ms)
+        mean = _in_ms(job, self.curve(job).mean_left_ms(_in_parts(job, job.ran_ms)))
         return min(mean, job.spec.time_limit) if job.spec.time_limit else mean
 
     def seen(self, job: Job) -> int:
@@ -328,6 +393,15 @@ def _tally(entered: Sequence[int], ended: Sequence[int]) -> Tally:
 def _tuples(key: Sequence[object]) -> Key:
     """A key as it was before it was written down as lists."""
     return tuple(_tuples(part) if isinstance(part, (list, tuple)) else part for part in key)
+
+
+def _in_parts(job: Job, ms: int) -> int:
+    """A run time in the measure of the job's tables."""
+    return ms * EXPECTED_MS // job.spec.expected if job.spec.expected else ms
+
+
+def _in_ms(job: Job, parts: int) -> int:
+    return parts * job.spec.expected // EXPECTED_MS if job.spec.expected else parts
 
 
 def _curve(hazard: list[float], seen: int) -> Curve:

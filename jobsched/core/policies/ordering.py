@@ -13,7 +13,7 @@ from operator import itemgetter
 
 from jobsched.core.cluster import Cluster, LineKey, Place
 from jobsched.core.job import Job, Phase
-from jobsched.core.policies.estimate import EDGES_MS, Estimates, Tally, bucket_of, ran_ms
+from jobsched.core.policies.estimate import PROBE_MS, Estimates, ran_ms
 from jobsched.core.policies.fairness import SCALE, dominant
 from jobsched.core.policies.preemption import Order, Turn
 from jobsched.core.resources import WHOLE_GPU
@@ -177,51 +177,61 @@ def finish_time_fairness(told: Told) -> Order:
 FIRM = 1.5
 """A waiting job takes a running one's place only if it is so many times better: what preemption costs is not known
 exactly, and two jobs whose estimates cross must not chase each other."""
+FIRM_TOLD = 1.1
+"""The same between jobs that tell how far they are: their order crosses once at most."""
 SURE_PER_MS = 1e-15
 
 
 def learned(cluster: Cluster, runnable: Sequence[Job], now_ms: int) -> list[Turn]:
-    """Highest Gittins index per GPU first, with run times learned per family (`estimate`), and reported progress where
-    there is some: what SRSF does when run times are known, and least attained service when nothing is. The default."""
+    """Highest Gittins index per GPU first, with run times learned per family (`estimate`), or reported progress where
+    there is some: what SRSF does when run times are known, and least attained service when nothing is."""
     estimates = cluster.estimates
     for job in runnable:
         if job.phase is not Phase.QUEUED:
-            estimates.ran(job.id, ran_ms(job, now_ms))
+            estimates.ran(job, ran_ms(job, now_ms))
     rows: list[tuple[int, float, bool, int, str, Turn]] = []
-    fresh: dict[Tally | None, float] = {}
-    """Campaign -> what each of its jobs costs that never ran: there may be thousands of them."""
+    fresh: dict[tuple[int, ...], float] = {}
+    """Outlook -> what each such job costs that never ran: there may be thousands of them."""
     for job in runnable:
-        running, ran, until_ms, bound = job.phase is not Phase.QUEUED, job.ran_ms, 0, 0
-        if running or ran or job.wanted:
+        running, until_ms = job.phase is not Phase.QUEUED, 0
+        if running or job.ran_ms or job.wanted or job.spec.expected:
             ran = ran_ms(job, now_ms)
-            cost, bound = _cost(estimates, job, ran, now_ms)
+            cost, until_ran = _cost(estimates, job, ran, now_ms)
+            if running:
+                cost /= FIRM if until_ran else FIRM_TOLD
+                until_ms = now_ms + max(1, until_ran - ran) if until_ran else 0
         else:
-            campaign = estimates.campaign(job.id)
-            known = fresh.get(campaign)
+            outlook = estimates.outlook(job)
+            known = fresh.get(outlook)
             if known is None:
-                known = fresh[campaign] = _cost(estimates, job, 0, now_ms)[0]
+                known = fresh[outlook] = _cost(estimates, job, 0, now_ms)[0]
             cost = known
-        if running:
-            cost /= FIRM
-            if bound < len(EDGES_MS):
-                until_ms = now_ms + EDGES_MS[bound] - ran
         rows.append((-job.priority, cost, not running, job.submitted_at_ms, job.id, Turn(job, 0, until_ms)))
     rows.sort()  # ids differ, so turns are never compared
     return [row[5] for row in rows]
 
 
 def _cost(estimates: Estimates, job: Job, ran: int, now_ms: int) -> tuple[float, int]:
-    """GPUs (in thousandths) over ends per millisecond that the job promises, and the bucket at which that changes. One
-    that runs keeps what it promised when it was let in until that quantum is over."""
+    """GPUs (in thousandths) over ends per millisecond that the job promises, and the run time at which that changes (0:
+    never). A job of a kind that reports its progress is as good as one that ends when that is known."""
     gpus = max(1, gpus_asked(job))
     left = estimates.reported_left_ms(job, now_ms)
     if left is not None:
-        return gpus * left, len(EDGES_MS)
-    curve = estimates.curve(job)
-    bucket = bucket_of(ran)
-    begun = bucket_of(job.ran_ms) if job.phase is not Phase.QUEUED else bucket
-    best = max((k for k in range(begun, bucket + 1) if curve.until[k] > bucket), key=lambda k: curve.rate[k])
-    return gpus / max(SURE_PER_MS, curve.rate[best]), curve.until[best]
+        return gpus * left, 0
+    if ran < PROBE_MS and estimates.will_report(job):
+        return gpus * (PROBE_MS - ran), PROBE_MS
+    rate, until_ran = estimates.promise(job, ran)
+    return gpus / max(SURE_PER_MS, rate), until_ran
+
+
+def left_told(job: Job, estimates: Estimates) -> int:
+    """Rank of waiting jobs of one outlook: by what is left by their own report, or by their guess, or by age."""
+    return estimates.reported_left_ms(job, 0) or job.spec.expected
+
+
+def outlook(job: Job, estimates: Estimates) -> tuple[int, ...]:
+    """Which waiting jobs are alike for `learned`."""
+    return estimates.outlook(job)
 
 
 def knapsack(told: Told) -> Order:

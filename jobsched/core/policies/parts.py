@@ -10,7 +10,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from jobsched.core.job import Shape
-from jobsched.core.resources import JobId, NodeName
+from jobsched.core.node import Node
+from jobsched.core.resources import WHOLE_GPU, JobId, NodeName
 from jobsched.spec.queue import QueueSpec
 
 PoolKey = tuple[tuple[tuple[str, str], ...], tuple[str, ...], tuple[str, ...]]
@@ -27,6 +28,8 @@ class Crowd:
 
     shape: Shape
     jobs: dict[JobId, None] = field(default_factory=dict)
+    active: dict[JobId, None] = field(default_factory=dict)
+    """Those that start, run or stop."""
 
 
 @dataclass(slots=True)
@@ -36,6 +39,8 @@ class Parts:
     part_of: dict[PoolKey, int] = field(default_factory=dict)
     due_ms: dict[int, int] = field(default_factory=dict)
     """Part -> when its order changes by itself."""
+    gpus: dict[int, int] = field(default_factory=dict)
+    """Part -> GPUs of its nodes, in thousandths: no more of like jobs can run there at once."""
     _made_for: tuple[object, ...] = ()
 
     def renew(
@@ -44,6 +49,7 @@ class Parts:
         queues: Collection[QueueSpec],
         crowds: Mapping[PoolKey, Crowd],
         pool: Callable[[Shape], Iterable[NodeName]],
+        nodes: Mapping[NodeName, Node],
     ) -> bool:
         """Divide anew if who competes has changed (`state` stands for nodes and limits), and whether that was so.
         O(pools * nodes) then."""
@@ -54,17 +60,21 @@ class Parts:
         self._made_for, self.due_ms = made_for, {}
         self.part_of = dict.fromkeys(crowds, 0)
         if coupled:
+            self.gpus = {0: sum(len(node.gpus) for node in nodes.values()) * WHOLE_GPU}
             return True
         owner: dict[NodeName, int] = {}
         for number, (key, crowd) in enumerate(crowds.items()):
-            nodes = list(pool(crowd.shape))
-            met = {owner[name] for name in nodes if name in owner}
+            names = list(pool(crowd.shape))
+            met = {owner[name] for name in names if name in owner}
             part = self.part_of[key] = min(met, default=number)
-            for name in nodes:
+            for name in names:
                 owner[name] = part
             if len(met) > 1:
                 self.part_of = {other: part if old in met else old for other, old in self.part_of.items()}
                 owner = {name: part if old in met else old for name, old in owner.items()}
+        self.gpus = dict.fromkeys(self.part_of.values(), 0)
+        for name, part in owner.items():
+            self.gpus[part] += len(nodes[name].gpus) * WHOLE_GPU
         return True
 
 

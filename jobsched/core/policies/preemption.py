@@ -7,7 +7,7 @@ what a victim holds is free only once its replicas are gone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from jobsched.core import events as ev
 from jobsched.core.cluster import Cluster, Standing
 from jobsched.core.job import Binding, Cause, FailureClass, Job, Outcome, Phase, Reason, RoleShape, Shape
 from jobsched.core.plan import Decision
+from jobsched.core.policies.parts import PoolKey
 from jobsched.core.policies.placement import Gang, Score, place_gang
 from jobsched.core.policies.quota import Refused
 from jobsched.core.resources import JobId
@@ -46,6 +47,9 @@ class Replan:
     """The order looks at where jobs stood the last time."""
     settle: bool = False
     """Start nobody before everything that was stopped is gone."""
+    heads: bool = False
+    """The order never puts a later job of a line before an earlier one, so that it need not be asked about those that
+    could not run even if their line had everything (`Policy.rank` and `Policy.alike` make such lines)."""
 
 
 Admit = Callable[[Job], Shape | Refused]
@@ -61,7 +65,8 @@ def replan(
     or comes due."""
     parts = cluster.parts
     everything = parts.renew(
-        (cluster.pools_moved, cluster.ledger.unblocked), cluster.queues.values(), cluster.crowds, cluster.pool
+        (cluster.pools_moved, cluster.ledger.unblocked), cluster.queues.values(), cluster.crowds, cluster.pool,
+        cluster.nodes,
     )
     dirty = {parts.part_of[key]: None for key in cluster.stirred if key in parts.part_of}
     dirty |= {part: None for part, due in parts.due_ms.items() if due <= now_ms}
@@ -70,7 +75,8 @@ def replan(
     for key, crowd in cluster.crowds.items():
         part = parts.part_of[key]
         if everything or part in dirty:
-            groups.setdefault(part, []).extend(cluster.jobs[job_id] for job_id in crowd.jobs)
+            ids = [*crowd.active, *_heads(cluster, key, parts.gpus[part])] if how.heads else crowd.jobs
+            groups.setdefault(part, []).extend([cluster.jobs[job_id] for job_id in ids])
     decisions: list[Decision] = []
     for part, jobs in groups.items():
         found, until_ms = _replan_part(cluster, jobs, now_ms, how, score, admit, booked)
@@ -80,6 +86,15 @@ def replan(
             parts.due_ms[part] = until_ms
     cluster.next_pass_ms = min(parts.due_ms.values(), default=0)
     return decisions, sum(map(len, groups.values()))
+
+
+def _heads(cluster: Cluster, pool: PoolKey, gpu_milli: int) -> Iterator[JobId]:
+    """As many of each line as could run at once if nobody else did."""
+    for key, line in cluster.lines_in.get(pool, {}).items():
+        least = sum([role.min * role.gpu_milli for role in key.shape.roles])
+        most = gpu_milli // least if least else len(line.places)
+        for place in line.places[:most]:
+            yield place.job_id
 
 
 def _replan_part(
