@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from jobsched.core import events as ev
 from jobsched.core.answers import PlanAnswer, PlanVictim, QuotaAfter, RolePlan, Verdict, Why
-from jobsched.core.cluster import Cluster, Rank, Target
+from jobsched.core.cluster import Alike, Cluster, Rank, Target
 from jobsched.core.explain import could_ever_fit, each_of, verdict
 from jobsched.core.job import Job, Phase, Reason
 from jobsched.core.node import Cordon, Node
@@ -46,6 +46,7 @@ class Picture:
     ended: tuple[tuple[JobId, bool], ...]
     seq: int
     rank: Rank
+    alike: Alike
     mix: MixNote
     estimates: Estimates
     targets: Mapping[JobId, Target]
@@ -58,7 +59,7 @@ class Picture:
         jobs = [(instead or {}).get(job.id, job) for job in self.jobs]
         twin = Cluster.of(
             jobs, self.nodes, self.queues, self.lost, self.cordoned, self.ended, self.seq, self.rank,
-            estimates=self.estimates,
+            estimates=self.estimates, alike=self.alike,
         )  # fmt: skip
         twin.mix, twin.targets = Mix.of(self.mix), dict(self.targets)
         for claim in self.reservations:
@@ -79,7 +80,7 @@ def picture_of(cluster: Cluster, waiting: Iterable[JobId] | None = None) -> Pict
     return Picture(
         tuple(cluster.jobs[job_id] for job_id in ids), tuple(cluster.nodes.values()), tuple(cluster.queues.values()),
         tuple(sorted(cluster.lost)), tuple(cluster.cordoned.items()), tuple(cluster.ended.items()), cluster.seq,
-        cluster.rank, cluster.mix.noted(), cluster.estimates.as_they_are(ids),
+        cluster.rank, cluster.alike, cluster.mix.noted(), cluster.estimates.as_they_are(ids),
         {job_id: cluster.targets[job_id] for job_id in ids if job_id in cluster.targets},
         tuple(c for c in cluster.reservations.values() if c.made_for == cluster.pools_moved and c.job_id in ids),
         cluster.quotas.noted(),
