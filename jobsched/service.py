@@ -24,6 +24,7 @@ from jobsched.core import explain, invariants
 from jobsched.core.alternatives import later, sooner
 from jobsched.core.answers import (
     Check,
+    EditAnswer,
     JobAnswer,
     JobPage,
     JobProgress,
@@ -38,7 +39,7 @@ from jobsched.core.answers import (
     WhyAnswer,
 )
 from jobsched.core.cluster import Cluster, cordon_of
-from jobsched.core.edit import FIXED, compare
+from jobsched.core.edit import FIXED, Edit, compare
 from jobsched.core.events import Stored
 from jobsched.core.forecast import expected, picture_for, sooner_with
 from jobsched.core.job import Job, Phase, Reason, Replica, ReplicaState
@@ -54,6 +55,7 @@ from jobsched.core.shares import queue_answers
 from jobsched.core.story import story
 from jobsched.core.suspicion import BY
 from jobsched.errors import Conflict, JobschedError, NotFound, Problem, SpecError, Unplaceable, Unreachable, UsageError
+from jobsched.load import load_job_dict
 from jobsched.logs import Listener, LogReader, Selection
 from jobsched.ports import OWN_METRICS, Backend, Clock, JobQuery, Reach, Sample, Session, Store, Window
 from jobsched.spec.job import ArraySpec, JobSpec, training_roles
@@ -525,11 +527,49 @@ class Service:
 
         return self._wish(ref, owner, wish)
 
-    def edit(self, ref: str, spec: JobSpec, *, by: str = "", owner: str = "") -> JobAnswer:
-        """Another spec for the job: labels, priority, time limits and elastic counts change in place; anything else
-        lets a running attempt save, and the next one starts with it. The same spec again changes nothing.
+    def edit(
+        self, ref: str, spec: JobSpec | Mapping[str, object], *, by: str = "", owner: str = "",
+        expected: int | None = None, dry_run: bool = False,
+    ) -> EditAnswer:
+        """Another spec for the job, or changes (`path -> value`) to the one it has: labels, priority, time limits and
+        elastic counts change in place; anything else lets a running attempt save, and the next one starts with it. The
+        same again changes nothing. `expected`: how often it was edited when the caller looked; `dry_run`: only say.
 
-        Raises what `submit` raises, and `UsageError` for what a job cannot change (its array, what it comes after)."""
+        Raises what `submit` raises, `UsageError` for what a job cannot change (its array, what it comes after), and
+        `Conflict` when it has ended or was edited since."""
+        changes = {} if isinstance(spec, JobSpec) else spec
+        for path in changes:
+            if (name := path.partition(".")[0]) in ("name", *FIXED):
+                raise _unchangeable(name)
+        whole = self._revision(spec) if isinstance(spec, JobSpec) else None
+        told = Edit(())
+
+        def wish(job: Job, at_ms: int) -> ev.JobEvent | None:
+            nonlocal told
+            before = job.next_spec or job.spec
+            new, obstacle = whole or self._revision(_laid_over(before, changes))
+            new = new.model_copy(update={"name": job.spec.name, "array": job.spec.array})
+            told = compare(before, new)
+            if "priority" in changes and "priority" not in told.fields and new.priority != job.priority:
+                told = replace(told, fields=(*told.fields, "priority"))  # it was changed apart from the spec
+            if not told.fields:
+                return None
+            _refuse_ended(job, "edited")
+            if expected is not None and expected != job.edits:
+                raise Conflict(f"job {job.name!r} was edited since: {job.edits} edits, not {expected}",
+                               hint="look at it again, then edit what is there now")
+            if fixed := [name for name in told.fields if name in FIXED]:
+                raise _unchangeable(fixed[0])
+            if obstacle is not None and (not isinstance(obstacle, Conflict) or "queue" in told.fields):
+                raise obstacle
+            event = ev.JobEdited(at_ms, job.id, by, new, told.fields, told.wanted, told.restart)
+            return None if dry_run else event
+
+        answer = self._wish(ref, owner, wish)
+        return EditAnswer(answer.job, answer.headline, told.fields, told.restart)
+
+    def _revision(self, spec: JobSpec) -> tuple[JobSpec, JobschedError | None]:
+        """A spec as it would be recorded, and what speaks against it. Raises `SpecError` when it is incomplete."""
         _refuse_incomplete(spec)
         spec = self._prioritised(spec)
         with self.live.view() as (cluster, _):
@@ -537,24 +577,10 @@ class Service:
             closed = _closed(cluster, spec.queue)
             never = explain.could_ever_fit(cluster, spec) if cluster.nodes else ""
         _refuse_early(queues)
-
-        def wish(job: Job, at_ms: int) -> ev.JobEvent | None:
-            new = spec.model_copy(update={"name": job.spec.name, "array": job.spec.array})
-            change = compare(job.next_spec or job.spec, new)
-            if not change.fields:
-                return None
-            _refuse_ended(job, "edited")
-            if fixed := [name for name in change.fields if name in FIXED]:
-                raise UsageError(f"{fixed[0]} cannot be changed", hint="cancel the job and submit it again")
-            if new.queue not in queues:
-                raise NotFound(f"there is no queue {new.queue!r}", hint=_suggest(new.queue, queues, "queues"))
-            if closed and "queue" in change.fields:
-                raise closed
-            if never:
-                raise Unplaceable(never, hint="change the request")
-            return ev.JobEdited(at_ms, job.id, by, new, change.fields, change.wanted, change.restart)
-
-        return self._wish(ref, owner, wish)
+        if spec.queue not in queues:
+            hint = _suggest(spec.queue, queues, "queues")
+            return spec, NotFound(f"there is no queue {spec.queue!r}", hint=hint)
+        return spec, Unplaceable(never, hint="change the request") if never else closed
 
     def _wish(self, ref: str, owner: str, wish: Callable[[Job, int], ev.JobEvent | None]) -> JobAnswer:
         """Append what `wish` makes of the job as it is now (None: nothing to do), by compare-and-set, so that a wish is
@@ -862,6 +888,18 @@ def _replica_meant(job: Job, where: Where) -> Replica:
         which = f"replica {role}/{index} of job {job.name!r}"
         raise Conflict(f"{which} does not run: {state}", hint=f"'jobsched describe {job.id}' shows those that do")
     return replica
+
+
+def _unchangeable(field: str) -> UsageError:
+    return UsageError(f"{field} cannot be changed", hint="cancel the job and submit it again")
+
+
+def _laid_over(spec: JobSpec, changes: Mapping[str, object]) -> JobSpec:
+    """The spec with some fields replaced. Raises `SpecError`."""
+    document = spec.model_dump(mode="json")
+    if "priority" in changes:  # the class that it went by no longer counts
+        document["priority_class"] = ""
+    return load_job_dict(document, overrides=changes)
 
 
 def _refuse_incomplete(spec: JobSpec) -> None:

@@ -389,3 +389,77 @@ def test_an_ended_job_still_says_how_far_it_came(stage: Stage) -> None:
     silent = stage.run(stage.submit())
     stage.end(silent)
     assert stage.service.get(silent.id).progress is None
+
+
+# ---- editing ----
+
+
+def test_an_edit_lays_changes_over_the_spec_and_says_what_they_take(stage: Stage) -> None:
+    job = stage.run(stage.submit())
+    told = stage.service.edit(job.id, {"priority": "7", "time_limit": "2h"}, by="ann")
+    assert (told.fields, told.restart, told.job.priority) == (("priority", "time_limit"), False, 7)
+    assert stage.job(job.id).phase is Phase.RUNNING
+    told = stage.service.edit(job.id, {"env.LR": "0.1", "roles.worker.command": "new"}, by="ann")
+    assert set(told.fields) == {"env", "roles.worker.command"}
+    assert told.restart
+    assert told.job.next_spec is not None
+    assert told.job.next_spec.env["LR"] == "0.1"
+
+
+def test_the_same_edit_again_changes_nothing(stage: Stage) -> None:
+    job = stage.submit()
+    stage.service.edit(job.id, {"labels.team": "vision"})
+    before = stage.job(job.id)
+    again = stage.service.edit(job.id, {"labels.team": "vision"}, expected=0)
+    assert (again.fields, again.job.version, again.job.edits) == ((), before.version, 1)
+
+
+def test_a_dry_run_only_says(stage: Stage) -> None:
+    job = stage.run(stage.submit())
+    told = stage.service.edit(job.id, {"roles.worker.command": "new"}, dry_run=True)
+    assert told.restart
+    assert stage.job(job.id).version == told.job.version == job.version
+
+
+def test_an_edit_of_what_was_edited_since_is_refused(stage: Stage) -> None:
+    job = stage.submit()
+    stage.service.edit(job.id, {"priority": "1"}, expected=0)
+    with pytest.raises(Conflict, match="edited since: 1 edits, not 0"):
+        stage.service.edit(job.id, {"priority": "2"}, expected=0)
+    stage.service.edit(job.id, {"priority": "2"}, expected=1)
+
+
+def test_a_priority_is_set_even_where_the_spec_says_it_already(stage: Stage) -> None:
+    job = stage.submit(priority=5)
+    stage.service.set_priority(job.id, 9)
+    told = stage.service.edit(job.id, {"priority": "5"})
+    assert told.fields == ("priority",)
+    assert stage.job(job.id).priority == 5
+    stage.service.set_priority(job.id, 9)
+    stage.service.edit(job.id, {"labels.a": "b"})
+    assert stage.job(job.id).priority == 9, "nobody asked for another one"
+
+
+@pytest.mark.parametrize(("changes", "error", "says"), [
+    ({"name": "other"}, UsageError, "name cannot be changed"),
+    ({"array": "0-3"}, UsageError, "array cannot be changed"),
+    ({"after": "[x]"}, UsageError, "after cannot be changed"),
+    ({"queue": "defualt"}, NotFound, "there is no queue"),
+    ({"roles.worker.gpu": "any:64"}, Unplaceable, "64"),
+    ({"roles.worker.gpus": "1"}, SpecError, "gpus"),
+    ({"priority": "urgentest"}, SpecError, "no priority class"),
+    ({"": "1"}, SpecError, "FIELD=VALUE"),
+])  # fmt: skip
+def test_what_cannot_be_edited_is_refused(
+    stage: Stage, changes: dict[str, object], error: type[Exception], says: str
+) -> None:
+    job = stage.submit()
+    with pytest.raises(error, match=says):
+        stage.service.edit(job.id, changes)
+    assert stage.job(job.id).version == job.version
+
+
+def test_an_ended_job_is_not_edited(stage: Stage) -> None:
+    job = stage.end(stage.run(stage.submit()))
+    with pytest.raises(Conflict, match="cannot be edited"):
+        stage.service.edit(job.id, {"priority": "7"})

@@ -10,12 +10,12 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Response
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 from starlette.concurrency import run_in_threadpool
 
 from jobsched.api.stream import Feed
 from jobsched.api.wire import reply
-from jobsched.core.answers import JobAnswer, JobPage, PlanAnswer, WhyAnswer
+from jobsched.core.answers import EditAnswer, JobAnswer, JobPage, PlanAnswer, WhyAnswer
 from jobsched.core.events import Stored
 from jobsched.core.job import Phase
 from jobsched.core.resources import JobId
@@ -74,6 +74,19 @@ class ScaleBody(WishBody):
 
 class PriorityBody(WishBody):
     priority: Annotated[int, Field(strict=True, ge=-1_000_000, le=1_000_000)] | Text
+
+
+class SpecBody(WishBody):
+    spec: Annotated[JobSpec, BeforeValidator(_loaded)]
+
+
+class ChangesBody(WishBody):
+    changes: dict[Annotated[str, Field(max_length=1_024)], JsonValue] = Field(max_length=1_000)
+    """Path of a field (`roles.worker.image`) -> its new value, as with `--set`."""
+
+
+DryRun = Annotated[bool, Query(description="Only say what would change")]
+IfMatch = Annotated[str, Header(max_length=32, description="The ETag that the spec must still have")]
 
 
 def job_routes(service: Service, feed: Feed) -> APIRouter:
@@ -183,6 +196,33 @@ def job_routes(service: Service, feed: Feed) -> APIRouter:
         """Change the job's priority within its queue."""
         return reply(JobAnswer, service.set_priority(ref, body.priority, by=body.by, owner=owner))
 
+    @router.get("/jobs/{ref}/spec")
+    def spec(ref: str, owner: Owner = "") -> Response:
+        """What the job runs by, or will from its next attempt on. Its ETag changes with every edit."""
+        job = service.resolve(ref, owner=owner)
+        return reply(JobSpec, job.next_spec or job.spec, tag=job.edits)
+
+    @router.put("/jobs/{ref}/spec")
+    def replace_spec(
+        ref: str, body: SpecBody, owner: Owner = "", dry_run: DryRun = False, if_match: IfMatch = ""
+    ) -> Response:
+        """Another spec for the job: what can be is changed in place, anything else holds from the next attempt on,
+        which a running one makes room for after it has saved. The same again changes nothing."""
+        answer = service.edit(
+            ref, body.spec, by=body.by, owner=owner, expected=_edits(if_match), dry_run=dry_run
+        )
+        return reply(EditAnswer, answer, tag=answer.job.edits)
+
+    @router.patch("/jobs/{ref}/spec")
+    def change_spec(
+        ref: str, body: ChangesBody, owner: Owner = "", dry_run: DryRun = False, if_match: IfMatch = ""
+    ) -> Response:
+        """As PUT, for some fields."""
+        answer = service.edit(
+            ref, body.changes, by=body.by, owner=owner, expected=_edits(if_match), dry_run=dry_run
+        )
+        return reply(EditAnswer, answer, tag=answer.job.edits)
+
     @router.get("/events", response_class=StreamingResponse, responses=STREAM)
     async def events(
         after: Annotated[int | None, Query(ge=0, le=2**62)] = None,
@@ -218,6 +258,15 @@ def _phases(text: str) -> tuple[Phase, ...]:
         return tuple(Phase(part.strip().upper()) for part in text.split(",") if part.strip())
     except ValueError:
         raise UsageError(f"{text!r} is not a list of phases", hint=f"phases: {', '.join(Phase)}") from None
+
+
+def _edits(if_match: str) -> int | None:
+    plain = if_match.removeprefix("W/").strip('"')
+    if plain in ("", "*"):
+        return None
+    if not plain.isascii() or not plain.isdigit():
+        raise UsageError(f"If-Match {if_match!r} is none of our ETags", hint="GET the spec; its answer has one")
+    return int(plain)
 
 
 def _label(text: str) -> tuple[str, str]:

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 
 from jobsched.core.answers import (
     Check,
+    EditAnswer,
     JobAnswer,
     JobPage,
     NodeAnswer,
@@ -26,6 +27,7 @@ from jobsched.core.answers import (
 )
 from jobsched.core.events import Stored
 from jobsched.ports import Sample
+from jobsched.spec.job import JobSpec
 
 T = TypeVar("T")
 
@@ -43,6 +45,9 @@ ANSWERS: Mapping[str, Any] = {
     "restart": JobAnswer,
     "scale": JobAnswer,
     "priority": JobAnswer,
+    "spec": JobSpec,
+    "replace_spec": EditAnswer,
+    "change_spec": EditAnswer,
     "nodes": tuple[NodeAnswer, ...],
     "cordon": NodeAnswer,
     "uncordon": NodeAnswer,
@@ -64,8 +69,10 @@ def dump(kind: type[T], value: T) -> bytes:
     return _adapter(kind).dump_json(value)  # type: ignore[arg-type]  # a class is hashable
 
 
-def reply(kind: type[T], value: T, status: int = 200) -> Response:
-    return Response(dump(kind, value), status, media_type="application/json")
+def reply(kind: type[T], value: T, status: int = 200, *, tag: int | None = None) -> Response:
+    """`tag`: for `If-Match`."""
+    headers = {} if tag is None else {"etag": f'"{tag}"'}
+    return Response(dump(kind, value), status, headers, media_type="application/json")
 
 
 def document(api: FastAPI) -> dict[str, Any]:

@@ -587,22 +587,6 @@ def scale(ctx: click.Context, job: str, counts: Sequence[str], view: View) -> in
     return _wish(ctx, [job], "scale", {"wanted": wanted}, view)
 
 
-@click.command()
-@click.argument("jobs", nargs=-1, required=True, metavar="JOB...")
-@click.option("--priority", required=True, metavar="N|CLASS", help="A number, or a class such as high.")
-@output_options
-@click.pass_context
-def update(ctx: click.Context, jobs: Sequence[str], priority: str, view: View) -> int:
-    """Change the priority of jobs; a higher one goes first, and may make others give way.
-
-    \b
-    Example:
-      jobsched update @last --priority high
-    """
-    number = re.fullmatch(r"[-+]?[0-9]{1,7}", priority)
-    return _wish(ctx, jobs, "priority", {"priority": int(priority) if number else priority}, view)
-
-
 # ---- top ----
 
 

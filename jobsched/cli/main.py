@@ -43,7 +43,7 @@ COMMANDS = {
     "resume": ("jobs", "resume", "Let suspended jobs go on."),
     "restart": ("jobs", "restart", "Start jobs anew from their last checkpoint."),
     "scale": ("jobs", "scale", "Change the replicas of an elastic role."),
-    "update": ("jobs", "update", "Change the priority of jobs."),
+    "update": ("submit", "update", "Change jobs that wait or run: priority, image, any field."),
     "exec": ("reach", "exec_", "Run a command beside a running replica."),
     "cp": ("reach", "cp", "Copy files from or to a running replica."),
     "port-forward": ("reach", "port_forward", "Reach a port of a running replica."),

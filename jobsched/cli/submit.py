@@ -11,16 +11,16 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
 from jobsched.cli import attach, render
-from jobsched.cli.connection import connected
-from jobsched.cli.jobs import reasons
+from jobsched.cli.connection import connected, path_of
+from jobsched.cli.jobs import JOB_COLUMNS, reasons
 from jobsched.cli.render import View, output_options, talk
 from jobsched.client.documents import Document, submission, user
-from jobsched.errors import SpecError, UsageError
+from jobsched.errors import JobschedError, SpecError, UsageError
 
 if TYPE_CHECKING:
     from jobsched.spec.job import JobSpec
@@ -108,6 +108,82 @@ def submit(
     with connected(ctx) as remote:
         codes = [attach.wait(remote, d["id"], "done", render.seconds(timeout)) for d in documents]
     return max(codes)  # of an array the highest, as with sbatch -W
+
+
+@click.command()
+@click.argument("jobs", nargs=-1, required=True, metavar="JOB...")
+@click.option("-f", "--file", "file", metavar="FILE", help="A job file that says what the job shall be; -: stdin.")
+@click.option("--priority", metavar="N|CLASS", help="A number, or a class such as high; higher goes first.")
+@click.option("--queue", metavar="NAME", help="Queue to wait in.")
+@click.option("--time-limit", metavar="2h", help="Longest run of all attempts together.")
+@click.option("--image", metavar="IMAGE", help="Container image.")
+@click.option("-e", "--env", multiple=True, metavar="K=V", help="Variable; K alone takes the caller's.")
+@click.option("--set", "changes", multiple=True, metavar="A.B=C", help="Any field: roles.worker.gpu=4.")
+@click.option("--dry-run", is_flag=True, help="Only say what would change, and whether the job would start anew.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask before a running job is started anew.")
+@output_options
+@click.pass_context
+def update(
+    ctx: click.Context, /, jobs: Sequence[str], view: View, file: str | None, dry_run: bool, yes: bool, **options: Any
+) -> int:
+    """Change jobs that wait or run. Labels, priority, time limits and the counts of elastic roles change in place; for
+    anything else a running attempt saves, and the next one starts with it. Asks before that on a terminal.
+
+    \b
+    Examples:
+      jobsched update @last --priority high
+      jobsched update bert --set roles.worker.gpu=4 -e LR=0.1 --dry-run
+      jobsched update bert -f job.yaml
+    """
+    method, body = _edit(file, _overrides(options))
+    done: list[Document] = []
+    worst = 0
+    with connected(ctx) as remote:
+        for job in jobs:
+            try:
+                path = f"{path_of(remote, job)}/spec"
+                if not (dry_run or yes) and sys.stdin.isatty():
+                    _confirm_edit(json.loads(remote.change(method, path, body, dry_run=True)), job)
+                answer = json.loads(remote.change(method, path, body, dry_run=dry_run))
+            except JobschedError as exc:
+                if len(jobs) == 1:
+                    raise
+                talk(exc.render())
+                worst = max(worst, exc.exit_code)
+                continue
+            if not view.quiet:
+                talk(_edit_text(answer, dry_run))
+            done.append({**render.job_document(answer), "fields": answer["fields"], "restart": answer["restart"]})
+    render.show_list(view, JOB_COLUMNS, done, name="jobs", key="id")
+    return worst
+
+
+def _edit(file: str | None, changes: dict[str, str]) -> tuple[Literal["PUT", "PATCH"], Document]:
+    """How an edit is asked for, and its body: a whole spec, or some fields of the one that a job has."""
+    if file is None:
+        if not changes:
+            raise UsageError("there is nothing to change", hint="for example: jobsched update JOB --priority 50")
+        return "PATCH", {"by": user(), "changes": changes}
+    from jobsched import load
+
+    spec = load.load_job_file(file, environ=os.environ, overrides=changes)
+    return "PUT", {"by": user(), "spec": spec.model_dump(mode="json")}
+
+
+def _confirm_edit(answer: Document, job: str) -> None:
+    if answer["restart"] and answer["job"]["phase"] in ("STARTING", "RUNNING"):
+        question = f"{', '.join(answer['fields'])}: save, stop and start {answer['job']['name']} anew with it?"
+        render.confirm(question, yes=False, command=f"jobsched update {job} …")
+
+
+def _edit_text(answer: Document, dry_run: bool) -> str:
+    if not answer["fields"]:
+        return f"{answer['job']['name']}: nothing differs"
+    how = "in place"
+    if answer["restart"]:
+        active = answer["job"]["phase"] in ("STARTING", "RUNNING", "STOPPING")
+        how = "from the next attempt on; this one saves and stops" if active else "from its start on"
+    return f"{answer['job']['name']}: {'would change' if dry_run else 'changed'} {', '.join(answer['fields'])}, {how}"
 
 
 @click.command()

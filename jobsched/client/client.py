@@ -24,6 +24,7 @@ from jobsched.client.interleave import interleave
 from jobsched.client.remote import Endpoint, Remote
 from jobsched.core.answers import (
     Check,
+    EditAnswer,
     JobAnswer,
     JobPage,
     JobProgress,
@@ -304,6 +305,23 @@ class JobHandle:
     def scale(self, **wanted: int) -> JobHandle:
         """Wanted replicas of elastic roles: `job.scale(worker=8)`."""
         return self._do("scale", {"wanted": wanted})
+
+    def update(
+        self, what: Source | None = None, *, dry_run: bool = False, expected: int | None = None, **changes: Any
+    ) -> EditAnswer:
+        """Edit the job: another spec (`what`), or some fields of the one it has (`job.update(priority=5,
+        **{"roles.worker.image": "team/train:2"})`). What can be is changed in place; anything else lets a running
+        attempt save, and the next one starts with it; the answer says which. `expected`: `answer.job.edits` when you
+        looked. Raises `SpecError`, `Unplaceable`, `Conflict`, `UsageError`."""
+        remote, path, tag = self._client.remote, f"jobs/{self.id}/spec", "" if expected is None else f'"{expected}"'
+        if what is not None:
+            spec = read_spec(what, changes).model_dump(mode="json")
+            body = remote.change("PUT", path, {"by": user(), "spec": spec}, if_match=tag, dry_run=dry_run)
+        else:
+            body = remote.change("PATCH", path, {"by": user(), "changes": changes}, if_match=tag, dry_run=dry_run)
+        edit = _adapter(EditAnswer).validate_json(body)
+        self.refresh()
+        return edit
 
     def prioritize(self, priority: int | str) -> JobHandle:
         return self._do("priority", {"priority": priority})

@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import httpx2
@@ -80,6 +81,12 @@ class Remote:
         sets a state), so it is sent again when the connection breaks."""
         return self._send("POST", path, {}, {} if body is None else body, safe=safe)
 
+    def change(
+        self, method: Literal["PUT", "PATCH"], path: str, body: object, *, if_match: str = "", **params: bool
+    ) -> bytes:
+        """Body of PUT or PATCH /v1/`path`: doing it twice is the same as doing it once."""
+        return self._send(method, path, params, body, safe=True, extra={"If-Match": if_match})
+
     def documents(self, path: str, **params: str | int | bool | None) -> Any:
         """`get`, parsed as JSON."""
         return json.loads(self.get(path, **params))
@@ -130,11 +137,14 @@ class Remote:
         except httpx2.TransportError as exc:
             raise self._unreachable(exc) from exc
 
-    def _send(self, method: str, path: str, params: Params, body: object, *, safe: bool) -> bytes:
+    def _send(
+        self, method: str, path: str, params: Params, body: object, *, safe: bool,
+        extra: Mapping[str, str] = MappingProxyType({}),
+    ) -> bytes:
         for trial in range(1, TRIES + 1):
             try:
                 response = self._http.request(
-                    method, self._url(path), params=_given(params), json=body, headers=self._headers({})
+                    method, self._url(path), params=_given(params), json=body, headers=self._headers(extra)
                 )
             except httpx2.ConnectError as exc:  # nothing was sent: always safe to try again
                 failure: Exception = self._unreachable(exc)

@@ -83,6 +83,18 @@ class JobAnswer:
 
 
 @dataclass(frozen=True, slots=True)
+class EditAnswer:
+    """What an edit of a job changes, or would change."""
+
+    job: Job
+    headline: str = ""
+    fields: tuple[str, ...] = ()
+    """Paths of the fields that differ; empty: none."""
+    restart: bool = False
+    """Whether replicas that run have to save, stop and start anew to have it."""
+
+
+@dataclass(frozen=True, slots=True)
 class JobPage:
     jobs: tuple[JobAnswer, ...]
     more: bool = False

@@ -179,7 +179,8 @@ def _priority(job: Job, e: ev.JobPriorityChanged) -> Job:
 
 def _edited(job: Job, e: ev.JobEdited) -> Job:
     before = job.next_spec or job.spec
-    priority = e.spec.priority if e.spec.priority != before.priority else job.priority
+    explicit = "priority" in e.fields or e.spec.priority != before.priority
+    priority = e.spec.priority if explicit else job.priority
     job = changed(job, edits=job.edits + 1, labels=e.spec.labels, priority=priority, failures=0, infra_failures=0)
     if job.phase is Q:
         return _respecified(changed(job, not_before_ms=0), e.spec, e.wanted)

@@ -82,6 +82,26 @@ def test_wishes(api: Api) -> None:
     assert api.http.post("/v1/jobs/bert/scale", json={"wanted": {"worker": 9}}).json()["message"].endswith("not 9")
 
 
+def test_a_spec_is_replaced_and_changed_with_tags(api: Api) -> None:
+    job = api.stage.submit()
+    path = f"/v1/jobs/{job.id}/spec"
+    found = api.http.get(path)
+    assert (found.headers["etag"], found.json()["name"]) == ('"0"', "bert")
+    would = api.http.patch(path, params={"dry_run": True}, json={"changes": {"priority": 3}}).json()
+    assert (would["fields"], would["job"]["priority"]) == (["priority"], 0)
+    changed = api.http.patch(path, headers={"If-Match": '"0"'}, json={"changes": {"priority": 3}, "by": "ann"})
+    assert (changed.headers["etag"], changed.json()["job"]["priority"]) == ('"1"', 3)
+    stale = api.http.put(path, headers={"If-Match": '"0"'}, json={"spec": {**found.json(), "priority": 4}})
+    assert (stale.status_code, stale.json()["code"]) == (409, "E500")
+    spec = api.http.get(path).json()
+    put = api.http.put(path, headers={"If-Match": '"1"'}, json={"spec": {**spec, "labels": {"a": "b"}}})
+    assert (put.json()["fields"], put.json()["restart"]) == (["labels"], False)
+    assert api.http.put(path, json={"spec": {**spec, "labels": {"a": "b"}}}).json()["fields"] == []
+    wrong = api.http.put(path, json={"spec": {"roles": 1}})
+    assert (wrong.status_code, wrong.json()["problems"][0]["field"]) == (422, "roles")
+    assert api.http.patch(path, headers={"If-Match": "x"}, json={"changes": {}}).status_code == 400
+
+
 def test_events_and_samples(api: Api) -> None:
     job = api.stage.run(api.stage.submit())
     api.stage.store.add_samples([Sample(job.id, 1, 1, 10, 100, 1, (("loss", 0.5),))])

@@ -114,6 +114,37 @@ def test_ctrl_c_leaves_the_job_alone(client: Client) -> None:
     cli("wait", job.id, code=143)
 
 
+def test_update_in_place_and_from_the_next_attempt(client: Client, tmp_path: Path) -> None:
+    script = "echo colour $COLOUR; exec sleep 300"
+    job = client.submit({"name": "changed", "command": script, "env": {"COLOUR": "red"}}).wait("running", timeout=60)
+    shown = json.loads(cli("update", "changed", "--priority", "high", "-o", "json"))["jobs"][0]
+    assert (shown["fields"], shown["restart"]) == (["priority", "priority_class"], False)
+    assert shown["priority"] > 0
+    assert job.update(priority=7).job.priority == 7
+    assert job.update(dry_run=True, **{"env.COLOUR": "blue"}).restart
+    assert (job.refresh().attempts, job.state) == (1, Phase.RUNNING)
+    with pytest.raises(errors.Conflict):
+        job.update(expected=0, **{"env.COLOUR": "blue"})
+    file = tmp_path / "job.yaml"
+    file.write_text(f"name: changed\npriority: 7\ncommand: {script}\nenv: {{COLOUR: green}}\nworking_dir: /\n")
+    shown = json.loads(cli("update", "changed", "-f", str(file), "-e", "COLOUR=blue", "-o", "json"))["jobs"][0]
+    assert "env" in shown["fields"]
+    assert shown["restart"]
+    deadline = time.monotonic() + 60
+    while not (job.refresh().attempts == 2 and job.state is Phase.RUNNING):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    while "colour blue" not in [line.text for line in job.logs()]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    cli("update", "changed", code=2)
+    cli("update", "changed", "--set", "name=other", code=2)
+    cli("update", "nobody", "changed", "--priority", "1", code=3)
+    assert job.refresh().answer.job.priority == 1, "what fails does not keep the others from being done"
+    job.cancel().wait(timeout=30)
+    cli("update", "changed", "--priority", "2", code=5)
+
+
 def test_hold_release_and_what_can_never_run(client: Client) -> None:
     job_id = cli("submit", "-q", "--hold", "--", "true").strip()
     job = client.job(job_id)
