@@ -22,9 +22,12 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import structlog
+
 from jobsched.backends import bundle, local_render
 from jobsched.backends import ray_render as render
 from jobsched.backends.followed_log import chunks
+from jobsched.backends.ray_pools import Pools
 from jobsched.backends.ray_render import Bundle, CannotRender, Json, Place
 from jobsched.backends.ray_sessions import Visit
 from jobsched.backends.supervisor import replica_log, secret_files
@@ -34,6 +37,7 @@ from jobsched.core.job import Reason
 from jobsched.core.launch import Launch, LaunchKey, parse_key
 from jobsched.core.node import Node
 from jobsched.core.observation import Observation, ReplicaReport, Seen
+from jobsched.core.pools import Demand
 from jobsched.core.resources import NOTHING, GpuId, GpuShare, NodeName, Resources
 from jobsched.errors import BackendUnreachable, Conflict
 from jobsched.ports import Addressing, Capabilities, LogChunk, Session, Window
@@ -50,6 +54,8 @@ VISIT_S = 15.0
 """Longest wait for an actor to open a door."""
 GLANCE_S = 0.1
 """How long news of mere progress may wait."""
+
+log = structlog.get_logger("jobsched.ray")
 
 
 @dataclass(slots=True)
@@ -80,7 +86,6 @@ class Nodes:
     """The cluster's nodes as last polled."""
 
     by_id: dict[str, Node] = field(default_factory=dict)
-    raw: dict[str, Json] = field(default_factory=dict)
     foreign: dict[str, Resources] = field(default_factory=dict)
     """At the last poll, before it is believed: what Ray tells of a reservation comes a little late."""
 
@@ -103,6 +108,7 @@ class RayBackend:
         self._dirty: dict[LaunchKey, None] = {}
         self._gone: dict[LaunchKey, None] = {}
         self._urgent = False
+        self._pools = Pools()
         self._nodes: Nodes | None = None
         """None while the cluster does not answer."""
         self._problem = ""
@@ -217,6 +223,12 @@ class RayBackend:
         if why := answer.get("why"):
             raise Conflict(f"the replica cannot be reached: {why}")
         return Visit(answer["host"], answer["port"], answer["secret"])
+
+    def provision(self, demands: Sequence[Demand]) -> None:
+        """By a request to the cluster's autoscaler; see `ray_pools`."""
+        with self._lock:
+            self._pools.want(demands)
+            self._ask_for_nodes()
 
     def close(self) -> None:
         self._closing.set()
@@ -488,6 +500,9 @@ class RayBackend:
                         self._died(LaunchKey(message["key"]), message["text"])
                     case "late":
                         self._late(message["keys"], message["groups"])
+                    case "asked":
+                        if message["problem"]:
+                            log.warning("nodes on demand", problem=message["problem"])
                     case "failed":
                         text = f"Ray would not start it: {message['text']}"
                         self._never_ran(LaunchKey(message["key"]), text, Reason.REPLICA_LOST)
@@ -510,6 +525,7 @@ class RayBackend:
     def _take_listing(self, message: Json) -> None:
         """All that there is: adopt what is ours, and tell what is gone."""
         self._nodes = Nodes()
+        self._pools.ask_anew()
         self._groups = {
             name: [Bundle(node_id, render.resources(raw), "") for node_id, raw in bundles]
             for name, bundles in message["groups"].items()
@@ -546,7 +562,7 @@ class RayBackend:
         node, note = self._nodes.by_id.get(one["node"]), one["note"]
         replica = self._replicas.get(key)
         if replica is None:
-            name = node.name if node else NodeName(one["node"][:12])
+            name = node.name if node else NodeName(one["node"][-12:])
             replica = self._replicas[key] = Replica(ReplicaReport(key, name, Seen.RUNNING))
         replica.node_id, replica.made = one["node"], True
         replica.gpus = tuple(GpuShare(GpuId(gpu), milli) for gpu, milli in note.get("gpus", ()))
@@ -576,9 +592,14 @@ class RayBackend:
             foreign[node_id] = render.foreign(render.resources(raw["Resources"]), free, mine)
             used = render.least(foreign[node_id], before.get(node_id, NOTHING))
             seen[node_id] = render.with_foreign(seen[node_id], used, ours)
-        self._nodes = Nodes(seen, {raw["NodeID"]: raw for raw in raws}, foreign)
+        self._nodes = Nodes(seen, foreign)
+        self._ask_for_nodes()
         if self._shown() != self._told_nodes:
             self._changed.notify_all()
+
+    def _ask_for_nodes(self) -> None:
+        if self._nodes is not None and (request := self._pools.step(self._nodes.by_id.values())) is not None:
+            self._order({"do": "provision", "request": request})
 
     def _made(self, key: LaunchKey, actor: str) -> None:
         replica = self._replicas.get(key)

@@ -54,7 +54,7 @@ class Host:
         self._archive = archive
         self._ray_gpus = ray_gpus
         gcs_address, node_id, self._gpus = _given()
-        home = Path(place or tempfile.gettempdir()) / f"jobsched-ray-{os.getuid()}" / owner / node_id[:12]
+        home = Path(place or tempfile.gettempdir()) / f"jobsched-ray-{os.getuid()}" / owner / node_id[-12:]
         self._layout = Layout(home)
         environ = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         self._base = client.inherited(environ | {"RAY_ADDRESS": gcs_address}, sys.executable)

@@ -11,6 +11,7 @@ Both ways go plain dictionaries over the socket FD. To here:
     {"do": "stop", "key": k, "grace_ms": n}    {"do": "stacks", "key": k}
     {"do": "visit", "visit": n, "key": k, …}   as `Host.visit`
     {"do": "remove", "keys": [k, …], "groups": [name, …]}
+    {"do": "provision", "request": {…}}        to the autoscaler, instead of what it was asked before
 From here:
     {"is": "listing", "nodes": …, "available": …, "actors": [{key, actor, node, report, note}, …],
         "groups": {name: [[node, resources], …]}}
@@ -19,6 +20,7 @@ From here:
     {"is": "late", "keys": […], "groups": […]}        not reserved in time, and taken back whole
     {"is": "visited", "visit": n, **Host.visit}
     {"is": "dead", "key": k, "text": …}               {"is": "failed", "key": k, "text": …}
+    {"is": "asked", "problem": …}                     of the autoscaler; empty: all is well
     {"is": "down", "text": …}                         the cluster cannot be reached; the driver ends
 """
 
@@ -122,6 +124,8 @@ class Driver:
                 case "remove":
                     removals = [one for one in removals if not one.done()]
                     removals.append(self._aside(self._remove(order)))
+                case "provision":
+                    self._aside(self._provision(order["request"]))
         if removals:
             await asyncio.wait(removals, timeout=FIRST_S)
 
@@ -292,6 +296,11 @@ class Driver:
         for name in order["groups"]:
             await self._drop_group(name)
 
+    async def _provision(self, request: Json) -> None:
+        """On the poller's thread, so that the newest request is the last."""
+        problem = await asyncio.get_running_loop().run_in_executor(self._poller, partial(_ask_for_nodes, request))
+        self._tell({"is": "asked", "problem": problem})
+
     async def _kill(self, actor: Any) -> None:
         with contextlib.suppress(ray.exceptions.RayError):
             await self._blocking(lambda: ray.kill(actor))
@@ -330,6 +339,20 @@ def knock(address: str) -> None:
     """Whether the head takes connections. OSError when it does not."""
     host, _, port = address.rpartition(":")
     socket.create_connection((host.strip("[]"), int(port)), KNOCK_S).close()
+
+
+def _ask_for_nodes(request: Json) -> str:
+    """What is wrong with that; empty when nothing is."""
+    from ray.autoscaler.sdk import request_resources
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+
+    try:
+        request_resources(**request)
+        if request["bundles"] and not is_autoscaler_v2():
+            return "this cluster's autoscaler is Ray's first one, which knows pools only by the size of their nodes"
+    except (ray.exceptions.RayError, ValueError) as error:
+        return str(error)
+    return ""
 
 
 async def _answer(ref: Any) -> Any:

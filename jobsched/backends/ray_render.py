@@ -84,11 +84,22 @@ def group_request(name: str, bundles: Sequence[Bundle], addresses: Mapping[str, 
     }
 
 
-def _bundle(resources: Resources, address: str) -> dict[str, float]:
-    amounts = {
+def amounts(resources: Resources) -> dict[str, float]:
+    """Ours as Ray's, without what is not needed."""
+    found = {
         "CPU": resources.cpu_milli / 1_000, "GPU": resources.gpu_milli / WHOLE_GPU, "memory": resources.memory_bytes,
     }
-    return {name: amount for name, amount in amounts.items() if amount} or {f"node:{address}": SLIVER}
+    return {name: amount for name, amount in found.items() if amount}
+
+
+def _bundle(resources: Resources, address: str) -> dict[str, float]:
+    return amounts(resources) or {f"node:{address}": SLIVER}
+
+
+def selector(labels: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Labels of nodes as Ray knows them."""
+    rays = {ours: theirs for theirs, ours in ZONES.items()}
+    return {rays.get(key, key): value for key, value in labels}
 
 
 def actor_request(launch: Launch, place: Place, address: str, archive: str, config: RayBackend) -> Json:
@@ -142,18 +153,18 @@ def nodes(raws: Iterable[Json], config: RayBackend) -> dict[str, Node]:
     for raw in sorted(raws, key=lambda raw: str(raw["NodeID"])):
         name = _name(raw)
         if name in names:
-            name = NodeName(f"{name}-{raw['NodeID'][:6]}")
+            name = NodeName(f"{name}-{raw['NodeID'][-6:]}")
         names.add(name)
         found[raw["NodeID"]] = _node(name, raw, config)
     return found
 
 
 def _name(raw: Json) -> NodeName:
-    """The name that `ray start --node-name` gave, else the host's with the beginning of Ray's id: several nodes may
+    """The name that `ray start --node-name` gave, else the host's with the end of Ray's id: several nodes may
     share a host, and one that comes back is another."""
     given, host = str(raw.get("NodeName") or ""), str(raw["NodeManagerHostname"])
     named = given and given != raw["NodeManagerAddress"]
-    return NodeName(_plain(given) if named else f"{_plain(host.split('.')[0])}-{raw['NodeID'][:6]}")
+    return NodeName(_plain(given) if named else f"{_plain(host.split('.')[0])}-{raw['NodeID'][-6:]}")
 
 
 def _plain(name: str) -> str:

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.util import find_spec
@@ -30,7 +30,16 @@ NODES = (("one", 8), ("two", 8))
 """Name and CPUs; each with four pretended GPUs."""
 SMALL = 80 << 20
 START_S = 240.0
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "180"}
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "180",
+    # A node that refuses five calls in a row is dead: after five seconds instead of fifteen. One that is only slow
+    # to answer has the same fifty as ever.
+    "RAY_health_check_initial_delay_ms": "1000", "RAY_health_check_period_ms": "1000",
+}  # fmt: skip
+
+HEAD_TYPE = "ray.head.default"
+FIRST_ID = "f" * 51 + "0" * 5
+"""Of the head, where Ray's stand-in of a cloud makes the other nodes."""
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="the package ray is missing")
 
@@ -107,22 +116,32 @@ def groups(home_id: str) -> list[str]:
 class Head:
     """A cluster of one node that may be killed at a blow and started again at the same address."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, pools: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        """`pools`: types of nodes that its autoscaler can have made, all on this machine, each with what is special."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         self.log = directory / "head.log"
         self.address = f"127.0.0.1:{self.port}"
+        self._options, self._environ = ["--num-cpus=4", "--node-name=head"], dict[str, str]()
+        if pools is not None:
+            config = directory / "autoscaling.json"
+            config.write_text(json.dumps(_autoscaling(self.address, pools)))
+            self._options = ["--num-cpus=1", f"--autoscaling-config={config}"]
+            self._environ = {
+                "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_enable_autoscaler_v2": "1",
+                "RAY_CLOUD_INSTANCE_ID": FIRST_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FIRST_ID,
+            }  # fmt: skip
 
     def start(self, **system: object) -> None:
         """`system`: settings of Ray's own. Returns once the head takes connections."""
         place = tempfile.mkdtemp(prefix="jr-")  # Ray's sockets need a short path
         program = Path(sys.executable).with_name("ray")
-        environ = os.environ | QUIET | {f"RAY_{name}": str(value) for name, value in system.items()}
+        environ = os.environ | QUIET | self._environ | {f"RAY_{name}": str(value) for name, value in system.items()}
         with open(self.log, "ab") as log:
             self._process = subprocess.Popen(
                 [program, "start", "--head", "--block", f"--port={self.port}", "--node-ip-address=127.0.0.1",
-                 "--num-cpus=4", "--include-dashboard=false", f"--object-store-memory={SMALL}", f"--temp-dir={place}",
-                 "--node-name=head"],
+                 "--include-dashboard=false", f"--object-store-memory={SMALL}", f"--temp-dir={place}",
+                 *self._options],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environ, start_new_session=True)
         self._place = place
         deadline = time.monotonic() + START_S
@@ -133,16 +152,41 @@ class Head:
             assert time.monotonic() < deadline, self.log.read_text()[-2_000:]
             time.sleep(0.1)
 
+    def said(self) -> str:
+        """The last words of its autoscaler."""
+        return Path(self._place, "session_latest", "logs", "monitor.log").read_text()[-2_000:]
+
     def kill(self) -> None:
         """Everything, the replicas' actors included; their commands are left to themselves."""
-        with suppress(psutil.NoSuchProcess):
-            found = psutil.Process(self._process.pid).children(recursive=True)
-            self._process.kill()
-            for one in found:
-                if "ray" in " ".join(one.cmdline()):
+        self._process.kill()
+        for one in psutil.process_iter(["cmdline"]):  # by its directory: nodes made on demand are nobody's children
+            if any(self._place in word for word in one.info["cmdline"] or ()):
+                with suppress(psutil.NoSuchProcess):
                     one.kill()
         self._process.wait(30)
         shutil.rmtree(self._place, ignore_errors=True)
+
+
+def _autoscaling(address: str, pools: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """For Ray's own stand-in of a cloud. By its class: the package lacks the file that goes with its name."""
+    types = {
+        name: {"resources": {"CPU": 2, "object_store_memory": SMALL}, "labels": {"pool": name}, "node_config": {},
+               "min_workers": 0, "max_workers": 4, **fields}
+        for name, fields in pools.items()
+    }  # fmt: skip
+    head = {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0}
+    return {
+        "cluster_name": "test", "max_workers": 8, "idle_timeout_minutes": 0.05, "auth": {}, "head_node_type": HEAD_TYPE,
+        "provider": {
+            "type": "external", "disable_node_updaters": True, "launch_multiple": True, "head_node_id": FIRST_ID,
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "gcs_address": address,
+        },
+        "available_node_types": {HEAD_TYPE: head, **types}, "file_mounts": {}, "cluster_synced_files": [],
+        "file_mounts_sync_continuously": False, "initialization_commands": [], "setup_commands": [],
+        "head_setup_commands": [], "worker_setup_commands": [], "head_start_ray_commands": [],
+        "worker_start_ray_commands": [],
+    }  # fmt: skip
 
 
 def start_nodes(**head: Any) -> Any:

@@ -82,16 +82,16 @@ def test_checkpoints_in_a_copied_directory_are_refused() -> None:
 
 def test_a_node_as_ray_tells_it() -> None:
     node = render.nodes([raw_node()], CONFIG)["aa11" * 14]
-    assert (node.name, node.cpu_milli, node.memory_bytes) == ("gpu-a-aa11aa", 16_000, 64 * GIB)
+    assert (node.name, node.cpu_milli, node.memory_bytes) == ("gpu-a-11aa11", 16_000, 64 * GIB)
     assert [(gpu.id, gpu.kind, gpu.memory_bytes // GIB) for gpu in node.gpus] == [
-        ("gpu-a-aa11aa/gpu-0", "h100-80gb", 80), ("gpu-a-aa11aa/gpu-1", "h100-80gb", 80)]
+        ("gpu-a-11aa11/gpu-0", "h100-80gb", 80), ("gpu-a-11aa11/gpu-1", "h100-80gb", 80)]
     assert (node.address, node.labels) == ("10.0.0.1", (("rack", "r1"),))
 
 
 def test_names_given_at_the_start_are_kept_and_distinct() -> None:
     raws = [raw_node(NodeName="one"), raw_node("bb22" * 14, NodeName="one"), raw_node("cc33" * 14)]
     found = render.nodes(raws, CONFIG)
-    assert [node.name for node in found.values()] == ["one", "one-bb22bb", "gpu-a-cc33cc"]
+    assert [node.name for node in found.values()] == ["one", "one-22bb22", "gpu-a-33cc33"]
 
 
 def test_kinds_come_from_the_configuration_the_label_or_the_resource() -> None:

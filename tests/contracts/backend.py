@@ -129,12 +129,14 @@ class BackendContract:
         again = watcher.look(30)
         assert (again.replicas, again.gone, again.gone_nodes) == ((), (), ())
 
-    @pytest.mark.parametrize("code", [0, 1, 42, 255])
-    def test_an_exit_code_is_reported_exactly(self, engine: Engine, watcher: Watcher, node: Node, code: int) -> None:
-        launch = a_launch(node, engine.ends(code))
-        watcher.backend.start([launch])
-        end = watcher.end(launch.key)
-        assert (end.exit_code, end.signal, end.failure, end.node) == (code, None, Reason.NONE, node.name)
+    def test_exit_codes_are_reported_exactly(self, engine: Engine, watcher: Watcher, node: Node) -> None:
+        codes = (0, 1, 42, 255)
+        launches = [a_launch(node, engine.ends(code), a_key(index=at)) for at, code in enumerate(codes)]
+        watcher.backend.start(launches)
+        assert [
+            (end.exit_code, end.signal, end.failure, end.node)
+            for end in watcher.ended(*(launch.key for launch in launches))
+        ] == [(code, None, Reason.NONE, node.name) for code in codes]
 
     def test_a_gang_starts_whole_and_is_reported_whole(self, engine: Engine, watcher: Watcher) -> None:
         nodes = list(watcher.sight.nodes.values())

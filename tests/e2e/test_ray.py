@@ -31,14 +31,13 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600), ray_s
 class Served:
     """A server of its own process over the test cluster, that may be killed and started again."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, address: str, **fields: object) -> None:
         self.home = home
         self.config = home.parent / "server.yaml"
-        self.config.write_text(json.dumps({"home": str(home), "listen": "127.0.0.1:0", "backend": {"ray": {
-            "address": ray_stage.address(), "gpu_kinds": {"SIM": "sim-gpu"}, "scratch": str(home.parent),
+        self.config.write_text(json.dumps({"home": str(home), "listen": "127.0.0.1:0", **fields, "backend": {"ray": {
+            "address": address, "gpu_kinds": {"SIM": "sim-gpu"}, "scratch": str(home.parent),
             "ports": "24000-24999",
         }}}))
-        self.start()
 
     def start(self) -> None:
         with open(self.home.parent / "server.log", "ab") as log:
@@ -65,6 +64,10 @@ class Served:
     def owner(self) -> str:
         return (self.home / "supervisor" / "ray-id").read_text().strip()
 
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(30)
+
     def pids(self, job: JobHandle, place: str = "") -> set[int]:
         """Processes of a replica, or of the whole job."""
         wanted = f":{job.id}/"
@@ -78,10 +81,12 @@ class Served:
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[Served]:
     (tmp_path / "home").mkdir()
-    served = Served(tmp_path / "home")
-    yield served
-    served.process.terminate()
-    served.process.wait(30)
+    served = Served(tmp_path / "home", ray_stage.address())
+    try:
+        served.start()
+        yield served
+    finally:
+        served.stop()
 
 
 def idents(job: JobHandle) -> dict[str, tuple[int, str]]:
@@ -148,3 +153,55 @@ def test_kills_of_all_kinds_are_recovered(served: Served, name: str, killed: tup
     while left := served.left_over(job):
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
+
+
+POOLS = [
+    {"name": "never", "cpu": 2, "memory": "1Gi", "max": 4, "price": 1, "delay": "2s", "idle": "2s"},
+    {"name": "there", "cpu": 2, "memory": "1Gi", "max": 4, "price": 2, "delay": "120s", "idle": "2s"},
+]
+TRAIN = {
+    "name": "gang", "roles": {"worker": {"replicas": 2, "cpu": 2, "memory": "100Mi", "command": [
+        "/bin/sh", "-c", "echo there are $WORLD_SIZE; while [ ! -e $DONE ]; do sleep 0.1; done"]}},
+}
+
+
+def test_nodes_are_asked_of_rays_autoscaler_and_let_go(tmp_path: Path) -> None:
+    """Ray's autoscaler with its own stand-in of a cloud, in which the cheaper pool has no nodes to give."""
+    head = ray_stage.Head(tmp_path, {"there": {}, "elsewhere": {}})
+    head.start()
+    (tmp_path / "home").mkdir()
+    served = Served(tmp_path / "home", head.address, pools=POOLS)
+    try:
+        served.start()
+        begun = time.monotonic()
+        done = tmp_path / "done"
+        job = served.client.submit(TRAIN | {"env": {"DONE": str(done)}})
+        seen: list[str] = []
+        while job.refresh().state is not Phase.RUNNING:
+            assert time.monotonic() - begun < PATIENCE_S, (seen, head.said())
+            assert len([one for one in job.members if one.node]) in (0, 2), "all or nothing"
+            if (why := job.why().headline) not in seen:
+                seen.append(why)
+            time.sleep(0.1)
+        print(f"runs after {time.monotonic() - begun:.1f} s")
+        asked = [next((name for name in ("never", "there") if f"2 nodes of pool {name}" in why), "") for why in seen]
+        assert [name for name in dict.fromkeys(asked) if name] == ["never", "there"], seen
+        mine = {one.node.name: one.node.label("pool") for one in served.client.nodes()}
+        assert sorted(mine.values()) == ["", "there", "there"]
+        assert len({one.node for one in job.members}) == 2
+        served.kill()
+        served.start()
+        time.sleep(5)  # longer than Ray leaves an idle node that nobody asks for
+        assert [one.state for one in served.client.nodes()] == ["ready"] * 3, "never under a job"
+        done.touch()
+        job = served.client.job(job.id)
+        job.wait(timeout=PATIENCE_S)
+        assert (job.state, job.attempts) == (Phase.SUCCEEDED, 1), job.why()
+        begun = time.monotonic()
+        while [one for one in served.client.nodes() if mine.get(one.node.name) and one.state != "lost"]:
+            assert time.monotonic() - begun < PATIENCE_S, head.said()
+            time.sleep(0.2)
+        print(f"let go after {time.monotonic() - begun:.1f} s")
+    finally:
+        served.stop()
+        head.kill()
