@@ -365,8 +365,9 @@ class Service:
         when = expected(picture, job, now_ms, policy)
         ways = verdict.sooner
         if picture is not None and len(picture.jobs) <= MAX_IMAGINED and not job.held:
-            at_once = {way.removesuffix(": now") for way in ways}
-            others = [(text, changed) for text, changed in others if text not in at_once]
+            # Whatever helps at once in one way need not be told of for later in the same way.
+            at_once = {_kind_of_way(way) for way in ways}
+            others = [(text, changed) for text, changed in others if _kind_of_way(text) not in at_once]
             ways += tuple(
                 f"{text}: {explain.moment(at_ms, now_ms)}"
                 for text, at_ms in sooner_with(picture, job, others, now_ms, policy, when)
@@ -851,6 +852,11 @@ def _closed(cluster: Cluster, queue: str) -> Conflict | None:
     if queue in cluster.queues and cluster.queues[queue].draining:
         return Conflict(f"queue {queue} is being drained and takes no more jobs", hint="'jobsched queues' shows others")
     return None
+
+
+def _kind_of_way(text: str) -> str:
+    """`worker replicas`, `h100`: what a change is about."""
+    return text.partition(" instead of ")[2].partition(":")[0].partition(" (")[0]
 
 
 def _refuse_early(queues: Collection[str]) -> None:

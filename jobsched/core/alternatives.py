@@ -57,8 +57,7 @@ def later(cluster: Cluster, job: Job) -> tuple[tuple[str, Job], ...]:
             found.append((f"{kind} instead of {_kinds(role.gpu)}", other))
         half = (role.replicas.min + 1) // 2
         if half < role.replicas.min:
-            text = f"{half} instead of {role.replicas.min} {name} replicas"
-            found.append((text, _with(spec, name, replicas=_fixed(half))))
+            found.append((_fewer(half, name, role), _with(spec, name, replicas=_fixed(half))))
     for queue in _queues_besides(cluster, spec)[:LATER_TRIED]:
         found.append((f"queue {queue} instead of {spec.queue}", spec.model_copy(update={"queue": queue})))
     return tuple(
@@ -149,8 +148,13 @@ def _smaller(spec: JobSpec, now: Callable[[JobSpec], bool]) -> Iterator[str]:
         else:
             high = middle
     if low:
-        gpus = low * role.gpu.milli / WHOLE_GPU
-        yield f"{low} instead of {role.replicas.min} {name} replicas ({gpus:g} GPU{'s' if gpus != 1 else ''})"
+        yield _fewer(low, name, role)
+
+
+def _fewer(count: int, name: str, role: RoleSpec) -> str:
+    assert role.gpu is not None
+    gpus = count * role.gpu.milli / WHOLE_GPU
+    return f"{count} instead of {role.replicas.min} {name} replicas ({gpus:g} GPU{'s' if gpus != 1 else ''})"
 
 
 def _split(spec: JobSpec, now: Callable[[JobSpec], bool]) -> Iterator[str]:

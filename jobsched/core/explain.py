@@ -12,8 +12,9 @@ from jobsched.core.cluster import Cluster, missing_replicas
 from jobsched.core.job import Asked, Job, Phase, Reason, ReplicaState, RoleShape, Shape
 from jobsched.core.ledger import Short
 from jobsched.core.node import kind_matches
-from jobsched.core.plan import Forecast
+from jobsched.core.plan import Forecast, Reservation
 from jobsched.core.policies.admission import admit, most_ever
+from jobsched.core.policies.backfill import in_the_way
 from jobsched.core.policies.placement import Gang, place_gang
 from jobsched.core.policies.quota import HOUR_MS, Refused
 from jobsched.core.resources import WHOLE_GPU
@@ -33,6 +34,8 @@ def verdict(cluster: Cluster, job: Job, now_ms: int) -> Verdict:
         if isinstance(short, Short):
             reasons.append(_shortage(cluster, cluster.shape(job), short))
             nearest = f"{short.placed} of {many(short.role.min, f'{short.role.role} replica')} fit now"
+        elif claims := in_the_way(cluster, job, (-job.priority, 0, 0, ""), list(cluster.reservations.values()), now_ms):
+            reasons += (_claimed(cluster, job, claim, now_ms) for claim in claims)
         else:
             turn = f"{many(ahead, 'job')} of its queue before it" if ahead else "it is next; a pass has not come yet"
             reasons.append(Why(Reason.PRIORITY, turn))
@@ -68,10 +71,18 @@ def _reasons(cluster: Cluster, job: Job, now_ms: int) -> Iterator[Why]:
         yield _room(cluster, job)
     refused = admit(cluster, job, now_ms)
     if isinstance(refused, Refused) and not queue.paused:
-        yield _limit(refused)
+        yield _limit(cluster, refused)
     never = could_ever_fit(cluster, job.spec)
     if never:
         yield Why(Reason.UNPLACEABLE, never, "ask for less, or wait for other nodes (jobsched nodes)")
+
+
+def _claimed(cluster: Cluster, job: Job, claim: Reservation, now_ms: int) -> Why:
+    """It fits, but somebody was promised to start first."""
+    whose = cluster.jobs[claim.job_id].name if claim.job_id in cluster.jobs else claim.job_id
+    what = f"what queue {claim.queue} may take is" if claim.limits(job) else "places are"
+    text = f"{what} kept for job {whose}, which starts {moment(claim.at_ms, now_ms)}; this job may not be over by then"
+    return Why(Reason.RESERVATION, text, "a time_limit that ends before lets it start now")
 
 
 def _room(cluster: Cluster, job: Job) -> Why:
@@ -120,7 +131,7 @@ def _in(early_ms: int, late_ms: int, now_ms: int) -> str:
     return f"in {high} {unit}" if low == high else f"in {low} to {high} {unit}"
 
 
-def _limit(refused: Refused) -> Why:
+def _limit(cluster: Cluster, refused: Refused) -> Why:
     """The limit that stands in the way, in words."""
     fix = "wait for its jobs to end, or submit to another queue"
 
@@ -144,8 +155,10 @@ def _limit(refused: Refused) -> Why:
             text = f"needs {_gpus(refused.needs)}; queue {refused.queue} holds {holds} of its {unit(refused.limit)}"
             return Why(refused.reason, text, fix)
         case _:
-            text = (f"needs {unit(refused.needs)} {what}; queue {refused.queue} has a quota of {unit(refused.limit)} "
-                    f"and may take {unit(max(0, refused.left))} more")
+            used = cluster.quotas.account(refused.queue).used.get(refused.resource, 0)
+            more = f"may take {unit(refused.left)} more" if refused.left > 0 else "may take no more"
+            text = (f"needs {unit(refused.needs)} {what}; queue {refused.queue} holds {unit(used)}, its quota is "
+                    f"{unit(refused.limit)}, and it {more} now")
             return Why(refused.reason, text, fix)
 
 

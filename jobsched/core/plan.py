@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jobsched.core import events as ev
-from jobsched.core.job import Binding, RoleShape
+from jobsched.core.job import Binding, Job, RoleShape
 from jobsched.core.resources import JobId
 
 Decision = ev.AttemptPlaced | ev.ReplicasBound | ev.ReplicasReleased | ev.AttemptStopping
@@ -30,6 +30,18 @@ class Reservation:
     coordinator_port: int = 0
     made_for: int = 0
     """`Cluster.pools_moved` when it was made: another number, and the nodes are not what they were."""
+    queue: str = ""
+    """Set: it is a claim, too, on what this queue may take; the queue's own jobs have to respect that."""
+    owner: str = ""
+    """Set: on what this user's jobs may take there."""
+
+    def limits(self, job: Job) -> bool:
+        """Whether the other job would take of the queue's limit that is claimed."""
+        return self.queue == job.spec.queue and self.owner in ("", job.owner) and job.id != self.job_id
+
+    def binds(self, job: Job) -> bool:
+        """Whether the other job has to respect the claim at all."""
+        return job.id != self.job_id and (bool(self.seats) or self.limits(job))
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,16 @@ from jobsched.core.cluster import Alike, Cluster, Line, Place, Rank, all_alike, 
 from jobsched.core.job import Binding, Job, Reason, ReplicaState, Shape
 from jobsched.core.plan import Decision, Plan, Reservation
 from jobsched.core.policies.admission import admit, least_needs, limited, more
-from jobsched.core.policies.backfill import Backfill, drop_stale, in_the_way, keep_free, let_go, reserve, seats_free
+from jobsched.core.policies.backfill import (
+    Backfill,
+    drop_stale,
+    in_the_way,
+    keep_free,
+    let_go,
+    reserve,
+    reserve_limit,
+    seats_free,
+)
 from jobsched.core.policies.defragmentation import Defragmentation, decisions_of, find_way
 from jobsched.core.policies.elasticity import WAITING, Elasticity, rebalance, start_gang
 from jobsched.core.policies.fairness import FairShare, Turn, turn
@@ -235,9 +244,10 @@ def start_waiting(run: Pass) -> None:
         shape = admit(cluster, job, run.now_ms)
         key = policy.ordering(line.key, Place(cluster.rank(job, cluster.estimates), job.submitted_at_ms, job.id))
         others = in_the_way(cluster, job, key, claims, run.now_ms)
+        barred = any(claim.limits(job) for claim in others)
         kept = keep_free(cluster, others)
         mine = cluster.reservations.get(job.id)
-        starts = isinstance(shape, Shape) and (
+        starts = not barred and isinstance(shape, Shape) and (
             (mine is not None and _sit_down(run, job, shape, mine)) or run.start(job, shape)
         )
         let_go(cluster, kept)
@@ -246,6 +256,8 @@ def start_waiting(run: Pass) -> None:
             continue
         if isinstance(shape, Refused):
             line.refused_at = cluster.ledger.freed
+            if policy.backfill is not None:
+                _claim_limit(run, policy.backfill, job, shape, key, claims)
         elif others and looks > 0 and _would_fit(run, job, shape):
             looks -= 1  # only a claim is in its way: who stands behind it may be over sooner
             if policy.backfill is not None and job.id not in run.settled:
@@ -254,7 +266,7 @@ def start_waiting(run: Pass) -> None:
             continue
         else:
             line.blocked_at = cluster.ledger.freed_for(line.key.shape.node_labels)
-        if policy.preemption is not None:
+        if policy.preemption is not None and not barred:
             make_room(run, policy.preemption, line)
         if policy.backfill is not None and isinstance(shape, Shape) and job.id not in run.settled:
             _reserve(run, policy.backfill, job, shape, key, claims)
@@ -285,11 +297,33 @@ def _reserve(
 ) -> None:
     """A reservation for a job that does not fit, unless it has one that is not overdue or others have them all."""
     mine = run.cluster.reservations.get(job.id)
-    if (mine is not None and mine.at_ms > run.now_ms) or len(claims) - (mine is not None) >= how.depth:
+    others = [claim for claim in claims if claim.seats and claim is not mine]
+    if (mine is not None and mine.seats and mine.at_ms > run.now_ms) or len(others) >= how.depth:
         return
-    if mine is not None:
-        claims.remove(mine)
-    found = reserve(run.cluster, job, shape, key, claims, run.now_ms, run.policy.score)
+    found = reserve(run.cluster, job, shape, key, others, run.now_ms, run.policy.score)
+    if found is not None and mine is not None:
+        found = replace(found, queue=mine.queue, owner=mine.owner)  # what its queue may take stays claimed
+    _keep(run, job, found, claims)
+
+
+def _claim_limit(
+    run: Pass, how: Backfill, job: Job, refused: Refused, key: OrderKey, claims: list[Reservation]
+) -> None:
+    """A claim on the limit that has kept a job waiting for a while, unless another job has one on it."""
+    mine = run.cluster.reservations.get(job.id)
+    if (
+        refused.reason not in (Reason.QUOTA_QUEUE, Reason.QUOTA_USER)
+        or run.now_ms - job.submitted_at_ms < how.patience_ms
+        or (mine is not None and mine.queue and mine.at_ms > run.now_ms)
+        or any(claim.limits(job) for claim in claims)
+    ):
+        return
+    _keep(run, job, reserve_limit(run.cluster, job, refused, key, run.now_ms), claims)
+
+
+def _keep(run: Pass, job: Job, found: Reservation | None, claims: list[Reservation]) -> None:
+    """In place of what it had."""
+    claims[:] = [claim for claim in claims if claim.job_id != job.id]
     if found is not None:
         run.cluster.reservations[job.id] = found
         claims.append(found)

@@ -12,6 +12,7 @@ from jobsched.sim.run import POLICIES, START_MS, Simulation
 from jobsched.sim.throughput import Steady
 from jobsched.sim.workload import Arrival, Workload, make_nodes
 from jobsched.spec.job import JobSpec
+from jobsched.spec.queue import QueueSpec
 
 
 def an_arrival(place: int, at_s: float, run_s: int, gpus: int, per_node: int = 4) -> Arrival:
@@ -81,3 +82,20 @@ def test_backfill_never_delays_a_reservation(policy: str, seed: int) -> None:
     late = {job_id: started[job_id] - at for job_id, at in promised.items() if started[job_id] > at}
     assert not late
     assert simulation.ended() == 60
+
+
+@pytest.mark.parametrize("limit", [{"max_gpus": 4}, {"quota": {"gpus": 4}}, {"max_gpus_per_user": 4}], ids=str)
+def test_a_big_gang_passes_its_queues_limit_although_small_jobs_keep_coming(limit: dict[str, object]) -> None:
+    """Nodes have room; the queue's limit has not, because small jobs of the queue use it up for ever."""
+    small = [replace(an_arrival(n, n * 25, 100, 1), owner="me") for n in range(100)]
+    big = replace(an_arrival(500, 210, 100, 4), owner="me")
+    queues = (QueueSpec.model_validate({"name": "default", **limit}),)
+    arrivals = tuple(sorted([*small, big], key=lambda a: a.at_ms))
+    workload = Workload("stream", arrivals, make_nodes("3x4"), queues=queues)
+    greedy, _ = play(workload, "fifo")
+    fair, promised = play(workload, "easy")
+    waited_s = [(started_ms(each)[big.job_id] - START_MS) / 1_000 - 210 for each in (greedy, fair)]
+    assert waited_s[0] > 1_000
+    assert waited_s[1] <= 60 + 25 + 101, "patience, the next end, and a small job's limit"
+    assert started_ms(fair)[big.job_id] <= promised[big.job_id]
+    assert fair.ended() == 101

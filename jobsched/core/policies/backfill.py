@@ -4,6 +4,9 @@ A reservation names seats and an instant: the earliest at which enough of what r
 that are free already are kept free for it; a later job may use them only if it is expected to be over by then. One
 reservation is EASY backfill (Lifka 1995), several are conservative backfill (Feitelson & Weil 1998). Run times come
 from `estimate`. Called by `schedule`. Without it small jobs would keep a big gang waiting for ever.
+
+The same holds for quotas: whom its queue's limit has kept waiting for a while gets a claim on the limit, and later jobs
+of that queue start only if they are over by the time at which it is expected to pass.
 """
 
 from __future__ import annotations
@@ -12,10 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from jobsched.core.cluster import Cluster
-from jobsched.core.job import Binding, Job, Phase, RoleShape, Shape
+from jobsched.core.job import Binding, Job, Phase, Reason, RoleShape, Shape
 from jobsched.core.plan import Reservation
+from jobsched.core.policies.admission import admit
 from jobsched.core.policies.ordering import OrderKey
 from jobsched.core.policies.placement import Choice, Gang, Score, place_gang
+from jobsched.core.policies.quota import Refused
 from jobsched.core.resources import JobId
 
 SOONEST = 400
@@ -29,6 +34,8 @@ class Backfill:
     """How many of the first blocked jobs hold reservations; 1 is EASY."""
 
     depth: int = 1
+    patience_ms: int = 60_000
+    """After so long a wait a limit of its queue is claimed for a job."""
 
 
 def releases(cluster: Cluster, now_ms: int, quantile: float) -> list[tuple[int, JobId]]:
@@ -81,6 +88,33 @@ def reserve(
     roles = {role.role: role for role in shape.roles}
     seats = tuple((binding, roles[binding.role]) for binding in gang.bindings)
     return Reservation(job.id, at_ms, seats, key, gang.coordinator_port, cluster.pools_moved)
+
+
+def reserve_limit(cluster: Cluster, job: Job, refused: Refused, key: OrderKey, now_ms: int) -> Reservation | None:
+    """When the limit that keeps a job waiting is expected to let it pass, as others end; None when that is too far off
+    to tell. Must run inside `cluster.trial()`; leaves it as it was. O(log(running) * lent seats)."""
+    ends = releases(cluster, now_ms, 0.5)[:SOONEST]
+    mark = cluster.mark()
+
+    def passes(count: int) -> bool:
+        cluster.rollback(mark)
+        for _, job_id in ends[:count]:
+            other = cluster.jobs[job_id]
+            cluster.lend(other, [r for r in other.replicas.values() if r.binding is not None])
+        return isinstance(admit(cluster, job, now_ms, least=True), Shape)
+
+    few, many = 0, len(ends)
+    found = passes(many)
+    while found and many - few > 1:
+        middle = (few + many) // 2
+        few, many = (few, middle) if passes(middle) else (middle, many)
+    cluster.rollback(mark)
+    if not found or not many:
+        return None
+    owner = job.owner if refused.reason is Reason.QUOTA_USER else ""
+    return Reservation(
+        job.id, ends[many - 1][0], (), key, made_for=cluster.pools_moved, queue=job.spec.queue, owner=owner
+    )
 
 
 def _first(
@@ -139,9 +173,9 @@ def _beside(
 def in_the_way(
     cluster: Cluster, job: Job, key: OrderKey, claims: Sequence[Reservation], now_ms: int
 ) -> list[Reservation]:
-    """Reservations whose seats a job must leave alone: it is not surely over before they begin. One of higher priority
-    need not; an older one that came too late for a reservation must, because a promise was given."""
-    ahead = [claim for claim in claims if claim.key[0] <= key[0] and claim.job_id != job.id]
+    """Reservations whose seats or limits a job must leave alone: it is not surely over before they begin. One of higher
+    priority need not; an older one that came too late for a reservation must, because a promise was given."""
+    ahead = [claim for claim in claims if claim.key[0] <= key[0] and claim.binds(job)]
     if not ahead:
         return []
     over_ms = now_ms + cluster.estimates.left_ms(job, now_ms, SURE)
