@@ -1,8 +1,8 @@
 """The Kubernetes backend: replicas are pods, nodes are the cluster's nodes.
 
 Used by `wiring` through `registry`. The API server knows everything: what a pod is, its labels and annotations say; a
-new server sees all that the old one saw. Informers follow nodes, their Leases, our pods, others' pods and warnings; per
-running pod one thread collects its log, takes the reports in it, and tells its end; per stop one thread waits.
+new server sees all that the old one saw. Informers follow nodes, their Leases, our pods, others' pods and warnings;
+`kubernetes_logs` collects the logs of running pods and takes the reports in them; per stop one thread waits.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import gzip
 import io
 import os
-import re
 import secrets
 import signal
 import threading
@@ -18,23 +17,22 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
 
 from jobsched.backends import bundle
 from jobsched.backends import kubernetes_render as render
-from jobsched.backends.container_log import collect
 from jobsched.backends.containers import SEND
 from jobsched.backends.followed_log import chunks
-from jobsched.backends.kubernetes_api import AT_ONCE, Api, Exists, Gone, Refused, Stream
+from jobsched.backends.kubernetes_api import AT_ONCE, Api, Exists, Gone, Refused
 from jobsched.backends.kubernetes_fleet import Fleet
+from jobsched.backends.kubernetes_logs import MOST, OVERDUE_S, Heard, Readers
 from jobsched.backends.kubernetes_pools import Pools
 from jobsched.backends.kubernetes_render import CannotRender, Json, Site
 from jobsched.backends.kubernetes_watch import Informer
-from jobsched.backends.replica_table import Known, ReplicaTable, Stop
+from jobsched.backends.replica_table import ReplicaTable, Stop
 from jobsched.backends.supervisor import replica_log
 from jobsched.backends.supervisor.processes import signal_number
 from jobsched.backends.supervisor.protocol import Layout
@@ -59,28 +57,16 @@ KILL_AFTER_S = 5.0
 """Least time between SIGTERM and SIGKILL."""
 STACKS_AFTER_S = 0.4
 """How long a process may take to write its stacks."""
-REOPEN_S = (0.2, 30.0)
-"""First and longest pause before a log stream that broke off is opened again."""
-REFUSED_S = 2.0
-"""First pause after one that could not be opened at all: where there is no kubelet, thousands of them add up."""
-OVERDUE_S = 3.0
-"""A log stream that goes on this long after its container's end is cut off."""
-SILENT_S = 4.0
-"""A replica whose log stream is closed for so long, or that reports through it and did not, is silent."""
-LOG_SILENCE_S = 3_600.0
-"""A log stream on which nothing comes for so long is opened anew."""
-STAMPED = re.compile(rb"\d{4}-\d\d-\d\dT[0-9:.]+\S+ ")
-"""How a line of a log begins."""
+CROWDED_S = 3.0
+"""How long the cluster's scheduler may say that a pod does not fit where it was to go, before it is taken back."""
 REAP_AFTER_S = 30.0
 """What an earlier server left half-made is removed so long after the start."""
 
 
 @dataclass(slots=True)
-class Replica(Known):
+class Replica(Heard):
     """One pod, or what shall become one."""
 
-    pod: str = ""
-    """Its name, once there is one."""
     uid: str = ""
     gpus: tuple[str, ...] = ()
     keep_ms: int = 0
@@ -89,33 +75,8 @@ class Replica(Known):
     """When the API server took it (monotonic seconds)."""
     bound: bool = False
     """The cluster's scheduler has bound it."""
-    end: ReplicaReport | None = None
-    """How it ended; its log may still be on its way."""
-    end_at: float = 0.0
-    attended: bool = False
-    stream: Stream | None = None
-    """The log that is being read."""
-    blind_since: float = field(default_factory=time.monotonic)
-    """Since when nothing can be heard from it; 0 while its log is open."""
-    tried_at: float = 0.0
-    """When its log could last not be opened."""
-    retry_at: float = 0.0
-
-    def told(self) -> ReplicaReport:
-        """Silence does not count while nothing could be heard."""
-        report = Known.told(self)
-        if report.progress is None or not self.blind_since:
-            return report
-        blind_ms = int((time.monotonic() - self.blind_since) * 1000)
-        step, beat = report.progress.step_age_ms - blind_ms, report.progress.beat_age_ms - blind_ms
-        return replace(report, progress=replace(report.progress, step_age_ms=max(step, 0), beat_age_ms=max(beat, 0)))
-
-    def silent(self, now: float) -> bool:
-        """A log that cannot be opened, tried just now; or reports that should have come."""
-        if self.blind_since:
-            starting = self.report.state is Seen.STARTING
-            return now - self.blind_since >= SILENT_S and (starting or now - self.tried_at <= 2 * PULSE_S)
-        return self.progress is not None and now - self.progress.beat_at >= SILENT_S
+    crowded_since: float = 0.0
+    """Since when the cluster's scheduler says that others hold what it was to get; 0 while it does not."""
 
 
 class KubernetesBackend:
@@ -132,11 +93,11 @@ class KubernetesBackend:
         self.fleet = Fleet(config, self._held)
         self.pools = Pools(self.api, self.site)
         self._base = f"/api/v1/namespaces/{self.site.namespace}"
+        self.readers = Readers(self.api, self._base, self.table, self.layout, config.logs, self._whole, MOST)
         self._closing = threading.Event()
         self._pool = ThreadPoolExecutor(AT_ONCE, "kubernetes")
         self._owners: dict[str, Json] = {}
         """Service -> the reference by which it owns things."""
-        self._making = threading.Lock()
         self._sweeper = Sweeper(self.layout)
         self.capabilities = Capabilities(
             name="kubernetes",
@@ -248,9 +209,7 @@ class KubernetesBackend:
         self._closing.set()
         for informer in self._informers:
             informer.close()
-        for replica in self.table.all():
-            if (stream := replica.stream) is not None:
-                stream.close()
+        self.readers.close()
         self.table.hurry()
         for informer in self._informers:
             informer.join(2.0)
@@ -279,14 +238,7 @@ class KubernetesBackend:
             for replica in self.table.all():
                 if replica.alive and replica.progress is not None:
                     self.table.mark(replica)
-            self._reopen(self.table.all())
-
-    def _reopen(self, replicas: Sequence[Replica]) -> None:
-        """Try to open logs now rather than later."""
-        with self.table.changed:
-            for replica in replicas:
-                replica.retry_at = 0.0
-            self.table.changed.notify_all()
+            self.readers.reopen(self.table.all())
 
     def _writes(self, key: LaunchKey) -> bool:
         replica = self.table.get(key)
@@ -300,6 +252,11 @@ class KubernetesBackend:
         failed = report.exit_code != 0 or report.failure is not Reason.NONE
         tail = replica_log.tail(self.layout.log(replica.key)) if failed else ()
         self.table.end(replica, replace(report, tail=tail))
+
+    def _whole(self, replica: Replica) -> None:
+        """Its log is complete after its end."""
+        if replica.end is not None:
+            self._finish(replica, replica.end)
 
     def _never_ran(self, replica: Replica, text: str, failure: Reason, code: int | None = None) -> None:
         if replica.alive:
@@ -336,14 +293,14 @@ class KubernetesBackend:
     def _owner(self, key: LaunchKey) -> Json:
         """The reference to the attempt's Service, which is made if need be."""
         name = self._attempt(key)
-        with self._making:
-            if name not in self._owners:
-                try:
-                    found = self.api.create(f"{self._base}/services", render.service(self.site, key))
-                except Exists:
-                    found = self.api.get(f"{self._base}/services/{name}")
-                self._owners[name] = render.owner_reference(name, found["metadata"]["uid"])
-            return self._owners[name]
+        if (known := self._owners.get(name)) is not None:
+            return known
+        try:
+            found = self.api.create(f"{self._base}/services", render.service(self.site, key))
+        except Exists:
+            found = self.api.get(f"{self._base}/services/{name}")
+        owner = self._owners[name] = render.owner_reference(name, found["metadata"]["uid"])
+        return owner
 
     def _parts(self, launch: Launch, owner: Json, packed: dict[str, list[str]]) -> list[str]:
         """Names of the ConfigMaps with its directory, made once for all who share it."""
@@ -464,11 +421,15 @@ class KubernetesBackend:
         report = render.report_of(found, wanted_away=replica.stop is not None)
         match report.state:
             case Seen.STARTING:
+                if not render.crowded(found):
+                    replica.crowded_since = 0.0
+                elif not replica.crowded_since:
+                    replica.crowded_since = time.monotonic()
                 if report.message:
                     self.table.tell(replica, message=report.message, ident=report.ident)
             case Seen.RUNNING:
                 self.table.tell(replica, state=Seen.RUNNING, ident=report.ident, message="")
-                self._attend(replica)
+                self.readers.attend(replica)
             case Seen.EXITED if report.exit_code is None and report.signal is None and not replica.attended:
                 self._never_ran(replica, report.message, report.failure)  # it would go on trying
                 self._submit(self._delete, replica.pod, 0 if not replica.bound else 1)
@@ -479,7 +440,7 @@ class KubernetesBackend:
         """Its container ended: once its log is whole, so does the replica."""
         replica.end, replica.end_at = report, time.monotonic()
         self.table.changed.notify_all()
-        self._attend(replica)
+        self.readers.attend(replica)
 
     def _pod_gone(self, replica: Replica, found: Json | None) -> None:
         """There is no such pod any more."""
@@ -504,77 +465,6 @@ class KubernetesBackend:
         for replica in self.table.all():
             if replica.pod == name and replica.report.state is Seen.STARTING:
                 self.table.tell(replica, message=f"{found.get('reason', '')}: {found.get('message', '')}")
-
-    # running and ending -------------------------------------------------------------------------------------------
-
-    def _attend(self, replica: Replica) -> None:
-        """Collect its log and tell its end, on a thread of its own."""
-        with self.table.lock:
-            free, replica.attended = not replica.attended, True
-        if free:
-            self._aside(self._collect_and_end, replica)
-
-    def _collect_and_end(self, replica: Replica) -> None:
-        pause = REOPEN_S[0]
-        try:
-            while not self._closing.is_set():
-                ended = replica.end is not None  # asked before reading: what is written before the end is read
-                heard = self._collect(replica, follow=not ended)
-                if ended:
-                    break
-                pause = REOPEN_S[0] if heard else min(max(pause * 2, REFUSED_S), REOPEN_S[1])
-                replica.tried_at = time.monotonic()
-                replica.retry_at = replica.tried_at + pause
-                self.table.wait(
-                    lambda: replica.end is not None or self._closing.is_set(), lambda: replica.retry_at)
-            if replica.end is not None and not self._closing.is_set():
-                self._finish(replica, replica.end)
-        finally:
-            with self.table.changed:
-                replica.attended = False
-                if not replica.alive:
-                    self.table.mark(replica)
-
-    def _collect(self, replica: Replica, follow: bool) -> bool:
-        """Read its log to the end; whether it could be opened."""
-        path = f"{self._base}/pods/{replica.pod}/log"
-        heard = False
-
-        def opened(since_s: int) -> Iterator[bytes]:
-            nonlocal heard
-            query = {"container": CONTAINER, "timestamps": "true"} | ({"follow": "true"} if follow else {})
-            if since_s:
-                query["sinceTime"] = datetime.fromtimestamp(since_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-            stream = replica.stream = self.api.stream(path, query, LOG_SILENCE_S if follow else 5.0)
-            heard = True
-            self._sees(replica)
-            for line in stream.lines():
-                if STAMPED.match(line):
-                    yield line
-                else:  # the kubelet's own words: "unable to retrieve container logs"
-                    heard = False
-
-        try:
-            collect(self.layout.log(replica.key), opened, self._took, self.config.logs)
-        except (BackendUnreachable, Gone, Refused):
-            pass  # it is tried again, or it has ended
-        finally:
-            replica.stream = None
-            with self.table.lock:
-                replica.blind_since = replica.blind_since or time.monotonic()
-        return heard
-
-    def _took(self, data: Json) -> None:
-        self.table.take(data)
-
-    def _sees(self, replica: Replica) -> None:
-        """Its log is open (again): what it did not say meanwhile is not held against it."""
-        with self.table.lock:
-            blind_s = time.monotonic() - replica.blind_since if replica.blind_since else 0.0
-            replica.blind_since = 0.0
-            if replica.progress is not None:
-                replica.progress.step_at += blind_s
-                replica.progress.beat_at += blind_s
 
     # removing -----------------------------------------------------------------------------------------------------
 
@@ -656,6 +546,8 @@ class KubernetesBackend:
     def _signal(self, replica: Replica, number: int, whom: str) -> bool:
         """To processes in the container that catch it, or to all; whether there was one."""
         path = f"{self._base}/pods/{replica.pod}/exec"
+        if self.readers.deaf(replica.report.node):
+            return False
         try:
             return bool(self.api.exec(path, ["/bin/sh", "-c", SEND, "sh", str(int(number)), whom], CONTAINER))
         except BackendUnreachable:
@@ -703,7 +595,7 @@ class KubernetesBackend:
                 self.fleet.lose(name, stamp)
                 self._lose_replicas(name, f"node {name} is lost: {why}, and its replicas are silent")
             else:
-                self._reopen([replica for replica in there if replica.blind_since])
+                self.readers.reopen([replica for replica in there if replica.blind_since])
         self.table.hurry()
 
     def _still(self, name: str, stamp: str) -> bool:
@@ -746,19 +638,24 @@ class KubernetesBackend:
                 log.exception("a look at the cluster failed")
 
     def _take_back_unbound(self) -> None:
-        """The first that is not bound in time ends, and with it the attempt: gangs start whole or not at all."""
+        """The first that is not bound in time ends, and with it the attempt: gangs start whole or not at all. One whose
+        place others took meanwhile does not wait for that: it may fit elsewhere."""
         if self._pods.problem:
             return
-        patience_s = self.config.bind_timeout / 1000
+        now, patience_s = time.monotonic(), self.config.bind_timeout / 1000
         for replica in self.table.all():
-            late = replica.alive and replica.made_at and time.monotonic() - replica.made_at >= patience_s
-            if late and not replica.bound and replica.stop is None:
+            if not replica.alive or not replica.made_at or replica.bound or replica.stop is not None:
+                continue
+            crowded = bool(replica.crowded_since) and now - replica.crowded_since >= CROWDED_S
+            if crowded or now - replica.made_at >= patience_s:
                 why = replica.report.message or "the cluster's scheduler has not looked at it"
-                self._never_ran(replica, f"not bound to {replica.report.node} within {patience_s:g} s: {why}",
-                                Reason.START_TIMEOUT)
+                late = f"not bound to {replica.report.node} within {patience_s:g} s"
+                taken = f"others took its place on {replica.report.node} meanwhile"
+                self._never_ran(replica, f"{taken if crowded else late}: {why}", Reason.START_TIMEOUT)
                 self._submit(self._delete, replica.pod, 0)
 
     def _tend_streams(self) -> None:
+        self.readers.tend()
         now = time.monotonic()
         with self.table.changed:
             for replica in self.table.all():

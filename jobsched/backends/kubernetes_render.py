@@ -421,6 +421,11 @@ def unbound(found: Json) -> str:
     return ""
 
 
+def crowded(found: Json) -> bool:
+    """Whether the cluster's scheduler finds no room for it on its node, and makes none either."""
+    return "Insufficient " in unbound(found) and not found.get("status", {}).get("nominatedNodeName")
+
+
 def _ended(report: ReplicaReport, ended: Json, found: Json, wanted_away: bool) -> ReplicaReport:
     status, reason, text = int(ended["exitCode"]), ended.get("reason", ""), str(ended.get("message") or "").strip()
     if reason in ("StartError", "ContainerCannotRun"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -171,6 +172,18 @@ def test_what_the_scheduler_does_not_bind_is_taken_back_with_its_words(start: St
     until(lambda: engine.cluster.pods() == [])
 
 
+def test_what_others_took_meanwhile_is_given_up_at_once(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobsched.backends.kubernetes.CROWDED_S", 0.3)
+    engine = start()
+    watcher = watch(engine)
+    launch = run(watcher, "true", cpu_milli=9_000)
+    end = watcher.end(launch.key)  # long before bind_timeout
+    assert end.failure is Reason.START_TIMEOUT
+    assert end.message.startswith("others took its place on node-0 meanwhile: ")
+    assert "Insufficient cpu" in end.message
+    until(lambda: engine.cluster.pods() == [])
+
+
 def test_what_others_ask_for_is_not_ours(start: Start) -> None:
     engine = start()
     watcher = watch(engine)
@@ -237,7 +250,7 @@ def test_a_pod_that_somebody_deletes_is_lost_and_not_failed(start: Start) -> Non
 def test_a_dead_node_is_known_from_its_lease_and_the_silence_of_its_replicas(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobsched.backends.kubernetes.SILENT_S", 0.5)
+    monkeypatch.setattr("jobsched.backends.kubernetes_logs.SILENT_S", 0.5)
     engine = start(quick={"node_lost_after": 1_500})
     watcher = watch(engine)
     stays, dies = run(watcher, "/bin/sleep", "60"), run(watcher, "/bin/sleep", "60", key=a_key(index=1), node="node-1")
@@ -258,7 +271,7 @@ def test_a_dead_node_is_known_from_its_lease_and_the_silence_of_its_replicas(
 
 
 def test_a_lease_that_is_late_alone_proves_nothing(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobsched.backends.kubernetes.SILENT_S", 0.5)
+    monkeypatch.setattr("jobsched.backends.kubernetes_logs.SILENT_S", 0.5)
     engine = start(quick={"node_lost_after": 1_000})
     watcher = watch(engine)
     launch = run(watcher, "/bin/sleep", "60", node="node-1")
@@ -297,7 +310,7 @@ def test_an_api_server_that_was_away_is_no_reason_to_take_nodes_for_dead(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Kubelets could not renew their Leases either, and no log could be read."""
-    monkeypatch.setattr("jobsched.backends.kubernetes.SILENT_S", 0.5)
+    monkeypatch.setattr("jobsched.backends.kubernetes_logs.SILENT_S", 0.5)
     engine = start(quick={"node_lost_after": 1_500})
     watcher = watch(engine)
     launches = [run(watcher, "/bin/sleep", "60", key=a_key(index=i), node=f"node-{i}") for i in range(2)]
@@ -320,6 +333,42 @@ def _unreachable(backend: KubernetesBackend) -> bool:
     except BackendUnreachable:
         return True
     return False
+
+
+def test_few_threads_read_many_logs(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobsched.backends.kubernetes_logs.SLICE_S", 0.2)
+    monkeypatch.setattr("jobsched.backends.kubernetes.MOST", 2)
+    engine = start()
+    watcher = watch(engine)
+    launches = [run(watcher, "/bin/sh", "-c", f"sleep 1; echo I am {number}; sleep 60", key=a_key(index=number))
+                for number in range(5)]
+
+    def logged(number: int) -> bool:
+        return f"I am {number}".encode() in b"".join(chunk.data for chunk in engine.backend.logs(launches[number].key))
+
+    until(lambda: all(logged(number) for number in range(5)))
+    readers = [one for one in threading.enumerate() if one.name == "kubernetes-log"]
+    assert len(readers) <= 2
+    watcher.backend.stop([launch.key for launch in launches], 0)
+    for launch in launches:
+        watcher.end(launch.key)
+
+
+def test_where_no_kubelet_answers_one_pod_asks_for_all(start: Start) -> None:
+    engine = start(node_lost_after="10m")
+    watcher = watch(engine)
+    launches = [run(watcher, "/bin/sleep", "60", key=a_key(index=number)) for number in range(6)]
+    for launch in launches:
+        watcher.running(launch.key)
+    until(lambda: all(not heard.blind_since for heard in engine.backend.table.all()))
+    engine.cluster.kill_kubelet("node-0")
+    until(lambda: engine.backend.readers.deaf("node-0"))
+    before = engine.cluster.requests["GET pods/log"]
+    time.sleep(3.0)
+    assert engine.cluster.requests["GET pods/log"] - before <= 4
+    assert {watcher.sight.replicas[launch.key].state for launch in launches} == {Seen.RUNNING}
+    engine.cluster.start_kubelet("node-0")
+    until(lambda: all(not heard.blind_since for heard in engine.backend.table.all()))
 
 
 def test_a_log_is_collected_whole_although_streams_and_servers_end(start: Start) -> None:

@@ -1,8 +1,8 @@
 """The Kubernetes backend on many nodes: gangs beside plain pods of the same number, in the same run.
 
-`KUBECONFIG=… python -m tests.benchmarks.kubernetes` needs a cluster whose nodes (label `check/fake=true`) offer
-`nvidia.com/gpu`; fake ones will do. It prints one JSON line a figure. Plain pods are made by the same client with the
-same number of requests at a time, and bound by kube-scheduler alone.
+`KUBECONFIG=… python -m tests.benchmarks.kubernetes` needs a cluster with nodes of `tests.fake_nodes`, which runs beside
+it, and prints one JSON line a figure. Plain pods are made by the same client with the same number of requests at a
+time, and bound by kube-scheduler alone.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import resource
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from jobsched.client.client import Client
 from jobsched.spec.server import BackendConfig, ServerConfig
 from jobsched.spec.server import KubernetesBackend as Config
 from jobsched.wiring import Server
+from tests.fake_nodes import LABEL
 
 GANGS = int(os.environ.get("GANGS", "100"))
 SIZE = int(os.environ.get("SIZE", "16"))
@@ -41,6 +43,8 @@ class Bound:
 
     def __init__(self, api: Api, selector: str) -> None:
         self.nodes: dict[str, tuple[str, int]] = {}
+        self.made: dict[str, float] = {}
+        """When it was first heard of."""
         self.informer = Informer(api, PODS, {"labelSelector": selector}, self._listed, self._heard)
         self.informer.start()
         self.informer.synced.wait(30)
@@ -51,6 +55,7 @@ class Bound:
 
     def _heard(self, kind: str, found: Json) -> None:
         name = found["metadata"]["name"]
+        self.made.setdefault(name, time.monotonic())
         if kind == "DELETED":
             self.nodes.pop(name, None)
         elif node := found["spec"].get("nodeName"):
@@ -87,6 +92,7 @@ def plain(api: Api) -> float:
     with ThreadPoolExecutor(AT_ONCE) as pool:
         list(pool.map(lambda i: api.create(PODS, a_pod(f"plain-{i}", "plain")), range(GANGS * SIZE)))
     took = bound.until(GANGS * SIZE, begun)
+    say("plain pods made", max(bound.made.values()) - begun, "s")
     wipe(api, "bench=plain", lambda: not bound.nodes)
     bound.close()
     return took
@@ -100,52 +106,65 @@ def wipe(api: Api, selector: str, gone: Callable[[], bool]) -> None:
         time.sleep(0.2)
 
 
-def gangs(api: Api, home: Path) -> tuple[float, KubernetesBackend, Bound, Bound]:
-    """Seconds from the first submission until every replica is bound, while others' pods arrive."""
+@contextmanager
+def serving(home: Path) -> Iterator[Server]:
     kubernetes = Config.model_validate({
         "namespace": NAMESPACE, "image": "localhost/none:1", "instance": "bench", "working_dir": "image",
-        "nodes": {"check/fake": "true"},
-        "bind_timeout": "5m", "node_lost_after": "10m"})
-    server = Server(ServerConfig(home=str(home), backend=BackendConfig(kubernetes=kubernetes)))
-    server.start()
-    bound, tenants = Bound(api, "jobsched.dev/instance=bench"), Bound(api, "bench=tenant")
+        "nodes": {LABEL: "true"}, "node_lost_after": "10m"})
+    with Server(ServerConfig(home=str(home), backend=BackendConfig(kubernetes=kubernetes))) as server:
+        yield server
+
+
+def gangs(api: Api, server: Server, peer_s: float, tenants: int) -> None:
+    """Until every replica is bound, while others' pods arrive; then all is cancelled."""
+    name = f"gangs bound beside {tenants} pods of others" if tenants else "gangs bound"
+    bound, others = Bound(api, "jobsched.dev/instance=bench"), Bound(api, "bench=tenant")
     client = Client(server.url, token=server.token)
+    backend = server.controller._backend
+    assert isinstance(backend, KubernetesBackend)
+    backend.api.calls.clear()
 
     def arrive() -> None:
-        for index in range(TENANTS):
+        for index in range(tenants):
             api.create(PODS, a_pod(f"tenant-{index}", "tenant", 2))
             time.sleep(0.3)
 
-    spec = {"name": "gang", "array": f"0-{GANGS - 1}", "roles": {"worker": {
+    spec = {"name": "gang", "checkpoint": {"grace": "1s"}, "array": f"0-{GANGS - 1}", "roles": {"worker": {
         "command": "sleep 600", "replicas": SIZE, "gpu": "any:1", "cpu": 1}}}
-    begun = time.monotonic()
+    begun, cpu = time.monotonic(), time.process_time()
     threading.Thread(target=arrive, daemon=True).start()
-    client.submit(spec)
+    jobs = client.submit(spec)
     took = bound.until(GANGS * SIZE, begun)
-    tenants.until(TENANTS, begun)
-    backend = server.controller._backend
-    assert isinstance(backend, KubernetesBackend)
-    return took, backend, bound, tenants
+    others.until(tenants, begun)
+    calls = dict(backend.api.calls)
+    say(name, took, "s", ratio=round(took / peer_s, 3), peer=f"plain pods: {peer_s:.1f} s",
+        cpu_s=round(time.process_time() - cpu, 1), made_s=round(max(bound.made.values()) - begun, 1),
+        first_s=round(min(bound.made.values()) - begun, 1))
+    say("requests per pod until bound", sum(calls.values()) / (GANGS * SIZE), "requests", calls=calls)
+    on_node: dict[str, int] = {}
+    for node, count in [*bound.nodes.values(), *others.nodes.values()]:
+        on_node[node] = on_node.get(node, 0) + count
+    say("most GPUs asked for on one node of 8", max(on_node.values()), "GPUs", tenants=len(others.nodes))
+    say("memory of the server (with the bench)", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "MiB",
+        threads=threading.active_count())
+    begun = time.monotonic()
+    jobs.cancel()
+    while bound.nodes:
+        assert time.monotonic() - begun < PATIENCE_S, f"{len(bound.nodes)} are left"
+        time.sleep(0.1)
+    say("gangs gone", time.monotonic() - begun, "s")
+    wipe(api, "bench=tenant", lambda: not others.nodes)
+    bound.close()
+    others.close()
 
 
 def main() -> None:
     api = Api(Config(namespace=NAMESPACE))
-    first = plain(api)
-    say("plain pods bound", first, "s", pods=GANGS * SIZE)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
-        took, backend, bound, tenants = gangs(api, Path(home))
-        say("gangs bound", took, "s", ratio=round(took / first, 3), peer=f"plain pods: {first:.1f} s")
-        calls = sum(backend.api.calls.values()) / (GANGS * SIZE)
-        say("requests per pod until bound", calls, "requests", calls=dict(backend.api.calls))
-        on_node: dict[str, int] = {}
-        for node, count in [*bound.nodes.values(), *tenants.nodes.values()]:
-            on_node[node] = on_node.get(node, 0) + count
-        say("most GPUs asked for on one node of 8", max(on_node.values()), "GPUs", tenants=len(tenants.nodes))
-        say("memory of the server (with the bench)", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "MiB")
-        wipe(api, "jobsched.dev/instance=bench", lambda: True)
-        wipe(api, "bench=tenant", lambda: True)
-        api.delete(f"/api/v1/namespaces/{NAMESPACE}/services", selector="jobsched.dev/instance=bench")
-        os._exit(0)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home, serving(Path(home)) as server:
+        first = plain(api)
+        say("plain pods bound", first, "s", pods=GANGS * SIZE)
+        for tenants in dict.fromkeys((0, TENANTS)):
+            gangs(api, server, first, tenants)
 
 
 if __name__ == "__main__":
