@@ -8,7 +8,6 @@ container one thread collects its log, takes the reports in it, and tells its en
 from __future__ import annotations
 
 import os
-import secrets
 import signal
 import tempfile
 import threading
@@ -16,8 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +26,20 @@ from jobsched.backends.containers import exit_of, instant, relay
 from jobsched.backends.docker_engine import Engine, Gone, ImageError, Refused
 from jobsched.backends.docker_pools import MadeEngine, Maker
 from jobsched.backends.docker_render import CannotRender, Json, Site
-from jobsched.backends.followed_log import chunks
-from jobsched.backends.gpus import read_inventory
+from jobsched.backends.docker_station import Replica, Station, event_stamp, key_of, stamp
+from jobsched.backends.followed_log import begin, chunks
+from jobsched.backends.identity import own_id
+from jobsched.backends.replica_table import ReplicaTable, Stop
 from jobsched.backends.supervisor import replica_log, secret_files
 from jobsched.backends.supervisor.processes import signal_number
 from jobsched.backends.supervisor.protocol import Layout
-from jobsched.backends.supervisor.replica import Progress
-from jobsched.backends.supervisor.sweeper import Sweeper, mark_kept
+from jobsched.backends.supervisor.sweeper import Sweeper
 from jobsched.core.job import Reason
-from jobsched.core.launch import Launch, LaunchKey, parse_key
-from jobsched.core.node import Gpu, Node
+from jobsched.core.launch import Launch, LaunchKey
+from jobsched.core.node import Node
 from jobsched.core.observation import Observation, ReplicaReport, Seen
 from jobsched.core.pools import Demand
-from jobsched.core.resources import NOTHING, GpuShare, NodeName
+from jobsched.core.resources import NodeName
 from jobsched.errors import BackendUnreachable, Conflict, JobschedError
 from jobsched.ports import Addressing, Capabilities, LogChunk, Session, Window
 from jobsched.spec.server import DockerBackend as Config
@@ -50,9 +49,6 @@ ANSWER_S = 25.0
 """Longest wait for an engine's first listing."""
 RETRY_S = 0.5
 PULSE_S = 2.0
-GLANCE_S = 0.1
-"""How long news of mere progress may wait."""
-GPU_REFRESH_S = 10.0
 KILL_AFTER_S = 5.0
 """Least time between SIGTERM and SIGKILL."""
 STACKS_AFTER_S = 0.4
@@ -63,106 +59,10 @@ STREAM_PAUSE_S = 0.2
 """Pause before a log stream that broke off is opened again."""
 OVERDUE_S = 2.0
 """A log stream that goes on this long after its container's end is cut off."""
-IDLE_PER_MILLE = 5
-"""A container that uses less of one CPU than this is idle: its init process and the kernel's accounts of interrupts are
-never quite still (0.03 measured)."""
 NEVER = "0001-"
 """How the engine begins an instant that has not come yet."""
 AT_ONCE = 8
 """Containers that one engine makes at the same time."""
-
-
-@dataclass(slots=True)
-class Stop:
-    """A stop under way. Instants are monotonic seconds."""
-
-    until: float
-    """End of the grace."""
-    acknowledged_before: object
-    now: bool = False
-    """No grace at all."""
-
-
-@dataclass(slots=True)
-class Replica:
-    """One container, or what shall become one."""
-
-    report: ReplicaReport
-    engine: Station
-    token: str = ""
-    stop_signal: str = "USR1"
-    container: str = ""
-    progress: Progress | None = None
-    stop: Stop | None = None
-    withdrawn: bool = False
-    died_at: float = 0.0
-    """When the engine told its end; its log may still be on its way."""
-    died_with: int | None = None
-    died_in: int = 0
-    """The touch (see `Station`) in which the engine told it."""
-    killed_by_engine: bool = False
-    """It ended when the engine was restarted."""
-    ended_at: float = 0.0
-    attended: bool = False
-    log: Any = None
-    """The stream that is being read, to be closed by others."""
-    cpu_ns: int = -1
-    """CPU time used up to `looked_at`."""
-    looked_at: float = 0.0
-    cpu_at: float = 0.0
-    """When it was last found to use the CPU."""
-
-    @property
-    def key(self) -> LaunchKey:
-        return self.report.key
-
-    @property
-    def alive(self) -> bool:
-        return self.report.state is not Seen.EXITED
-
-    @property
-    def acknowledged(self) -> object:
-        return self.progress.acknowledged if self.progress is not None else None
-
-    def take_look(self, cpu_ns: int, now: float) -> None:
-        """Its CPU time used so far (-1: not known). By share, not by change: see `IDLE_PER_MILLE`."""
-        if cpu_ns < 0:
-            return
-        if self.cpu_ns < 0 or cpu_ns - self.cpu_ns > (now - self.looked_at) * IDLE_PER_MILLE * 10**6:
-            self.cpu_at = now
-        self.cpu_ns, self.looked_at = cpu_ns, now
-
-
-@dataclass(slots=True)
-class Station:
-    """One engine as the backend keeps it."""
-
-    engine: Engine
-    site: Site
-    pool: ThreadPoolExecutor
-    node: Node | None = None
-    """None while it does not answer."""
-    problem: str = ""
-    touch: int = 0
-    """How often it was lost. What was heard in an earlier touch may have been the last words of an engine that has been
-    restarted since."""
-    last_event: str = ""
-    """`seconds.nanoseconds` of the newest event seen, by its own clock."""
-    gpus: tuple[Gpu, ...] = ()
-    gpus_at: float = 0.0
-    foreign_gpus: tuple[GpuShare, ...] = ()
-    """GPUs that processes outside of any container use."""
-    listed: threading.Event = field(default_factory=threading.Event)
-    """Its first listing came, or failed to."""
-    clock: tuple[datetime, float] = (datetime.min, 0.0)
-    """The engine's own time at a monotonic instant of ours."""
-    networks: threading.Lock = field(default_factory=threading.Lock)
-    left: threading.Event = field(default_factory=threading.Event)
-    """It was taken away."""
-
-    def now(self) -> datetime:
-        """The engine's own time."""
-        return self.clock[0] + timedelta(seconds=time.monotonic() - self.clock[1])
 
 
 class DockerBackend:
@@ -172,19 +72,10 @@ class DockerBackend:
         self.layout = Layout(home.absolute())
         self.layout.make()
         self.config = config
-        self.home_id = _home_id(self.layout.state / "docker-id")
+        self.home_id = own_id(self.layout.state / "docker-id")
         several = len(config.engines) > 1 or bool(config.provision)
         self._checkpoints = config.checkpoints or str(self.layout.home / "checkpoints")
-        self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
-        """Told on every end, acknowledgement, and change of a stop or a node."""
-        self._replicas: dict[LaunchKey, Replica] = {}
-        self._past: dict[str, int] = {}
-        """`job/attempt/role/index` -> the highest restart that was forgotten."""
-        self._dirty: dict[LaunchKey, None] = {}
-        self._gone: dict[LaunchKey, None] = {}
-        self._urgent = False
-        self._told_nodes: dict[NodeName, Node] | None = None
+        self.table: ReplicaTable[Replica] = ReplicaTable()
         self._closing = threading.Event()
         self._sweeper = Sweeper(self.layout)
         self._socket = reports.ReportSocket(self.layout.sockets / "docker", self._took)
@@ -241,43 +132,31 @@ class DockerBackend:
     def _leave(self, station: Station) -> None:
         station.left.set()
         station.engine.leave()
-        with self._changed:
-            for replica in [r for r in self._replicas.values() if r.engine is station]:
-                self._drop(replica)
-            self._changed.notify_all()
+        for replica in self.table.all():
+            if replica.engine is station:
+                self.table.drop(replica)
+        self.table.hurry()
         station.pool.shutdown(wait=False, cancel_futures=True)
         station.engine.close()
 
     # the port -----------------------------------------------------------------------------------------------------
 
     def observe(self, timeout_ms: int = 0) -> Observation:
-        deadline = time.monotonic() + timeout_ms / 1000
-        if self._told_nodes is None:
+        if not self.table.told:
             for station in self._stations:
                 station.listed.wait(ANSWER_S)
-        with self._changed:
-            while True:
-                if all(station.node is None for station in self._stations):
-                    raise BackendUnreachable(self._stations[0].problem or "the Docker engine does not answer")
-                left = deadline - time.monotonic()
-                if self._told_nodes is None or self._urgent or self._news_of_nodes() or left <= 0:
-                    return self._observation()
-                self._changed.wait(min(left, GLANCE_S))
-                self._urgent = self._urgent or bool(self._dirty)
+        return self.table.observe(self._offered, timeout_ms)
 
     def start(self, launches: Sequence[Launch]) -> None:
         gangs: dict[int, tuple[Station, list[tuple[Replica, Launch]]]] = {}
-        with self._changed:
+        with self.table.changed:
             for launch in launches:
-                parts = parse_key(launch.key)
-                known = launch.key in self._replicas or parts.restart <= self._past.get(_place(launch.key), -1)
                 station = next((s for s in self._stations if s.node and s.node.name == launch.node), None)
-                if known or station is None:  # unknown nodes are not listed: the order comes again or is withdrawn
-                    continue
+                if self.table.started(launch.key) or station is None:
+                    continue  # unknown nodes are not listed: the order comes again or is withdrawn
                 report = ReplicaReport(launch.key, launch.node, Seen.STARTING)
-                replica = Replica(report, station, launch.contract.token, launch.stop_signal)
-                self._replicas[launch.key] = replica
-                self._dirty[launch.key] = None
+                replica = Replica(report, launch.contract.token, launch.stop_signal, engine=station)
+                self.table.add(replica)
                 gangs.setdefault(id(station), (station, []))[1].append((replica, launch))
         for station, gang in gangs.values():
             self._aside(self._start_gang, station, gang)
@@ -285,35 +164,31 @@ class DockerBackend:
     def stop(self, keys: Sequence[LaunchKey], grace_ms: int) -> None:
         now = time.monotonic()
         until = now + grace_ms / 1000
-        with self._changed:
-            for key in keys:
-                replica = self._replicas.get(key)
-                if replica is None or not replica.alive:
+        with self.table.changed:
+            for replica in self.table.known(keys):
+                if not replica.alive:
                     continue
                 if not replica.container:
                     replica.withdrawn = True
-                    self._finish(replica, replace(
+                    self.table.end(replica, replace(
                         replica.report, signal=int(signal.SIGTERM), message="stopped before it ran"))
                 elif replica.stop is None:
                     replica.stop = Stop(until, replica.acknowledged, now=grace_ms <= 0)
                     self._aside(self._carry_out, replica, replica.stop)
                 elif until < replica.stop.until:
                     replica.stop.until, replica.stop.now = until, grace_ms <= 0
-            self._changed.notify_all()
+            self.table.changed.notify_all()
 
     def ask_stacks(self, keys: Sequence[LaunchKey]) -> None:
-        for replica in self._known(keys):
+        for replica in self.table.known(keys):
             if replica.report.state is Seen.RUNNING:
                 self._aside(self._take_stacks, replica)
 
     def forget(self, keys: Sequence[LaunchKey]) -> None:
-        with self._changed:
-            for replica in self._known(keys):
-                if not replica.alive:
-                    self._drop(replica)
-                    place = _place(replica.key)
-                    self._past[place] = max(self._past.get(place, 0), parse_key(replica.key).restart)
-                    replica.engine.pool.submit(self._remove, replica)
+        for replica in self.table.known(keys):
+            if not replica.alive:
+                self.table.forget(replica)
+                replica.engine.pool.submit(self._remove, replica)
 
     def logs(self, key: LaunchKey, offset: int = 0, follow: bool = False, timeout_ms: int = 0) -> Iterator[LogChunk]:
         return chunks(self.layout.log(key), offset, lambda: follow and self._writes(key), timeout_ms)
@@ -321,7 +196,7 @@ class DockerBackend:
     def execute(
         self, key: LaunchKey, command: Sequence[str], window: Window | None = None, *, stdin: bool = True
     ) -> Session:
-        (replica,) = self._known([key]) or (None,)
+        replica = self.table.get(key)
         if replica is None or replica.report.state is not Seen.RUNNING:
             raise Conflict("nothing can run beside the replica: it does not run")
         try:
@@ -336,14 +211,13 @@ class DockerBackend:
         self._closing.set()
         self._maker.close()
         self._socket.close()
-        with self._lock:
-            streams = [replica.log for replica in self._replicas.values() if replica.log is not None]
+        streams = [replica.log for replica in self.table.all() if replica.log is not None]
         for station in self._stations:
             station.engine.leave()
         for stream in streams:
             with suppress(Exception):
                 stream.close()
-        if not self._replicas:  # containers that run have the directory mounted, and it must stay the same one
+        if not self.table.all():  # containers that run have the directory mounted, and it must stay the same one
             self.layout.leave(self._socket.path)
         for thread in self._threads:
             thread.join(2.0)
@@ -353,103 +227,38 @@ class DockerBackend:
 
     # what is told -------------------------------------------------------------------------------------------------
 
-    def _nodes(self) -> dict[NodeName, Node]:
-        return {station.node.name: station.node for station in self._stations if station.node is not None}
-
-    def _news_of_nodes(self) -> bool:
-        return self._nodes() != self._told_nodes
-
-    def _observation(self) -> Observation:
-        nodes, before = self._nodes(), self._told_nodes
-        full = before is None
-        keys = list(self._replicas) if full else [key for key in self._dirty if key in self._replicas]
-        found = Observation(
-            full=full,
-            nodes=tuple(node for node in nodes.values() if before is None or before.get(node.name) != node),
-            replicas=tuple(self._told(self._replicas[key]) for key in keys),
-            gone=() if full else tuple(key for key in self._gone if key not in self._replicas),
-            gone_nodes=tuple(name for name in before or () if name not in nodes),
-        )
-        self._told_nodes, self._urgent = nodes, False
-        self._dirty.clear()
-        self._gone.clear()
-        return found
-
-    @staticmethod
-    def _told(replica: Replica) -> ReplicaReport:
-        now = time.monotonic()
-        report, progress = replica.report, replica.progress
-        if progress is not None:
-            report = replace(report, progress=reports.seen(progress))
-            if replica.cpu_ns >= 0 and progress.beat_at < replica.cpu_at:
-                report = replace(report, idle_age_ms=int((now - replica.cpu_at) * 1000))
-        return replace(report, ended_age_ms=int((now - replica.ended_at) * 1000)) if replica.ended_at else report
-
-    def _known(self, keys: Sequence[LaunchKey]) -> list[Replica]:
-        with self._lock:
-            return [self._replicas[key] for key in keys if key in self._replicas]
+    def _offered(self) -> dict[NodeName, Node]:
+        """Engines as nodes; BackendUnreachable when none answers."""
+        nodes = {station.node.name: station.node for station in self._stations if station.node is not None}
+        if not nodes:
+            problems = [station.problem for station in self._stations if station.problem]
+            raise BackendUnreachable(problems[0] if problems else "the Docker engine does not answer")
+        return nodes
 
     def _writes(self, key: LaunchKey) -> bool:
-        with self._lock:
-            replica = self._replicas.get(key)
-            return replica is not None and (replica.alive or replica.attended)
-
-    def _tell(self, replica: Replica, **changes: Any) -> None:
-        """Change the report of a replica that has not ended."""
-        with self._changed:
-            if replica.alive:
-                replica.report = replace(replica.report, **changes)
-                self._mark(replica)
-
-    def _mark(self, replica: Replica) -> None:
-        """Its report changed (under the lock)."""
-        if self._replicas.get(replica.key) is replica:
-            self._dirty[replica.key] = None
-            self._urgent = True
-            self._changed.notify_all()
+        replica = self.table.get(key)
+        return replica is not None and (replica.alive or replica.attended)
 
     def _finish(self, replica: Replica, report: ReplicaReport) -> None:
         """Its end, once and for all."""
-        with self._changed:
-            if not replica.alive:
-                return
-            failed = report.exit_code != 0 or report.failure is not Reason.NONE
-            tail = replica_log.tail(self.layout.log(replica.key)) if failed else ()
-            if text := render.no_command(tail):
-                report = replace(report, failure=Reason.START_FAILED, message=text)
-            replica.report = replace(report, state=Seen.EXITED, tail=tail)
-            replica.ended_at = time.monotonic() - report.ended_age_ms / 1000
-            self._mark(replica)
+        if not replica.alive:
+            return
+        failed = report.exit_code != 0 or report.failure is not Reason.NONE
+        tail = replica_log.tail(self.layout.log(replica.key)) if failed else ()
+        if text := render.no_command(tail):
+            report = replace(report, failure=Reason.START_FAILED, message=text)
+        self.table.end(replica, replace(report, tail=tail))
 
     def _never_ran(self, replica: Replica, text: str, failure: Reason, code: int | None = None) -> None:
-        with self._lock:
+        with self.table.lock:
             if replica.alive:
-                self._make_log(replica.key, 0)
+                begin(self.layout.log(replica.key), 0)
                 replica_log.append(self.layout.log(replica.key), f"jobsched: {text}\n")
                 self._finish(replica, replace(replica.report, exit_code=code, failure=failure, message=text))
 
-    def _drop(self, replica: Replica) -> None:
-        """As if it had never been (under the lock)."""
-        if self._replicas.get(replica.key) is replica:
-            del self._replicas[replica.key]
-            self._gone[replica.key] = None
-            self._urgent = True
-            self._changed.notify_all()
-
     def _took(self, data: Json) -> None:
         """A report came through the socket or a log."""
-        with self._changed:
-            replica = self._replicas.get(LaunchKey(data["key"]))
-            if replica is None or not replica.alive:
-                return
-            before, first = replica.acknowledged, replica.progress is None
-            progress = reports.take(replica.progress, data, replica.token)
-            if progress is None:
-                return
-            replica.progress = progress
-            self._dirty[replica.key] = None
-            if first or progress.acknowledged != before:
-                self._mark(replica)
+        self.table.take(data)
 
     # starting -----------------------------------------------------------------------------------------------------
 
@@ -519,7 +328,7 @@ class DockerBackend:
             def told(text: str, users: list[Replica] = users) -> None:
                 for replica in users:
                     if replica.report.message != text:
-                        self._tell(replica, message=text)
+                        self.table.tell(replica, message=text)
 
             try:
                 if self.config.pull == "always" or not station.engine.has_image(image):
@@ -554,12 +363,12 @@ class DockerBackend:
             if archive is not None:
                 with open(archive, "rb") as file:
                     engine.put(container, launch.working_dir if self.config.read_only else "/", file)
-            with self._changed:
+            with self.table.changed:
                 if replica.withdrawn:
                     station.pool.submit(self._remove, replace(replica, container=container))
                     return
                 replica.container = container  # from here on a stop goes to the container
-            self._make_log(key, launch.keep_ms)
+            begin(self.layout.log(key), launch.keep_ms)
             engine.start(container)
         except ImageError as error:
             self._never_ran(replica, str(error), Reason.IMAGE_ERROR)
@@ -568,7 +377,7 @@ class DockerBackend:
         except (BackendUnreachable, Gone):  # whether it runs, the next listing tells; if not, the order comes again
             self._abandon([replica])
         else:
-            self._tell(replica, state=Seen.RUNNING, ident=container[:12])
+            self.table.tell(replica, state=Seen.RUNNING, ident=container[:12])
             self._attend(replica)
 
     def _refused(self, replica: Replica, text: str) -> None:
@@ -582,18 +391,10 @@ class DockerBackend:
                         (127 if missing else 126) if ours else None)
 
     def _abandon(self, replicas: Sequence[Replica]) -> None:
-        with self._changed:
+        with self.table.changed:
             for replica in replicas:
                 if replica.alive:
-                    self._drop(replica)
-
-    def _make_log(self, key: LaunchKey, keep_ms: int) -> None:
-        """Its log file, which also says that the key was started."""
-        log = self.layout.log(key)
-        if not log.parent.exists():
-            log.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
-            mark_kept(log.parent, keep_ms)
-        os.close(replica_log.open_for_append(log))
+                    self.table.drop(replica)
 
     # running and ending -------------------------------------------------------------------------------------------
 
@@ -604,7 +405,7 @@ class DockerBackend:
 
     def _claim(self, replica: Replica) -> bool:
         """Whether nobody attends it yet; from now on the caller does."""
-        with self._lock:
+        with self.table.lock:
             free, replica.attended = not replica.attended, True
             return free
 
@@ -618,10 +419,10 @@ class DockerBackend:
         except BackendUnreachable:
             pass  # the next listing finds it again
         finally:
-            with self._changed:
+            with self.table.changed:
                 replica.attended = False
                 if not replica.alive:
-                    self._mark(replica)
+                    self.table.mark(replica)
 
     def _collected(self, replica: Replica) -> Json | None:
         """Its log up to the end, and then its last state; None when we are closing."""
@@ -676,8 +477,7 @@ class DockerBackend:
                 station.engine.remove(replica.container)
             attempt = key.split("/")[:2]
             with station.networks:
-                with self._lock:
-                    others = any(k.split("/")[:2] == attempt for k in self._replicas)
+                others = any(other.key.split("/")[:2] == attempt for other in self.table.all())
                 if not others and not station.site.several:
                     station.engine.remove_network(render.network_name(self.home_id, key))
         except BackendUnreachable:
@@ -710,14 +510,12 @@ class DockerBackend:
         except BackendUnreachable:
             pass  # the order comes again
         finally:
-            with self._lock:
+            with self.table.lock:
                 replica.stop = None if replica.alive else stop
 
     def _wait(self, holds: Callable[[], bool], until: Callable[[], float]) -> None:
         """Until it holds, or an instant that others may bring nearer."""
-        with self._changed:
-            while not holds() and not self._closing.is_set() and (left := until() - time.monotonic()) > 0:
-                self._changed.wait(min(left, 1.0))
+        self.table.wait(lambda: holds() or self._closing.is_set(), until)
 
     def _take_stacks(self, replica: Replica) -> None:
         """The training library answers SIGQUIT with the stacks of all threads, on stderr."""
@@ -728,11 +526,11 @@ class DockerBackend:
         except BackendUnreachable:
             return
         if not caught:
-            self._tell(replica, stacks="no process in the container writes its stacks")
+            self.table.tell(replica, stacks="no process in the container writes its stacks")
             return
         self._closing.wait(STACKS_AFTER_S)
         with suppress(FileNotFoundError):
-            self._tell(replica, stacks=replica_log.read(log, before)[1].decode(errors="replace"))
+            self.table.tell(replica, stacks=replica_log.read(log, before)[1].decode(errors="replace"))
 
     # watching -----------------------------------------------------------------------------------------------------
 
@@ -741,7 +539,7 @@ class DockerBackend:
         while not (self._closing.is_set() or station.left.is_set()):
             try:
                 info = station.engine.info()
-                events = station.engine.events(_stamp(info["SystemTime"]))
+                events = station.engine.events(stamp(info["SystemTime"]))
                 self._take_listing(station, info)
                 for event in events:
                     self._heed(station, event)
@@ -756,10 +554,10 @@ class DockerBackend:
             self._closing.wait(RETRY_S)
 
     def _lost_touch(self, station: Station, problem: str) -> None:
-        with self._changed:
+        with self.table.changed:
             station.node, station.problem, station.touch = None, problem, station.touch + 1
             station.listed.set()
-            self._changed.notify_all()
+            self.table.changed.notify_all()
 
     def _take_listing(self, station: Station, info: Json) -> None:
         """Everything of ours on the engine: adopt it, and tell what is gone."""
@@ -768,11 +566,10 @@ class DockerBackend:
         station.clock = (instant(info["SystemTime"]), time.monotonic())
         station.site = replace(station.site, cpu_count=int(info["NCPU"]))
         name = NodeName(engine.config.name or str(info["Name"]).lower())
-        found = {key: one for one in engine.ours(f"{render.HOME}={self.home_id}") if (key := _key_of(one)) is not None}
+        found = {key: one for one in engine.ours(f"{render.HOME}={self.home_id}") if (key := key_of(one)) is not None}
         for key, inspected in found.items():
             self._adopt(station, name, key, inspected, restarted)
-        with self._lock:
-            ours = [replica for replica in self._replicas.values() if replica.engine is station and replica.alive]
+        ours = [replica for replica in self.table.all() if replica.engine is station and replica.alive]
         for replica in ours:
             if replica.container and replica.key not in found and not replica.attended:
                 self._finish(replica, self._unseen(replica))
@@ -788,15 +585,15 @@ class DockerBackend:
 
     def _began_anew(self, station: Station, info: Json) -> bool:
         """Whether the engine was restarted since its last event: then it does not remember that one."""
-        known = [_event_stamp(event) for event in station.engine.past_events(_stamp(info["SystemTime"]))]
+        known = [event_stamp(event) for event in station.engine.past_events(stamp(info["SystemTime"]))]
         restarted = bool(station.last_event) and station.last_event not in known
         station.last_event = known[-1] if known else ""
         return restarted
 
     def _adopt(self, station: Station, name: NodeName, key: LaunchKey, inspected: Json, restarted: bool) -> None:
         state, container = inspected["State"], str(inspected["Id"])
-        with self._changed:
-            replica = self._replicas.get(key)
+        with self.table.changed:
+            replica = self.table.get(key)
             if replica is not None and not replica.alive:
                 return
             if replica is not None and not replica.container:
@@ -805,35 +602,35 @@ class DockerBackend:
             if half_made and replica is not None:
                 return
             if replica is None and not half_made:
-                if parse_key(key).restart <= self._past.get(_place(key), -1):
+                if self.table.started(key):  # and forgotten
                     station.pool.submit(station.engine.remove, container)
                     return
                 report = ReplicaReport(key, name, Seen.RUNNING, ident=container[:12])
-                replica = Replica(
-                    report, station, render.token_of(inspected), inspected["Config"]["Labels"].get(render.SIGNAL, ""))
-                self._replicas[key] = replica
+                stop_signal = inspected["Config"]["Labels"].get(render.SIGNAL, "")
+                replica = Replica(report, render.token_of(inspected), stop_signal, engine=station)
+                self.table.add(replica)
             if replica is not None:
                 replica.container = container
                 if not state["Running"]:
                     replica.died_at, replica.died_with = time.monotonic(), int(state["ExitCode"])
                     replica.died_in, replica.killed_by_engine = station.touch, restarted
-                self._mark(replica)
+                self.table.mark(replica)
         if half_made:  # by a server that ended; gone before the listing is told, as the order comes again
             station.engine.remove(container)
         else:
-            self._make_log(key, 0)
+            begin(self.layout.log(key), 0)
 
     def _drop_networks(self, station: Station, found: dict[LaunchKey, Json]) -> None:
         """Those whose attempt has no container any more."""
         kept = {render.network_name(self.home_id, key) for key in found}
-        with station.networks, self._lock:
-            kept |= {render.network_name(self.home_id, key) for key in self._replicas}
+        with station.networks:
+            kept |= {render.network_name(self.home_id, replica.key) for replica in self.table.all()}
         for network in station.engine.networks(f"{render.HOME}={self.home_id}"):
             if network["Name"] not in kept:
                 station.engine.remove_network(network["Name"])
 
     def _heed(self, station: Station, event: Json) -> None:
-        station.last_event = _event_stamp(event)
+        station.last_event = event_stamp(event)
         actor = event.get("Actor", {})
         labels = actor.get("Attributes", {})
         action = event.get("Action", "")
@@ -841,45 +638,24 @@ class DockerBackend:
             if action in ("start", "die", "destroy", "update"):
                 self._look_around(station)
             return
-        with self._changed:
-            replica = self._replicas.get(LaunchKey(labels.get(render.KEY, "")))
+        with self.table.changed:
+            replica = self.table.get(LaunchKey(labels.get(render.KEY, "")))
             if replica is None or replica.container != actor.get("ID"):
                 return
             if action == "die":
                 replica.died_at, replica.died_in = time.monotonic(), station.touch
                 replica.died_with = int(labels.get("exitCode", -1))
-                self._changed.notify_all()
+                self.table.changed.notify_all()
 
-    def _look_around(self, station: Station, info: Json | None = None, name: NodeName | None = None) -> None:
+    def _look_around(self, station: Station, info: Json | None = None, name: str = "") -> None:
         """The engine as a node: what it has, and what others use of it."""
-        engine = station.engine
-        info = info or engine.info()
-        name = name or (station.node.name if station.node else NodeName(str(info["Name"]).lower()))
-        others = engine.others(render.HOME, self.home_id)
-        gpus = render.listed_gpus(name, engine.config)
-        if engine.config.gpus is None and engine.config.shares_files:
-            gpus = self._own_gpus(station)
-        used, taken = render.foreign_use(others, gpus) if others else (NOTHING, ())
-        taken = tuple(dict.fromkeys((*taken, *station.foreign_gpus)))
-        node = render.node(name, info, engine.config, self.config, station.site.several, gpus, (used, taken))
-        with self._changed:
-            twin = any(s.node is not None and s.node.name == name for s in self._stations if s is not station)
+        ours = [r.container for r in self.table.all() if r.engine is station and r.alive and r.container]
+        node = station.look_around(self.home_id, ours, info, name)
+        with self.table.changed:
+            twin = any(s.node is not None and s.node.name == node.name for s in self._stations if s is not station)
             station.node = None if twin else node
-            station.problem = f"two engines call themselves {name}; give them names" if twin else ""
-            self._changed.notify_all()
-
-    def _own_gpus(self, station: Station) -> tuple[Gpu, ...]:
-        """From NVML, not oftener than every ten seconds."""
-        if station.gpus_at and time.monotonic() - station.gpus_at < GPU_REFRESH_S:
-            return station.gpus
-        with self._lock:
-            ours = [r.container for r in self._replicas.values() if r.engine is station and r.alive and r.container]
-        inventory = read_inventory()
-        if inventory.foreign:
-            pids = set[int]().union(*(station.engine.pids(container) for container in ours))
-            inventory = read_inventory(pids.__contains__)
-        station.gpus, station.foreign_gpus, station.gpus_at = inventory.gpus, inventory.foreign, time.monotonic()
-        return station.gpus
+            station.problem = f"two engines call themselves {node.name}; give them names" if twin else ""
+            self.table.changed.notify_all()
 
     def _feel_pulse(self, station: Station) -> None:
         """An engine that is cut off says nothing at all, so it is asked; so is what silent replicas do."""
@@ -890,20 +666,18 @@ class DockerBackend:
                 station.engine.ping()
                 self._attend_to_all(station)
                 self._sample_silent(station)
-                if station.gpus and time.monotonic() - station.gpus_at >= GPU_REFRESH_S:
+                if station.gpus and station.gpus_old:
                     self._look_around(station)
             except (BackendUnreachable, Refused):
                 station.engine.interrupt()
             self._cut_overdue(station)
             if station is self._stations[0]:
-                with self._lock:
-                    live = {"/".join(key.split("/")[:2]) for key in self._replicas}
-                self._sweeper.step(live)
+                self._sweeper.step({"/".join(replica.key.split("/")[:2]) for replica in self.table.all()})
 
     def _attend_to_all(self, station: Station) -> None:
         """Whoever collected a log and lost touch just after a listing has left it to nobody."""
-        with self._lock:
-            alone = [r for r in self._replicas.values() if r.engine is station and r.alive and not r.attended
+        with self.table.lock:
+            alone = [r for r in self.table.all() if r.engine is station and r.alive and not r.attended
                      and (r.report.state is Seen.RUNNING or r.died_at)]
         for replica in alone:
             self._attend(replica)
@@ -911,19 +685,19 @@ class DockerBackend:
     def _sample_silent(self, station: Station) -> None:
         """Whether replicas that have stopped reporting still use the CPU: the sign that tells hung from busy."""
         now = time.monotonic()
-        with self._lock:
-            silent = [r for r in self._replicas.values()
+        with self.table.lock:
+            silent = [r for r in self.table.all()
                       if r.engine is station and r.report.state is Seen.RUNNING and r.progress is not None
                       and now - r.progress.beat_at > reports.SILENT_S]
         for replica in silent:
             used = station.engine.cpu_ns(replica.container)
-            with self._changed:
+            with self.table.changed:
                 replica.take_look(used, time.monotonic())
-                self._mark(replica)
+                self.table.mark(replica)
 
     def _cut_overdue(self, station: Station) -> None:
-        with self._lock:
-            overdue = [r.log for r in self._replicas.values() if r.engine is station and r.alive and r.log is not None
+        with self.table.lock:
+            overdue = [r.log for r in self.table.all() if r.engine is station and r.alive and r.log is not None
                        and r.died_at and time.monotonic() - r.died_at > OVERDUE_S]
         for stream in overdue:
             with suppress(Exception):
@@ -931,38 +705,6 @@ class DockerBackend:
 
     def _aside(self, target: Callable[..., None], *args: object) -> None:
         threading.Thread(target=target, args=args, name=f"docker-{target.__name__}", daemon=True).start()
-
-
-def _place(key: LaunchKey) -> str:
-    return key.rpartition("/")[0]
-
-
-def _key_of(inspected: Json) -> LaunchKey | None:
-    """None for a label that is none of ours."""
-    key = LaunchKey(inspected["Config"]["Labels"].get(render.KEY, ""))
-    try:
-        parse_key(key)
-    except ValueError:
-        return None
-    return key
-
-
-def _stamp(text: str) -> str:
-    """RFC 3339 -> `seconds.nanoseconds`, as events are asked for."""
-    return f"{instant(text).timestamp():.6f}000"
-
-
-def _event_stamp(event: Json) -> str:
-    nanos = int(event.get("timeNano", 0))
-    return f"{nanos // 10**9}.{nanos % 10**9:09d}"
-
-
-def _home_id(path: Path) -> str:
-    """Names this server's containers on engines that several servers may share; made once."""
-    with suppress(FileNotFoundError):
-        return path.read_text().strip()
-    path.write_text(secrets.token_hex(6))
-    return path.read_text().strip()
 
 
 def _own_user() -> str:

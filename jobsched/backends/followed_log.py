@@ -1,15 +1,25 @@
-"""Reading a replica's log file while it grows, as `Backend.logs` promises. Used by adapters that keep logs as files."""
+"""A replica's log as a file of the server's: made, then read while it grows. Used by adapters."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jobsched.backends.supervisor import replica_log
+from jobsched.backends.supervisor.sweeper import mark_kept
 from jobsched.ports import LogChunk
 
 FOLLOW_S = 0.05
+
+
+def begin(path: Path, keep_ms: int) -> None:
+    """Make the file, which also says that its replica was started. `keep_ms`: how long its attempt's logs are kept."""
+    if not path.parent.exists():
+        path.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
+        mark_kept(path.parent, keep_ms)
+    os.close(replica_log.open_for_append(path))
 
 
 def chunks(

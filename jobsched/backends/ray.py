@@ -8,7 +8,6 @@ started anew after any trouble; one thread here listens to it.
 from __future__ import annotations
 
 import os
-import secrets
 import signal
 import socket
 import subprocess
@@ -26,13 +25,14 @@ import structlog
 
 from jobsched.backends import bundle, local_render
 from jobsched.backends import ray_render as render
-from jobsched.backends.followed_log import chunks
+from jobsched.backends.followed_log import begin, chunks
+from jobsched.backends.identity import own_id
 from jobsched.backends.ray_pools import Pools
 from jobsched.backends.ray_render import Bundle, CannotRender, Json, Place
 from jobsched.backends.ray_sessions import Visit
 from jobsched.backends.supervisor import replica_log, secret_files
 from jobsched.backends.supervisor.protocol import Layout, Settings
-from jobsched.backends.supervisor.sweeper import Sweeper, mark_kept
+from jobsched.backends.supervisor.sweeper import Sweeper
 from jobsched.core.job import Reason
 from jobsched.core.launch import Launch, LaunchKey, parse_key
 from jobsched.core.node import Node
@@ -97,7 +97,7 @@ class RayBackend:
         self.layout = Layout(home.absolute())
         self.layout.make(sockets=False)
         self.config = config
-        self.home_id = _home_id(self.layout.state / "ray-id")
+        self.home_id = own_id(self.layout.state / "ray-id")
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         """Told on every change that must not wait."""
@@ -310,7 +310,7 @@ class RayBackend:
             if replica is None or not replica.alive:
                 return
             replica.drained = True
-            self._make_log(replica)
+            begin(self.layout.log(replica.key), replica.keep_ms)
             replica_log.append(self.layout.log(key), f"jobsched: {text}\n")
             self._finish(replica, replace(replica.report, exit_code=code, failure=failure, message=text))
 
@@ -424,14 +424,6 @@ class RayBackend:
                 replica.alive and not replica.made for replica in self._known(keys)
             ):
                 self._changed.wait(1.0)
-
-    def _make_log(self, replica: Replica) -> None:
-        """Its log file, which also says that the key was started."""
-        log = self.layout.log(replica.key)
-        if not log.parent.exists():
-            log.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
-            mark_kept(log.parent, replica.keep_ms)
-        os.close(replica_log.open_for_append(log))
 
     # the driver ---------------------------------------------------------------------------------------------------
 
@@ -572,7 +564,7 @@ class RayBackend:
             bundles[note["bundle"]].key = key
         if one["report"] is not None:
             self._take_report(replica, one["report"], one["actor"])
-        self._make_log(replica)
+        begin(self.layout.log(replica.key), replica.keep_ms)
         if not replica.drained:
             self._order({"do": "attend", "key": key, "offset": replica_log.size(self.layout.log(key))})
 
@@ -605,7 +597,7 @@ class RayBackend:
         replica = self._replicas.get(key)
         if replica is not None and replica.alive:
             replica.made = True
-            self._make_log(replica)
+            begin(self.layout.log(replica.key), replica.keep_ms)
             self._tell(replica, replace(replica.report, ident=actor))
 
     def _take_news(self, key: LaunchKey, news: Json) -> None:
@@ -660,11 +652,3 @@ def _place(key: LaunchKey) -> str:
 def _attempt(key: LaunchKey) -> tuple[str, str]:
     job, attempt, *_ = key.split("/")
     return job, attempt
-
-
-def _home_id(path: Path) -> str:
-    """Names this server's actors on a cluster that several servers may share; made once."""
-    with suppress(FileNotFoundError):
-        return path.read_text().strip()
-    path.write_text(secrets.token_hex(6))
-    return path.read_text().strip()

@@ -68,7 +68,7 @@ class DockerEngine:
         return f"{HOME}={self.backend.home_id}"
 
     def clean_up(self) -> None:
-        nobody = not self.backend._replicas
+        nobody = not self.backend.table.all()
         self.backend.close()
         if nobody:
             assert not self.backend.layout.sockets.exists()
