@@ -612,7 +612,7 @@ class Service:
                 if known and (known.phase is Phase.QUEUED or job.id in cluster.growing):
                     verdict = explain.verdict(cluster, known, now_ms)
         progress = self._last_progress(job) if job.phase.terminal else self._progress(job)
-        return JobAnswer(job, progress, verdict, explain.headline(job, verdict))
+        return JobAnswer(job, progress, verdict, self._headline(job, verdict))
 
     def _answers(self, jobs: Sequence[Job]) -> tuple[JobAnswer, ...]:
         """For listings. Jobs of one line wait for the same thing, so one verdict a line does (without the place in
@@ -630,9 +630,15 @@ class Service:
                     if key in found:
                         verdicts[job.id] = replace(found[key], job_id=job.id)
         return tuple(
-            JobAnswer(job, self._progress(job), verdict := verdicts.get(job.id), explain.headline(job, verdict))
+            JobAnswer(job, self._progress(job), verdict := verdicts.get(job.id), self._headline(job, verdict))
             for job in jobs
         )
+
+    def _headline(self, job: Job, verdict: Verdict | None) -> str:
+        """While the engine is away, that is what every job that has not ended is about."""
+        away = "" if job.phase.terminal else self.live.health.backend_error
+        return f"{away}; until it answers nothing starts, and what runs is left alone" if away else explain.headline(
+            job, verdict)
 
     def _progress(self, job: Job) -> JobProgress | None:
         return None if job.phase is Phase.QUEUED else self.live.progress(job.id)

@@ -463,3 +463,12 @@ def test_an_ended_job_is_not_edited(stage: Stage) -> None:
     job = stage.end(stage.run(stage.submit()))
     with pytest.raises(Conflict, match="cannot be edited"):
         stage.service.edit(job.id, {"priority": "7"})
+
+
+def test_while_the_engine_is_away_every_live_job_says_so(stage: Stage) -> None:
+    job, ended = stage.run(stage.submit()), stage.end(stage.run(stage.submit()))
+    stage.live.health.backend_error = "the engine does not answer"
+    for headline in (stage.service.get(job.id).headline, stage.service.jobs(JobQuery()).jobs[1].headline):
+        assert headline == "the engine does not answer; until it answers nothing starts, and what runs is left alone"
+    assert "does not answer" in stage.service.why(job.id).headline
+    assert "does not answer" not in stage.service.get(ended.id).headline
