@@ -15,7 +15,7 @@ from jobsched.core.events import Event, Stored
 from jobsched.core.job import Job, Phase
 from jobsched.core.launch import Launch, LaunchKey
 from jobsched.core.node import Cordon, Node
-from jobsched.core.observation import Observation
+from jobsched.core.observation import Incident, Observation
 from jobsched.core.pools import Demand
 from jobsched.core.recall import Recall
 from jobsched.core.resources import JobId, NodeName
@@ -179,6 +179,16 @@ class Reach(Protocol):
     def connect(self, key: LaunchKey, port: int) -> Session:
         """A connection to a TCP port on which the replica listens, at least on its loopback. `error` output tells why
         it broke off."""
+        ...
+
+
+@runtime_checkable
+class Chronicle(Protocol):
+    """What a backend besides implements if its engine tells more than the state of replicas. The engine's memory is the
+    only one: it is short, and the adapter keeps no more than some hundred of them."""
+
+    def incidents(self, job_id: JobId, nodes: Sequence[NodeName] = ()) -> Sequence[Incident]:
+        """What it said lately about replicas of the job and about these nodes, oldest first. Never waits."""
         ...
 
 
@@ -355,7 +365,7 @@ class Clock(Protocol):
 
 
 __all__ = [
-    "OWN_METRICS", "Addressing", "Appended", "Backend", "Capabilities", "Clock", "Ended", "Job", "JobQuery", "Lease",
-    "Loaded", "LogChunk", "Output", "Provisioner", "Reach", "Rejected", "Sample", "Session", "Store", "Usage", "Wake",
-    "Window",
+    "OWN_METRICS", "Addressing", "Appended", "Backend", "Capabilities", "Chronicle", "Clock", "Ended", "Incident",
+    "Job", "JobQuery", "Lease", "Loaded", "LogChunk", "Output", "Provisioner", "Reach", "Rejected", "Sample", "Session",
+    "Store", "Usage", "Wake", "Window",
 ]

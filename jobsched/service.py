@@ -43,10 +43,10 @@ from jobsched.core.edit import FIXED, Edit, compare
 from jobsched.core.events import Stored
 from jobsched.core.forecast import expected, picture_for, sooner_with
 from jobsched.core.job import Job, Phase, Reason, Replica, ReplicaState
-from jobsched.core.launch import LaunchKey, launch_key
+from jobsched.core.launch import LaunchKey, launch_key, parse_key
 from jobsched.core.lifecycle import Illegal, evolve_job
 from jobsched.core.node import Cordon
-from jobsched.core.observation import Sight
+from jobsched.core.observation import Incident, Sight
 from jobsched.core.policies.quota import HOUR_MS
 from jobsched.core.rehearsal import PROBE, Picture, picture_of, plan
 from jobsched.core.resources import JobId, NodeName, Resources
@@ -57,7 +57,7 @@ from jobsched.core.suspicion import BY
 from jobsched.errors import Conflict, JobschedError, NotFound, Problem, SpecError, Unplaceable, Unreachable, UsageError
 from jobsched.load import load_job_dict
 from jobsched.logs import Listener, LogReader, Selection
-from jobsched.ports import OWN_METRICS, Backend, Clock, JobQuery, Reach, Sample, Session, Store, Window
+from jobsched.ports import OWN_METRICS, Backend, Chronicle, Clock, JobQuery, Reach, Sample, Session, Store, Window
 from jobsched.spec.job import ArraySpec, JobSpec, training_roles
 from jobsched.spec.queue import QueueSpec, distinct_queues
 
@@ -68,6 +68,9 @@ MAX_PAGE = 1_000
 MAX_VERDICTS = 16
 MAX_IMAGINED = 2_000
 """Among more jobs than this, changes of a request are not played through."""
+MAX_WARNINGS = 5
+LATELY_MS = 15 * 60_000
+"""How long a warning of the engine may explain what is so now."""
 CHUNK = 500
 """Submissions per append, so that the leader gets its turn during a large array."""
 WISH_TRIES = 20
@@ -353,7 +356,30 @@ class Service:
                 others = later(cluster, known)
                 picture = picture_for(cluster, known, now_ms, self.live.policy)
             verdict = self._expecting(replace(verdict, sooner=ways), known, picture, now_ms, others)
-        return WhyAnswer(answer.job, answer.headline, verdict, story(self.events(answer.job.id)))
+        told = story(self.events(answer.job.id))
+        return WhyAnswer(answer.job, answer.headline, verdict, told, self._warnings(answer.job))
+
+    def incidents(self, ref: str, *, owner: str = "") -> Sequence[Incident]:
+        """What the engine says of a job's replicas, and of their nodes since it was submitted: oldest first, only what
+        it still remembers. Empty where engines say nothing."""
+        job = self.resolve(ref, owner=owner)
+        if not isinstance(self._backend, Chronicle):
+            return ()
+        nodes = [replica.binding.node for replica in job.replicas.values() if replica.binding is not None]
+        nodes += [NodeName(job.cause.node)] if job.cause is not None and job.cause.node else []
+        found = self._backend.incidents(job.id, list(dict.fromkeys(nodes)))
+        return [one for one in found if one.key or one.at_ms >= job.submitted_at_ms]
+
+    def _warnings(self, job: Job) -> tuple[Incident, ...]:
+        """Those that may explain where the job is now: of its last attempt, lately if it runs."""
+        if job.phase in (Phase.SUCCEEDED, Phase.CANCELLED):
+            return ()
+        since_ms = self._clock.now_ms() - LATELY_MS
+        return tuple(
+            one for one in self.incidents(job.id)
+            if one.warning and (not one.key or parse_key(one.key).attempt == job.attempt)
+            and (one.at_ms >= since_ms or (one.key and job.phase is not Phase.RUNNING))
+        )[-MAX_WARNINGS:]
 
     def _expecting(
         self, verdict: Verdict, job: Job, picture: Picture | None, now_ms: int, others: Sequence[tuple[str, Job]] = ()

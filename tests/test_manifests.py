@@ -47,7 +47,7 @@ def test_everything_has_a_kind_and_a_namespace() -> None:
     for path, one in manifests():
         assert one["apiVersion"], path
         if one["kind"] not in {*clusterwide, "Kustomization", "Component"}:
-            assert one["metadata"]["namespace"] in ("jobsched", "kube-node-lease"), (path, one["kind"])
+            assert one["metadata"]["namespace"] in ("jobsched", "kube-node-lease", "default"), (path, one["kind"])
 
 
 def test_no_right_is_given_wholesale() -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from jobsched.core import events as ev
 from jobsched.core.job import Phase, Reason
+from jobsched.core.launch import launch_key
+from jobsched.core.observation import Incident
 from jobsched.core.resources import JobId, NodeName
 from jobsched.errors import Conflict, NotFound, SpecError, Unplaceable, UsageError
 from jobsched.ports import OWN_METRICS, JobQuery, Sample
-from jobsched.service import MAX_ARRAY
+from jobsched.service import LATELY_MS, MAX_ARRAY
 from tests.stage import Stage, a_spec
 
 
@@ -472,3 +476,31 @@ def test_while_the_engine_is_away_every_live_job_says_so(stage: Stage) -> None:
         assert headline == "the engine does not answer; until it answers nothing starts, and what runs is left alone"
     assert "does not answer" in stage.service.why(job.id).headline
     assert "does not answer" not in stage.service.get(ended.id).headline
+
+
+def test_what_the_engine_says_stands_beside_events_and_explains(stage: Stage) -> None:
+    job = stage.run(stage.submit())
+    now, key, node = stage.clock.now_ms(), stage.key(job), NodeName("n1")
+    said = [
+        Incident(now, "Pulling", "pulling x", key),
+        Incident(now, "BackOff", "again", launch_key(job.id, job.attempt + 1, "worker", 0, 0), warning=True),
+        Incident(now, "FailedMount", "no volume", key, warning=True),
+        Incident(now - LATELY_MS - 1, "DiskPressure", "long ago", node=node, warning=True),
+        Incident(now, "NodeNotReady", "", node=node, warning=True),
+        Incident(job.submitted_at_ms - 1, "Rebooted", "before it was there", node=node, warning=True),
+    ]  # fmt: skip
+    assert stage.service.incidents(job.id) == ()
+    asked = []
+
+    def incidents(job_id: JobId, nodes: Sequence[NodeName] = ()) -> list[Incident]:
+        asked.append((job_id, nodes))
+        return said
+
+    stage.backend.incidents = incidents  # type: ignore[attr-defined]
+    found = [one.reason for one in stage.service.incidents(job.id)]
+    assert "Rebooted" not in found
+    assert found[:3] == ["Pulling", "BackOff", "FailedMount"]
+    assert asked[0] == (job.id, [node])
+    assert [one.reason for one in stage.service.why(job.id).warnings] == ["FailedMount", "NodeNotReady"]
+    stage.end(job)
+    assert stage.service.why(job.id).warnings == ()

@@ -18,6 +18,7 @@ from jobsched.api.wire import reply
 from jobsched.core.answers import EditAnswer, JobAnswer, JobPage, PlanAnswer, WhyAnswer
 from jobsched.core.events import Stored
 from jobsched.core.job import Phase
+from jobsched.core.observation import Incident
 from jobsched.core.resources import JobId
 from jobsched.errors import UsageError
 from jobsched.load import load_job_dict
@@ -142,6 +143,11 @@ def job_routes(service: Service, feed: Feed) -> APIRouter:
     ) -> Response:
         """The job's events, in order."""
         return reply(tuple[Stored, ...], tuple(service.events(ref, after=after, limit=limit, owner=owner)))
+
+    @router.get("/jobs/{ref}/incidents")
+    def incidents(ref: str, owner: Owner = "") -> Response:
+        """What the engine says of the job's replicas and their nodes, as far as it remembers: oldest first."""
+        return reply(tuple[Incident, ...], tuple(service.incidents(ref, owner=owner)))
 
     @router.get("/jobs/{ref}/samples")
     def samples(ref: str, limit: Annotated[int, Query(ge=1, le=10_000)] = 1_000, owner: Owner = "") -> Response:

@@ -26,6 +26,7 @@ from jobsched.core.answers import (
     WhyAnswer,
 )
 from jobsched.core.events import Stored
+from jobsched.core.observation import Incident
 from jobsched.ports import Sample
 from jobsched.spec.job import JobSpec
 
@@ -38,6 +39,7 @@ ANSWERS: Mapping[str, Any] = {
     "job": JobAnswer,
     "why": WhyAnswer,
     "job_events": tuple[Stored, ...],
+    "incidents": tuple[Incident, ...],
     "samples": tuple[Sample, ...],
     "cancel": JobAnswer,
     "hold": JobAnswer,

@@ -29,6 +29,7 @@ from jobsched.backends.docker_render import CannotRender, Json, Site
 from jobsched.backends.docker_station import Replica, Station, event_stamp, key_of, stamp
 from jobsched.backends.followed_log import begin, chunks
 from jobsched.backends.identity import own_id
+from jobsched.backends.incidents import Incidents
 from jobsched.backends.replica_table import ReplicaTable, Stop
 from jobsched.backends.supervisor import replica_log, secret_files
 from jobsched.backends.supervisor.processes import signal_number
@@ -37,9 +38,9 @@ from jobsched.backends.supervisor.sweeper import Sweeper
 from jobsched.core.job import Reason
 from jobsched.core.launch import Launch, LaunchKey
 from jobsched.core.node import Node
-from jobsched.core.observation import Observation, ReplicaReport, Seen
+from jobsched.core.observation import Incident, Observation, ReplicaReport, Seen
 from jobsched.core.pools import Demand
-from jobsched.core.resources import NodeName
+from jobsched.core.resources import JobId, NodeName
 from jobsched.errors import BackendUnreachable, Conflict, JobschedError
 from jobsched.ports import Addressing, Capabilities, LogChunk, Session, Window
 from jobsched.spec.server import DockerBackend as Config
@@ -76,6 +77,7 @@ class DockerBackend:
         several = len(config.engines) > 1 or bool(config.provision)
         self._checkpoints = config.checkpoints or str(self.layout.home / "checkpoints")
         self.table: ReplicaTable[Replica] = ReplicaTable()
+        self._incidents = Incidents()
         self._closing = threading.Event()
         self._sweeper = Sweeper(self.layout)
         self._socket = reports.ReportSocket(self.layout.sockets / "docker", self._took)
@@ -256,6 +258,9 @@ class DockerBackend:
                 replica_log.append(self.layout.log(replica.key), f"jobsched: {text}\n")
                 self._finish(replica, replace(replica.report, exit_code=code, failure=failure, message=text))
 
+    def incidents(self, job_id: JobId, nodes: Sequence[NodeName] = ()) -> Sequence[Incident]:
+        return self._incidents.about(job_id, nodes)
+
     def _took(self, data: Json) -> None:
         """A report came through the socket or a log."""
         self.table.take(data)
@@ -335,13 +340,21 @@ class DockerBackend:
                     if self.config.pull == "never":
                         raise ImageError(f"image {image} is not on {users[0].report.node}, and is not to be pulled")
                     told(f"pulling {image}")
+                    self._note_image(users, "Pulling", f"pulling {image}")
                     station.engine.pull(image, told)
                 told("")
             except ImageError as error:
                 failed[image] = str(error)
+                self._note_image(users, "ImageError", str(error), warning=True)
                 for replica in users:
                     self._never_ran(replica, str(error), Reason.IMAGE_ERROR)
         return [one for one in ready if one[1]["Image"] not in failed]
+
+    def _note_image(self, users: Sequence[Replica], reason: str, message: str, *, warning: bool = False) -> None:
+        at_ms = int(time.time() * 1000)
+        for replica in users:
+            node = replica.report.node
+            self._incidents.note(Incident(at_ms, reason, message, replica.key, node, warning))
 
     def _start_one(
         self, station: Station, replica: Replica, request: Json, launch: Launch, archive: Path | None
@@ -554,6 +567,8 @@ class DockerBackend:
             self._closing.wait(RETRY_S)
 
     def _lost_touch(self, station: Station, problem: str) -> None:
+        if station.node is not None:
+            self._tell_of_engine(station.node.name, "EngineLost", problem)
         with self.table.changed:
             station.node, station.problem, station.touch = None, problem, station.touch + 1
             station.listed.set()
@@ -563,6 +578,9 @@ class DockerBackend:
         """Everything of ours on the engine: adopt it, and tell what is gone."""
         engine, first = station.engine, not station.listed.is_set()
         restarted = self._began_anew(station, info)
+        if restarted:
+            name = NodeName(engine.config.name or str(info["Name"]).lower())
+            self._tell_of_engine(name, "EngineRestarted", "what it ran has ended")
         station.clock = (instant(info["SystemTime"]), time.monotonic())
         station.site = replace(station.site, cpu_count=int(info["NCPU"]))
         name = NodeName(engine.config.name or str(info["Name"]).lower())
@@ -585,8 +603,12 @@ class DockerBackend:
 
     def _began_anew(self, station: Station, info: Json) -> bool:
         """Whether the engine was restarted since its last event: then it does not remember that one."""
-        known = [event_stamp(event) for event in station.engine.past_events(stamp(info["SystemTime"]))]
+        past = station.engine.past_events(stamp(info["SystemTime"]))
+        known = [event_stamp(event) for event in past]
         restarted = bool(station.last_event) and station.last_event not in known
+        for event, at in zip(past, known, strict=True):
+            if at > station.last_event:
+                self._note(event)
         station.last_event = known[-1] if known else ""
         return restarted
 
@@ -629,8 +651,17 @@ class DockerBackend:
             if network["Name"] not in kept:
                 station.engine.remove_network(network["Name"])
 
+    def _note(self, event: Json) -> None:
+        """What befell a container of ours, for people."""
+        if (incident := render.incident(event, self.home_id)) is not None:
+            self._incidents.note(incident)
+
+    def _tell_of_engine(self, name: NodeName, reason: str, message: str) -> None:
+        self._incidents.note(Incident(int(time.time() * 1000), reason, message, node=name, warning=True))
+
     def _heed(self, station: Station, event: Json) -> None:
         station.last_event = event_stamp(event)
+        self._note(event)
         actor = event.get("Actor", {})
         labels = actor.get("Attributes", {})
         action = event.get("Action", "")

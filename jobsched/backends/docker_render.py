@@ -18,7 +18,7 @@ from jobsched.contract import ReplicaEnv, from_environ, to_environ
 from jobsched.core.job import Reason
 from jobsched.core.launch import Launch, LaunchKey, parse_key
 from jobsched.core.node import Gpu, Node
-from jobsched.core.observation import ReplicaReport, Seen
+from jobsched.core.observation import Incident, ReplicaReport, Seen
 from jobsched.core.resources import NOTHING, GpuId, GpuShare, NodeName, Resources
 from jobsched.spec.server import DockerBackend, DockerEngine
 
@@ -328,3 +328,27 @@ def pull_progress(layers: Mapping[str, Json], image: str) -> str:
     total = sum(int(detail.get("total") or 0) for detail in details)
     done = sum(int(detail.get("current") or 0) for detail in details)
     return f"pulling {image}" + (f": {done / 2**20:.0f} of {total / 2**20:.0f} MiB" if total else "")
+
+
+TOLD = {"die": "Died", "oom": "OutOfMemory", "kill": "Killed", "destroy": "Removed"}
+"""Events of containers that people are told, and their names."""
+
+
+def incident(event: Json, home_id: str) -> Incident | None:
+    """An engine's event as people read it; None for what is not ours or of no interest."""
+    actor = event.get("Actor") or {}
+    labels = actor.get("Attributes") or {}
+    action = str(event.get("Action", ""))
+    if labels.get(HOME) != home_id or action not in TOLD:
+        return None
+    key = LaunchKey(labels.get(KEY, ""))
+    try:
+        parse_key(key)
+    except ValueError:
+        return None
+    words = {
+        "die": f"exit code {labels.get('exitCode', '?')}", "kill": f"signal {labels.get('signal', '?')}",
+        "oom": "a process was killed for want of memory", "destroy": "its container was removed",
+    }  # fmt: skip
+    at_ms = int(event.get("timeNano", 0)) // 10**6
+    return Incident(at_ms, TOLD[action], words[action], key, warning=action == "oom")

@@ -26,6 +26,7 @@ from jobsched.backends import bundle
 from jobsched.backends import kubernetes_render as render
 from jobsched.backends.containers import SEND
 from jobsched.backends.followed_log import chunks
+from jobsched.backends.incidents import Incidents
 from jobsched.backends.kubernetes_api import AT_ONCE, Api, Exists, Gone, Refused
 from jobsched.backends.kubernetes_fleet import Fleet
 from jobsched.backends.kubernetes_logs import MOST, OVERDUE_S, Heard, Readers
@@ -40,9 +41,9 @@ from jobsched.backends.supervisor.sweeper import Sweeper, mark_kept
 from jobsched.core.job import Reason
 from jobsched.core.launch import Launch, LaunchKey
 from jobsched.core.node import Node
-from jobsched.core.observation import Observation, ReplicaReport, Seen
+from jobsched.core.observation import Incident, Observation, ReplicaReport, Seen
 from jobsched.core.pools import Demand
-from jobsched.core.resources import NodeName
+from jobsched.core.resources import JobId, NodeName
 from jobsched.errors import BackendUnreachable, Conflict
 from jobsched.ports import Addressing, Capabilities, LogChunk, Session, Window
 from jobsched.spec.pod import CONTAINER
@@ -118,9 +119,16 @@ class KubernetesBackend:
         self._nodes = watch("/api/v1/nodes", {}, self._list_nodes, self._hear_node)
         self._leases = watch("/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases", {},
                              self.fleet.list_leases, self.fleet.hear_lease)
-        self._warnings = watch(f"{self._base}/events", {"fieldSelector": "involvedObject.kind=Pod,type=Warning"},
-                               lambda _: None, self._hear_warning)
-        self._informers = (self._nodes, self._others, self._pods, self._leases, self._warnings)
+        # Of pods only what is out of order, and pulls of images: the rest, several Events a pod, is no news.
+        events, pods = f"{self._base}/events", "involvedObject.kind=Pod"
+        chronicle = [
+            watch(events, {"fieldSelector": f"{pods},type=Warning"}, self._list_events, self._hear_warning),
+            watch(events, {"fieldSelector": f"{pods},reason=Pulling"}, self._list_events, self._hear_event),
+            watch("/api/v1/namespaces/default/events", {"fieldSelector": "involvedObject.kind=Node"},
+                  self._list_events, self._hear_event),
+        ]
+        self._incidents = Incidents()
+        self._informers = (self._nodes, self._others, self._pods, self._leases, *chronicle)
         self._thread = threading.Thread(target=self._feel_pulse, name="kubernetes-pulse", daemon=True)
         for informer in self._informers:
             informer.start()
@@ -457,8 +465,22 @@ class KubernetesBackend:
                 self._ends(replica, replace(
                     replica.report, failure=Reason.REPLICA_LOST, message="its pod was deleted"))
 
+    def incidents(self, job_id: JobId, nodes: Sequence[NodeName] = ()) -> Sequence[Incident]:
+        return self._incidents.about(job_id, nodes)
+
+    def _list_events(self, found: list[Json]) -> None:
+        """What the API server remembers, an hour as a rule."""
+        for one in found:
+            self._hear_event("ADDED", one)
+
+    def _hear_event(self, kind: str, found: Json) -> None:
+        incident = render.incident(found, self.site.instance) if kind != "DELETED" else None
+        if incident is not None:
+            self._incidents.note(incident, total=True)
+
     def _hear_warning(self, kind: str, found: Json) -> None:
-        """A warning about a pod that does not run yet: volumes, sandboxes, quotas."""
+        """A warning about a pod; of one that does not run yet (volumes, sandboxes, quotas) it is why."""
+        self._hear_event(kind, found)
         name = found.get("involvedObject", {}).get("name", "")
         if kind == "DELETED" or not name.startswith(f"js-{self.site.instance}-"):
             return

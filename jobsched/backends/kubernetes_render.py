@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -17,11 +18,11 @@ from pydantic import JsonValue
 
 from jobsched.backends import kubernetes_nodes as nodes
 from jobsched.backends.bundle import Owner
-from jobsched.backends.containers import exit_of
+from jobsched.backends.containers import exit_of, instant
 from jobsched.contract import from_environ, to_environ
 from jobsched.core.job import Reason
 from jobsched.core.launch import Launch, LaunchKey, parse_key
-from jobsched.core.observation import ReplicaReport, Seen
+from jobsched.core.observation import NO_LAUNCH, NO_NODE, Incident, ReplicaReport, Seen
 from jobsched.core.resources import GpuShare, NodeName
 from jobsched.spec.pod import CONTAINER, merge, powerful
 from jobsched.spec.server import KubernetesBackend, KubernetesVolume
@@ -471,3 +472,28 @@ def message_of(body: bytes) -> str:
         return str(json.loads(body)["message"])
     except (ValueError, KeyError, TypeError):
         return body.decode(errors="replace")[:500].strip()
+
+
+def incident(event: Json, instance: str) -> Incident | None:
+    """An Event object as people read it; None for what is neither about a pod of ours nor about a node."""
+    about = event.get("involvedObject") or {}
+    name, kind = str(about.get("name", "")), about.get("kind")
+    key = key_of_name(instance, name) if kind == "Pod" else NO_LAUNCH
+    if key is None or kind not in ("Pod", "Node"):
+        return None
+    series = event.get("series") or {}
+    times = (series.get("lastObservedTime"), event.get("lastTimestamp"), event.get("eventTime"),
+             event["metadata"].get("creationTimestamp"))
+    stamp = next((text for text in times if text), "1970-01-01T00:00:00Z")
+    return Incident(
+        at_ms=int(instant(stamp).timestamp() * 1000), reason=str(event.get("reason", "")),
+        message=str(event.get("message", "")), key=key, node=NodeName(name) if kind == "Node" else NO_NODE,
+        warning=event.get("type") == "Warning", count=int(series.get("count") or event.get("count") or 1),
+    )  # fmt: skip
+
+
+def key_of_name(instance: str, pod: str) -> LaunchKey | None:
+    """Inverse of `pod_name`; None for pods of others."""
+    rest = pod.removeprefix(f"js-{instance}-")
+    match = re.fullmatch(r"([^-]+)-(\d+)-(.+)-(\d+)-(\d+)", rest)
+    return None if match is None or rest == pod else LaunchKey("/".join(match.groups()))

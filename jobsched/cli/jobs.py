@@ -8,7 +8,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import click
@@ -319,6 +319,8 @@ def explanation(answer: Document) -> str:
         for who, stack in cause["stacks"]:
             lines.append(f"stack of {who}:")
             lines += [f"  {row}" for row in stack.splitlines()]
+    if answer.get("warnings"):
+        lines += ["the engine says:", *(f"  {_detail(_incident(one))}" for one in answer["warnings"])]
     if answer["story"]:
         lines += ["story:", *(f"  {sentence}" for sentence in answer["story"])]
     return "\n".join(lines)
@@ -346,6 +348,8 @@ def reasons(verdict: Document | None) -> list[str]:
 def _detail(stored: Document) -> str:
     """What an event says besides its kind and job."""
     event = stored["event"]
+    if stored["seq"] is None:
+        return str(event["says"])
     hidden = {"kind", "at_ms", "job_id", "spec", "request_id", "bindings", "cause", "outcome", "tail", "node"}
     nothing: tuple[Any, ...] = (None, "", [], {}, 0, -1, False)
     parts = [f"{k}={_brief(v)}" for k, v in event.items() if k not in hidden and v not in nothing]
@@ -371,6 +375,27 @@ def _brief(value: Any) -> str:
     return str(value)
 
 
+def _incident(incident: Document) -> Document:
+    """What an engine says, in the form of an event; it has no number, being in no log."""
+    role, index = incident["key"].split("/")[2:4] if incident["key"] else ("", "")
+    who = f"{role}/{index}" if role else f"node {incident['node']}"
+    often = f" (×{incident['count']})" if incident["count"] > 1 else ""
+    text = f"{who}: {incident['message'] or incident['reason']}{often}"
+    event = {"kind": incident["reason"], "at_ms": incident["at_ms"], "says": text, "warning": incident["warning"]}
+    return {"seq": None, "event": event}
+
+
+def _merged(stored: Sequence[Document], incidents: Iterable[Document]) -> list[Document]:
+    """By time, the events of the log in their own order: the engine's clock is not the server's."""
+    latest = 0
+    placed: list[tuple[int, int, Document]] = []
+    for item in stored:
+        latest = max(latest, item["event"]["at_ms"])
+        placed.append((latest, 0, item))
+    placed += [(item["event"]["at_ms"], 1, item) for item in incidents]
+    return [item for _, _, item in sorted(placed, key=lambda one: one[:2])]
+
+
 EVENT_COLUMNS = (
     Column("SEQ", lambda s: s["seq"]),
     Column("TIME", lambda s: render.rfc3339(s["event"]["at_ms"])),
@@ -387,7 +412,8 @@ EVENT_COLUMNS = (
 @output_options
 @click.pass_context
 def events(ctx: click.Context, job: str | None, follow: bool, after: int, view: View) -> None:
-    """Show the events of a job; without a job, follow those of the whole cluster.
+    """Show the events of a job, with what the engine says of its replicas and nodes (without a number); without a job,
+    follow those of the whole cluster.
 
     \b
     Examples:
@@ -398,6 +424,8 @@ def events(ctx: click.Context, job: str | None, follow: bool, after: int, view: 
         job_id = attach.fetch(remote, job)["id"] if job else None
         if job_id and not follow:
             listed = remote.documents(f"jobs/{job_id}/events", after=after or None, limit=10_000)
+            if not after and not view.quiet and view.format != "name":
+                listed = _merged(listed, map(_incident, remote.documents(f"jobs/{job_id}/incidents")))
             render.show_list(view, EVENT_COLUMNS, listed, name="events", key="seq")
             return
         for sent in remote.stream("events", last_id=str(after) if after else "", after=after or None, job=job_id):

@@ -38,6 +38,7 @@ from jobsched.core.answers import (
 )
 from jobsched.core.events import Stored
 from jobsched.core.job import Phase, Reason
+from jobsched.core.observation import Incident
 from jobsched.errors import JobFailed, NotFound, WaitTimeout
 from jobsched.ports import Sample
 from jobsched.spec.job import JobSpec
@@ -277,6 +278,10 @@ class JobHandle:
     def events(self) -> tuple[Stored, ...]:
         """The job's whole story as events, in order."""
         return _adapter(tuple[Stored, ...]).validate_json(self._client.remote.get(f"jobs/{self.id}/events"))
+
+    def incidents(self) -> tuple[Incident, ...]:
+        """What the engine (Kubernetes, Docker) says of its replicas and their nodes, as far as it remembers."""
+        return _adapter(tuple[Incident, ...]).validate_json(self._client.remote.get(f"jobs/{self.id}/incidents"))
 
     def metrics(self, limit: int = 1_000) -> notebook.Listing[Sample]:
         """Sampled progress, newest last."""

@@ -11,6 +11,7 @@ from typing import Literal
 
 from jobsched.core.job import Job, Reason
 from jobsched.core.node import Cordon, Node
+from jobsched.core.observation import Incident
 from jobsched.core.resources import JobId, Resources
 from jobsched.spec.queue import QueueSpec
 
@@ -108,6 +109,8 @@ class WhyAnswer:
     headline: str
     verdict: Verdict | None = None
     story: tuple[str, ...] = ()
+    warnings: tuple[Incident, ...] = ()
+    """What the engine says is out of order with its replicas and their nodes, newest last."""
 
 
 @dataclass(frozen=True, slots=True)

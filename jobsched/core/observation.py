@@ -72,6 +72,27 @@ class ReplicaReport:
     heartbeat."""
 
 
+NO_LAUNCH = LaunchKey("")
+NO_NODE = NodeName("")
+
+
+@dataclass(frozen=True, slots=True)
+class Incident:
+    """Something that an engine says of its own accord about a replica or a node: scheduling, images, evictions, kills.
+    For people to read; nothing is decided by it."""
+
+    at_ms: int
+    """When it happened last, by the engine's clock."""
+    reason: str
+    message: str = ""
+    key: LaunchKey = NO_LAUNCH
+    """The replica's; empty: it is about the node."""
+    node: NodeName = NO_NODE
+    warning: bool = False
+    count: int = 1
+    """How often it was told."""
+
+
 @dataclass(frozen=True, slots=True)
 class Observation:
     """`full`: everything there is, so absence means gone; otherwise only what changed since the last call.

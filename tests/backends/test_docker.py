@@ -21,7 +21,7 @@ from jobsched.core.job import Reason
 from jobsched.core.launch import Launch
 from jobsched.core.observation import ReplicaReport, Seen
 from jobsched.core.pools import Demand, NodePool
-from jobsched.core.resources import NodeName
+from jobsched.core.resources import JobId, NodeName
 from jobsched.errors import BackendUnreachable
 from jobsched.spec.server import DockerBackend as Config
 from tests.backends import docker_stage
@@ -242,6 +242,27 @@ def test_memory_is_limited_and_running_out_of_it_is_told(start: Start) -> None:
     watcher = watch(start())
     launch = run(watcher, "python", "-c", "x = b'x' * 300_000_000", memory_bytes=48 << 20)
     assert watcher.end(launch.key).failure is Reason.OOM
+
+
+def test_what_the_engine_says_of_containers_is_told_also_to_a_new_server(start: Start) -> None:
+    engine = start()
+    watcher = watch(engine)
+    launch = run(watcher, "/bin/sleep", "300", key=a_key("told"))
+    (report,) = watcher.running(launch.key)
+    docker_stage.api().kill(report.ident, "SIGKILL")
+    watcher.end(launch.key)
+
+    def told() -> list[str]:
+        return [f"{one.reason}: {one.message}" for one in engine.backend.incidents(JobId("told"))]
+
+    watcher.until(lambda _: told() == ["Killed: signal 9", "Died: exit code 137"])
+    engine.reconnect()
+    watcher = watch(engine)
+    assert told() == ["Killed: signal 9", "Died: exit code 137"]
+    refused = run(watcher, "true", image="127.0.0.1:1/no/such:1", key=a_key("refused"))
+    watcher.end(refused.key)
+    reasons = [(one.reason, one.warning) for one in engine.backend.incidents(JobId("refused"))]
+    assert reasons == [("Pulling", False), ("ImageError", True)]
 
 
 def test_removed_behind_our_back_also_while_nobody_looked(start: Start) -> None:

@@ -221,3 +221,24 @@ def test_gpus_by_id_and_pretended_ones() -> None:
     engine = DockerEngine.model_validate({"gpus": ["sim-gpu:2", {"kind": "h100-80gb", "ids": ["GPU-a"]}]})
     assert [(gpu.id, gpu.kind) for gpu in render.listed_gpus(NodeName("n"), engine)] == [
         ("n/sim-0", "sim-gpu"), ("n/sim-1", "sim-gpu"), ("GPU-a", "h100-80gb")]
+
+
+@pytest.mark.parametrize(("action", "more", "reason", "message", "warning"), [
+    ("die", {"exitCode": "3"}, "Died", "exit code 3", False),
+    ("oom", {}, "OutOfMemory", "a process was killed for want of memory", True),
+    ("kill", {"signal": "15"}, "Killed", "signal 15", False),
+    ("destroy", {}, "Removed", "its container was removed", False),
+])  # fmt: skip
+def test_events_of_containers_as_people_read_them(
+    action: str, more: dict[str, str], reason: str, message: str, warning: bool
+) -> None:
+    event = {"Action": action, "timeNano": 5 * 10**9, "Actor": {"Attributes": {
+        render.HOME: "me", render.KEY: "job/1/worker/0/0", **more}}}
+    told = render.incident(event, "me")
+    assert told is not None
+    assert (told.at_ms, told.reason, told.message, told.warning) == (5_000, reason, message, warning)
+    assert told.key == "job/1/worker/0/0"
+    assert render.incident(event, "another") is None
+    assert render.incident({**event, "Action": "exec_start: sh"}, "me") is None
+    strange = {"Action": action, "Actor": {"Attributes": {render.HOME: "me", render.KEY: "?"}}}
+    assert render.incident(strange, "me") is None

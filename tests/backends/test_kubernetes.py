@@ -20,7 +20,7 @@ from jobsched.backends.kubernetes import KubernetesBackend
 from jobsched.core.job import Reason
 from jobsched.core.launch import Launch
 from jobsched.core.observation import ReplicaReport, Seen
-from jobsched.core.resources import GpuShare, NodeName
+from jobsched.core.resources import GpuShare, JobId, NodeName
 from jobsched.errors import BackendUnreachable, ConfigError
 from jobsched.spec.server import KubernetesBackend as Config
 from tests.backends.kubernetes_fake import FakeCluster, until
@@ -473,3 +473,36 @@ def test_no_configuration_is_told_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         KubernetesBackend(tmp_path / "home", Config(kubeconfig=str(tmp_path / "nothing")))
     assert "KUBECONFIG" in caught.value.hint
+
+
+def test_what_the_cluster_says_of_pods_and_nodes_is_told_also_to_a_new_server(start: Start) -> None:
+    job = "01m8dx25xp309nd1jfg08q1qf9"
+    engine = start(instance="mine")
+    watcher = watch(engine)
+    launch = run(watcher, "/bin/sleep", "300", key=a_key(job))
+    watcher.running(launch.key)
+
+    def says(name: str, namespace: str, kind: str, about: str, reason: str, **fields: object) -> None:
+        engine.cluster.put("events", namespace, name, {
+            "metadata": {}, "involvedObject": {"kind": kind, "name": about}, "reason": reason, "message": "m",
+            "type": "Normal", **fields,
+        })  # fmt: skip
+
+    pod = f"js-mine-{job}-1-worker-0-0"
+    says("a", "default", "Pod", pod, "BackOff", type="Warning", count=2)
+    says("b", "default", "Pod", pod, "Pulling")
+    says("c", "default", "Pod", pod, "Started")
+    says("d", "default", "Pod", "somebody-else", "BackOff", type="Warning")
+    says("e", "default", "Node", "node-0", "NodeNotReady")
+    says("f", "default", "Node", "node-1", "NodeNotReady")
+
+    def told() -> list[tuple[str, int]]:
+        found = engine.backend.incidents(JobId(job), [NodeName("node-0")])
+        return sorted((one.reason, one.count) for one in found)
+
+    until(lambda: told() == [("BackOff", 2), ("NodeNotReady", 1), ("Pulling", 1)])
+    says("a", "default", "Pod", pod, "BackOff", type="Warning", count=7)
+    until(lambda: ("BackOff", 7) in told())
+    engine.reconnect()
+    watch(engine)
+    assert told() == [("BackOff", 7), ("NodeNotReady", 1), ("Pulling", 1)]

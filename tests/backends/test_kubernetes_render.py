@@ -18,12 +18,13 @@ from jobsched.backends import kubernetes_render as render
 from jobsched.contract import ReplicaEnv
 from jobsched.core.job import Reason
 from jobsched.core.launch import Launch, LaunchKey
-from jobsched.core.observation import Seen
+from jobsched.core.observation import Incident, Seen
 from jobsched.core.resources import GpuId, GpuShare, NodeName
 from jobsched.spec.job import JobSpec
 from jobsched.spec.pod import both
 from jobsched.spec.server import KubernetesBackend
 from tests.backends import golden
+from tests.contracts.backend import a_key
 
 KEY = LaunchKey("01jobid/2/worker/1/0")
 OWNER = {"apiVersion": "v1", "kind": "Service", "name": "js-c0ffee-01jobid-2", "uid": "u-1"}
@@ -219,3 +220,28 @@ def test_a_roles_wishes_lie_over_the_jobs() -> None:
     assert merged["spec"]["priorityClassName"] == "high"
     (one,) = merged["spec"]["containers"]
     assert one["env"] == [{"name": "A", "value": "2"}, {"name": "B", "value": "3"}]
+
+
+def test_events_as_people_read_them() -> None:
+    key = a_key("01m8dx25xp309nd1jfg08q1qf9", 2, "chief-worker", 3, 1)
+    name = render.pod_name("abc", key)
+    assert render.key_of_name("abc", name) == key
+    event = {
+        "metadata": {"creationTimestamp": "2026-01-01T00:00:00Z"}, "type": "Warning", "reason": "FailedScheduling",
+        "message": "0/3 nodes are available", "involvedObject": {"kind": "Pod", "name": name},
+        "lastTimestamp": "2026-01-01T00:00:05Z", "count": 4,
+    }  # fmt: skip
+    told = render.incident(event, "abc")
+    text = "0/3 nodes are available"
+    assert told == Incident(1_767_225_605_000, "FailedScheduling", text, key, warning=True, count=4)
+    newer = render.incident({**event, "series": {"count": 9, "lastObservedTime": "2026-01-01T00:00:09.5Z"}}, "abc")
+    assert newer is not None
+    assert (newer.count, newer.at_ms) == (9, 1_767_225_609_500)
+    node = render.incident({
+        **event, "type": "Normal", "reason": "NodeNotReady", "involvedObject": {"kind": "Node", "name": "n1"},
+    }, "abc")
+    assert node is not None
+    assert (node.node, node.key, node.warning) == ("n1", "", False)
+    assert render.incident(event, "other") is None
+    assert render.incident({**event, "involvedObject": {"kind": "Service", "name": name}}, "abc") is None
+    assert render.key_of_name("abc", "js-abc-what") is None

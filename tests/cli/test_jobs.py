@@ -11,6 +11,9 @@ from jobsched.cli.jobs import shortest
 from jobsched.cli.render import fitted
 from jobsched.client.documents import user
 from jobsched.core.job import Cause, Phase, Reason
+from jobsched.core.launch import launch_key
+from jobsched.core.observation import Incident
+from jobsched.core.resources import JobId, NodeName
 from tests.cli.conftest import Cli
 from tests.client.fake_server import ID, FakeServer, a_failure, a_history, a_verdict, an_answer, cut, refusal, sse, wire
 
@@ -193,6 +196,28 @@ def test_events(cli: Cli, server: FakeServer) -> None:
         "AttemptStarted",
     ]
     assert cli("events", "bert", "--json").json["events"][0]["event"]["at"] == "2026-01-01T00:00:00.000Z"
+
+
+def test_what_the_engine_says_stands_between_events_and_under_why(cli: Cli, server: FakeServer) -> None:
+    server.history = a_history()
+    between = server.stored()[1][1]["event"]["at_ms"]  # type: ignore[index]
+    server.incidents = [
+        Incident(between, "BackOff", "pull refused", launch_key(JobId(ID), 1, "worker", 0, 0), warning=True, count=3),
+        Incident(between + 10**9, "NodeNotReady", node=NodeName("n01")),
+    ]
+    lines = cli("events", "bert", "--no-headers").out.splitlines()
+    assert len(lines) == 6
+    assert lines[2].split()[-1] == "(×3)"
+    assert "BackOff" in lines[2]
+    assert "worker/0: pull refused" in lines[2]
+    assert lines[-1].endswith("node n01: NodeNotReady")
+    assert cli("events", "bert", "--after", "1", "--no-headers").out.count("BackOff") == 0
+    assert cli("events", "bert", "-q").out.split() == ["1", "2", "3", "4"]
+    shown = cli("events", "bert", "--json").json["events"]
+    assert [item["seq"] for item in shown] == [1, 2, None, 3, 4, None]
+    out = cli("why", "bert").out
+    assert "the engine says:\n  worker/0: pull refused (×3)" in out
+    assert "NodeNotReady" not in out
 
 
 def test_logs(cli: Cli, server: FakeServer) -> None:

@@ -17,6 +17,7 @@ from jobsched.core import answers as a
 from jobsched.core import events as ev
 from jobsched.core.job import Cause, FailureClass, Job, Phase, Reason
 from jobsched.core.node import Gpu, Node
+from jobsched.core.observation import Incident
 from jobsched.core.resources import GpuId, JobId, NodeName, Resources
 from jobsched.spec.job import JobSpec
 from jobsched.spec.queue import QueueSpec
@@ -111,6 +112,7 @@ class FakeServer:
 
     jobs: dict[str, a.JobAnswer] = field(default_factory=lambda: {ID: an_answer()})
     history: list[ev.Event] = field(default_factory=list)
+    incidents: list[Incident] = field(default_factory=list)
     replies: dict[str, Any] = field(default_factory=dict)
     requests: list[httpx2.Request] = field(default_factory=list)
 
@@ -169,9 +171,12 @@ class FakeServer:
                 return wire(found)
             case ["why"]:
                 story = ("submitted by ann", "attempt 1 placed on n01")
-                return wire(a.WhyAnswer(found.job, found.headline or "waits", found.verdict, story))
+                warnings = tuple(one for one in self.incidents if one.warning)
+                return wire(a.WhyAnswer(found.job, found.headline or "waits", found.verdict, story, warnings))
             case ["events"]:
                 return [data for _, data in self.stored()]
+            case ["incidents"]:
+                return [wire(one) for one in self.incidents]
             case ["samples"]:
                 return [
                     {
