@@ -26,6 +26,7 @@ from jobsched.core.policies.ordering import (
     finish_time_fairness,
     gpu_time,
     in_time,
+    in_time_heads,
     knapsack,
     learned,
     least_attained,
@@ -34,7 +35,7 @@ from jobsched.core.policies.ordering import (
     priority,
     shortest,
 )
-from jobsched.core.policies.preemption import Order, Replan
+from jobsched.core.policies.preemption import Order, Replan, first
 from jobsched.core.resources import WHOLE_GPU, JobId, NodeName
 from jobsched.core.schedule import Policy
 from jobsched.sim.backend import FOREVER_MS, Script, SimBackend
@@ -255,9 +256,9 @@ class Simulation:
         """What the trace tells about a job's run time."""
         return self.arrivals[job.id].told_ms
 
-    def due_ms(self, job: Job) -> int:
+    def due_ms(self, job_id: JobId) -> int:
         """The job's deadline; 0: it has none."""
-        deadline_ms = self.arrivals[job.id].deadline_ms
+        deadline_ms = self.arrivals[job_id].deadline_ms
         return START_MS + deadline_ms if deadline_ms else 0
 
     def step(self) -> bool:
@@ -355,15 +356,22 @@ def _shortest(order: Callable[[Told], Order]) -> PolicyMaker:
     """Preempting, told what is left: like jobs go in that order, so that their line's first are enough to look at."""
     def make(sim: Simulation) -> Policy:
         rules, told = sim.workload.rules, sim.player.left_ms
-        how = Replan(order(told), rules.repack, settle=rules.settle, heads=True)
+        how = Replan(order(told), rules.repack, settle=rules.settle, heads=first)
         return _policy(sim, replan=how, rank=lambda job, estimates: told(job))
 
     return make
 
 
+def _in_time(sim: Simulation) -> Policy:
+    rules, told = sim.workload.rules, sim.player.left_ms
+    order, heads = in_time(told, sim.due_ms), in_time_heads(sim.due_ms)
+    how = Replan(order, rules.repack, settle=rules.settle, heads=heads)
+    return _policy(sim, replan=how, rank=lambda job, estimates: told(job))
+
+
 def _learned(sim: Simulation) -> Policy:
     rules = sim.workload.rules
-    how = Replan(learned, rules.repack, settle=rules.settle, heads=True)
+    how = Replan(learned, rules.repack, settle=rules.settle, heads=first)
     return _policy(sim, replan=how, rank=left_told, alike=outlook)
 
 
@@ -401,7 +409,7 @@ POLICIES: dict[str, PolicyMaker] = {
     "learned": _learned,
     "reported": _learned,
     "guessed": _learned,
-    "in-time": _preempting(lambda sim: in_time(sim.player.left_ms, lambda job: sim.due_ms(job))),
+    "in-time": _in_time,
     "themis": _preempting(lambda sim: finish_time_fairness(sim.player.left_ms)),
     "kinds": _shortest(lambda told: shortest(gpu_time(told))),
     "blind": _shortest(lambda told: shortest(gpu_time(told))),

@@ -6,7 +6,7 @@ a line; smaller goes first. Preemptive policies give an `Order` over all runnabl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil, exp2
 from operator import itemgetter
@@ -15,8 +15,8 @@ from jobsched.core.cluster import Cluster, LineKey, Place
 from jobsched.core.job import Job, Phase
 from jobsched.core.policies.estimate import PROBE_MS, Estimates, ran_ms
 from jobsched.core.policies.fairness import SCALE, dominant
-from jobsched.core.policies.preemption import Order, Turn
-from jobsched.core.resources import WHOLE_GPU
+from jobsched.core.policies.preemption import Heads, Order, Turn
+from jobsched.core.resources import WHOLE_GPU, JobId
 from jobsched.spec.queue import GPUS
 
 OrderKey = tuple[int, int, int, str]
@@ -136,7 +136,7 @@ def least_attained(thresholds_gpu_s: Sequence[int], whole_seconds: bool = True) 
     return order
 
 
-def in_time(told: Told, deadline_ms: Callable[[Job], int]) -> Order:
+def in_time(told: Told, due_ms: Callable[[JobId], int]) -> Order:
     """Deadlines where they can still be met, smallest remaining service otherwise. First come jobs whose slack is
     shorter than their own time to the end, which would miss if they waited much longer; last those that cannot make it
     any more. Earliest deadline first spends whole GPUs on jobs that are late already (Chronus, SoCC'21, refuses them
@@ -145,14 +145,36 @@ def in_time(told: Told, deadline_ms: Callable[[Job], int]) -> Order:
     def order(cluster: Cluster, runnable: Sequence[Job], now_ms: int) -> list[Turn]:
         rows = []
         for job in runnable:
-            left, due = max(1, told(job)), deadline_ms(job)
-            slack = due - now_ms - left
-            level = 1 if not due or slack > left else 0 if slack >= 0 else 2
+            left = max(1, told(job))
+            ran = now_ms - job.attempt_started_at_ms if job.phase is not Phase.QUEUED else 0
+            level = _urgency(left, due_ms(job.id), now_ms, ran)
             rows.append((level, left * max(1, gpus_asked(job)), job.submitted_at_ms, job.id, job))
         rows.sort(key=itemgetter(0, 1, 2, 3))
         return [Turn(row[4], 0) for row in rows]
 
     return order
+
+
+def in_time_heads(due_ms: Callable[[JobId], int]) -> Heads:
+    """Whom of a line `in_time` needs to see, where `Policy.rank` is what is left: as many of each urgency as could run.
+    O(line)."""
+
+    def heads(places: Sequence[Place], most: int, now_ms: int) -> Iterable[JobId]:
+        found: tuple[list[JobId], ...] = ([], [], [])
+        for left, _, job_id in places:
+            same = found[_urgency(max(1, left), due_ms(job_id), now_ms)]
+            if len(same) < most:
+                same.append(job_id)
+        return [job_id for same in found for job_id in same]
+
+    return heads
+
+
+def _urgency(left: int, due: int, now_ms: int, ran: int = 0) -> int:
+    """0: now or never, 1: there is time, 2: too late. What was let in as urgent stays so until its end: its slack does
+    not shrink any more, what is left does."""
+    slack = due - now_ms - left
+    return 1 if not due or slack > left + ran else 0 if slack >= 0 else 2
 
 
 def finish_time_fairness(told: Told) -> Order:

@@ -7,12 +7,12 @@ what a victim holds is free only once its replicas are gone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from jobsched.core import events as ev
-from jobsched.core.cluster import Cluster, Standing
+from jobsched.core.cluster import Cluster, Place, Standing
 from jobsched.core.job import Binding, Cause, FailureClass, Job, Outcome, Phase, Reason, RoleShape, Shape
 from jobsched.core.plan import Decision
 from jobsched.core.policies.parts import PoolKey
@@ -27,6 +27,15 @@ class Turn(NamedTuple):
     job: Job
     level: int
     until_ms: int = 0
+
+
+Heads = Callable[[Sequence[Place], int, int], Iterable[JobId]]
+"""(a line's places, how many of them could run at once if nobody else did, now) -> those worth looking at."""
+
+
+def first(places: Sequence[Place], most: int, now_ms: int) -> Iterable[JobId]:
+    """As many as could run."""
+    return [place.job_id for place in places[:most]]
 
 
 Order = Callable[[Cluster, Sequence[Job], int], list[Turn]]
@@ -47,9 +56,9 @@ class Replan:
     """The order looks at where jobs stood the last time."""
     settle: bool = False
     """Start nobody before everything that was stopped is gone."""
-    heads: bool = False
-    """The order never puts a later job of a line before an earlier one, so that it need not be asked about those that
-    could not run even if their line had everything (`Policy.rank` and `Policy.alike` make such lines)."""
+    heads: Heads | None = None
+    """Which jobs of a line the order needs to be asked about; None: all. Where it never puts a later job of a line
+    before an earlier one (`Policy.rank` and `Policy.alike` make such lines), `first` are enough."""
 
 
 Admit = Callable[[Job], Shape | Refused]
@@ -75,7 +84,9 @@ def replan(
     for key, crowd in cluster.crowds.items():
         part = parts.part_of[key]
         if everything or part in dirty:
-            ids = [*crowd.active, *_heads(cluster, key, parts.gpus[part])] if how.heads else crowd.jobs
+            ids = crowd.jobs if how.heads is None else [
+                *crowd.active, *_heads(cluster, key, parts.gpus[part], how.heads, now_ms)
+            ]  # fmt: skip
             groups.setdefault(part, []).extend([cluster.jobs[job_id] for job_id in ids])
     decisions: list[Decision] = []
     for part, jobs in groups.items():
@@ -88,13 +99,11 @@ def replan(
     return decisions, sum(map(len, groups.values()))
 
 
-def _heads(cluster: Cluster, pool: PoolKey, gpu_milli: int) -> Iterator[JobId]:
-    """As many of each line as could run at once if nobody else did."""
+def _heads(cluster: Cluster, pool: PoolKey, gpu_milli: int, heads: Heads, now_ms: int) -> Iterator[JobId]:
     for key, line in cluster.lines_in.get(pool, {}).items():
         least = sum([role.min * role.gpu_milli for role in key.shape.roles])
         most = gpu_milli // least if least else len(line.places)
-        for place in line.places[:most]:
-            yield place.job_id
+        yield from heads(line.places, most, now_ms)
 
 
 def _replan_part(
@@ -233,25 +242,26 @@ def _fewest_victims(
 ) -> tuple[int, Gang | None]:
     """How many of `last` must give up their seats for a gang, which is then placed; None when all are not enough."""
 
-    def seat(count: int) -> Gang | None:
-        for job_id in last[:count]:
+    def seat(beyond: int, count: int) -> Gang | None:
+        for job_id in last[beyond:count]:
             _lend(cluster, held[job_id])
         gang = place_gang(cluster, shape, (), score)
         return gang if isinstance(gang, Gang) else None
 
     mark = cluster.ledger.mark()
-    if (gang := seat(0)) is not None or not last:
-        return 0, gang
-    if seat(len(last)) is None:
+    gang, few, many = seat(0, 0), 0, 0
+    while gang is None and many < len(last):  # few are enough as a rule
+        few, many = many, min(len(last), 2 * many + 1)
+        gang = seat(few, many)
+    if gang is None:
         cluster.ledger.rollback(mark)
         return 0, None
-    few, many = 0, len(last)
     while many - few > 1:
         cluster.ledger.rollback(mark)
         middle = (few + many) // 2
-        few, many = (few, middle) if seat(middle) is not None else (middle, many)
+        few, many = (few, middle) if seat(0, middle) is not None else (middle, many)
     cluster.ledger.rollback(mark)
-    return many, seat(many)
+    return many, seat(0, many)
 
 
 def _lend(cluster: Cluster, bookings: Sequence[tuple[Binding, RoleShape]]) -> None:
