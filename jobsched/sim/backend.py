@@ -72,7 +72,8 @@ class SimBackend:
         self._scripts = scripts or (lambda launch: Script())
         self._replicas: dict[LaunchKey, _Replica] = {}
         self._ever: set[LaunchKey] = set()
-        self._due: list[tuple[int, LaunchKey]] = []
+        self._due: list[tuple[int, LaunchKey, bool]] = []
+        """Heap of (instant, replica that has news then, whether that is its end); an end that was put off is skipped."""
         self._changed: dict[LaunchKey, None] = {}
         self._gone: dict[LaunchKey, None] = {}
         self._vanished = False
@@ -102,9 +103,8 @@ class SimBackend:
             for _, node in (come := [entry for entry in coming if entry[0] <= now]):
                 self.put_node(node)
             self._coming[name] = [entry for entry in coming if entry not in come]
-        while self._due and self._due[0][0] <= now:
-            _, key = heapq.heappop(self._due)
-            self._changed[key] = None
+        while (at := self._next_due_ms()) is not None and at <= now:
+            self._changed[heapq.heappop(self._due)[1]] = None
         full, self._full = self._full, False
         keys = self._replicas if full else [k for k in self._changed if k in self._replicas]
         names = self._nodes if full else [n for n in self._nodes_changed if n in self._nodes]
@@ -133,9 +133,11 @@ class SimBackend:
             ends = now if script.failure is not Reason.NONE else min(running + script.run_ms, FOREVER_MS)
             self._replicas[launch.key] = _Replica(launch, script, running, ends, script.exit_code)
             self._changed[launch.key] = None
-            for instant in (running, ends, *[running + after_ms for after_ms in script.reports_ms]):
-                if now < instant < FOREVER_MS:
-                    heapq.heappush(self._due, (instant, launch.key))
+            for instant in (running, *[running + after_ms for after_ms in script.reports_ms]):
+                if now < instant < ends:
+                    heapq.heappush(self._due, (instant, launch.key, False))
+            if now < ends < FOREVER_MS:
+                heapq.heappush(self._due, (ends, launch.key, True))
 
     def stop(self, keys: Sequence[LaunchKey], grace_ms: int) -> None:
         self._reach()
@@ -214,13 +216,13 @@ class SimBackend:
         replica = self._replicas[key]
         if replica.ends_at_ms < FOREVER_MS:
             replica.ends_at_ms += for_ms
-            heapq.heappush(self._due, (replica.ends_at_ms, key))
+            heapq.heappush(self._due, (replica.ends_at_ms, key, True))
 
     def end_at(self, key: LaunchKey, at_ms: int) -> None:
         """It will end by itself then."""
         replica = self._replicas[key]
         replica.ends_at_ms = at_ms
-        heapq.heappush(self._due, (at_ms, key))
+        heapq.heappush(self._due, (at_ms, key, True))
 
     def tell(self, key: LaunchKey, progress: Progress) -> None:
         """It reports."""
@@ -257,12 +259,19 @@ class SimBackend:
         if self._full or self._changed or self._vanished or self._nodes_changed:
             return self._clock.now_ms()
         coming = [at for entries in self._coming.values() for at, _ in entries if at < FOREVER_MS]
-        return min([*coming, *(at for at, _ in self._due[:1])], default=None)
+        due = self._next_due_ms()
+        return min(coming if due is None else [*coming, due], default=None)
 
     def ends_now(self) -> bool:
         """Whether a replica comes to its end at this instant."""
-        now = self._clock.now_ms()
-        return any(at <= now and (r := self._replicas.get(key)) and r.ends_at_ms <= now for at, key in self._due)
+        now, places = self._clock.now_ms(), [0]
+        for place in places:  # grows: of a heap, only what is due can be followed by something due
+            if place < len(self._due) and self._due[place][0] <= now:
+                replica = self._replicas.get(self._due[place][1])
+                if replica is not None and replica.ends_at_ms <= now:
+                    return True
+                places += (2 * place + 1, 2 * place + 2)
+        return False
 
     # ---- inside ----
 
@@ -270,12 +279,22 @@ class SimBackend:
         if self.unreachable:
             raise BackendUnreachable("the simulated engine does not answer")
 
+    def _next_due_ms(self) -> int | None:
+        """When the next replica has news."""
+        while self._due:
+            at_ms, key, ends = self._due[0]
+            replica = self._replicas.get(key)
+            if replica is not None and not (ends and replica.ends_at_ms > at_ms):
+                return at_ms
+            heapq.heappop(self._due)
+        return None
+
     def _end(self, replica: _Replica, at_ms: int, signal: int) -> None:
         replica.ends_at_ms, replica.exit_code, replica.signal = at_ms, None, signal
         if at_ms <= self._clock.now_ms():
             self._changed[replica.launch.key] = None
         else:
-            heapq.heappush(self._due, (at_ms, replica.launch.key))
+            heapq.heappush(self._due, (at_ms, replica.launch.key, True))
 
     def _remove(self, key: LaunchKey) -> None:
         if self._replicas.pop(key, None) is not None:
@@ -300,7 +319,7 @@ class SimBackend:
             age = now - until + (until - replica.running_at_ms) % script.step_ms
             progress = Progress(self._step(replica, until), step_age_ms=age, saved_step=replica.saved_step)
             if not ended:
-                heapq.heappush(self._due, (now + max(script.step_ms, REPORT_EVERY_MS), launch.key))
+                heapq.heappush(self._due, (now + max(script.step_ms, REPORT_EVERY_MS), launch.key, False))
         return ReplicaReport(
             key=launch.key,
             node=launch.node,
