@@ -27,14 +27,15 @@ from filelock import FileLock, Timeout
 from jobsched import __version__
 from jobsched.controller.loop import Controller
 from jobsched.core.answers import Check
-from jobsched.core.cluster import equal_rank
+from jobsched.core.cluster import all_alike, equal_rank
 from jobsched.core.policies.backfill import Backfill
 from jobsched.core.policies.defragmentation import Defragmentation
 from jobsched.core.policies.elasticity import Elasticity
 from jobsched.core.policies.fairness import FairShare
 from jobsched.core.policies.health import Health
-from jobsched.core.policies.ordering import Factors, expected_service
+from jobsched.core.policies.ordering import Factors, expected_service, learned, left_told, outlook, patient
 from jobsched.core.policies.placement import Score
+from jobsched.core.policies.preemption import Replan, first
 from jobsched.core.policies.victims import Preemption, Scope
 from jobsched.core.pools import NodePool
 from jobsched.core.schedule import Policy
@@ -239,12 +240,16 @@ def _node_pool(pool: spec.NodePool) -> NodePool:
 
 def _policy(config: PolicyConfig, pools: Sequence[spec.NodePool]) -> Policy:
     health = config.health
+    learns = config.ordering == "learned"
+    min_run_ms = config.preemption.min_runtime if config.preemption is not None else None
     return Policy(
         node_pools=tuple(_node_pool(pool) for pool in pools),
         factors=None if config.ordering != "multifactor" else Factors(
             (by := config.factors).priority, by.age, by.size, by.fair, by.age_full, config.fair_half_life
         ),
-        rank=expected_service if config.ordering == "service" else equal_rank,
+        rank=left_told if learns else expected_service if config.ordering == "service" else equal_rank,
+        alike=outlook if learns else all_alike,
+        replan=Replan(patient(learned, min_run_ms), heads=first) if learns else None,
         fair=FairShare(config.fair_half_life) if config.fair else None,
         backfill=BACKFILL[config.backfill],
         preemption=None if (how := config.preemption) is None else Preemption(

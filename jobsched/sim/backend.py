@@ -73,7 +73,7 @@ class SimBackend:
         self._replicas: dict[LaunchKey, _Replica] = {}
         self._ever: set[LaunchKey] = set()
         self._due: list[tuple[int, LaunchKey, bool]] = []
-        """Heap of (instant, replica that has news then, whether that is its end); an end that was put off is skipped."""
+        """Heap of (instant, replica that has news then, whether that is its end; one that was put off is skipped)."""
         self._changed: dict[LaunchKey, None] = {}
         self._gone: dict[LaunchKey, None] = {}
         self._vanished = False

@@ -563,10 +563,13 @@ class PolicyConfig(SpecModel):
     health: HealthConfig | None = HealthConfig()
     """Probation of nodes; `null` turns it off."""
 
-    ordering: Literal["priority", "service", "multifactor"] = "priority"
+    ordering: Literal["priority", "service", "learned", "multifactor"] = "priority"
     """Who goes first within a queue. priority: higher priority, then earlier submission. service: among equal
     priorities, who is expected to take least GPU time, learned from like jobs that ended. multifactor: `factors`; with
-    `fair: false`, over all queues together."""
+    `fair: false`, over all queues together. learned: over all queues together, among equal priorities whoever promises
+    most ends for its GPUs by what is learned, by its `expected`, or by the progress that it reports; who runs stops
+    when another promises much more, but not before `preemption.min_runtime` (`preemption: null`: never). Quotas hold;
+    queues take no turns, and nothing is reserved."""
     factors: FactorsConfig = FactorsConfig()
     """Weights of `ordering: multifactor`."""
     fair: Annotated[bool, Field(strict=True)] = True

@@ -246,6 +246,24 @@ def _cost(estimates: Estimates, job: Job, ran: int, now_ms: int) -> tuple[float,
     return gpus / max(SURE_PER_MS, rate), until_ran
 
 
+def patient(order: Order, min_run_ms: int | None) -> Order:
+    """The same, but nobody is stopped sooner than that after its start; None: never."""
+
+    def patiently(cluster: Cluster, runnable: Sequence[Job], now_ms: int) -> list[Turn]:
+        stay: list[Turn] = []
+        rest: list[Turn] = []
+        for turn in order(cluster, runnable, now_ms):
+            until_ms = turn.job.attempt_started_at_ms + min_run_ms if min_run_ms is not None else 0
+            if turn.job.phase is Phase.QUEUED or (min_run_ms is not None and until_ms <= now_ms):
+                rest.append(turn)
+            else:
+                instants = [instant for instant in (turn.until_ms, until_ms) if instant]
+                stay.append(turn._replace(until_ms=min(instants, default=0)))
+        return stay + rest
+
+    return patiently
+
+
 def left_told(job: Job, estimates: Estimates) -> int:
     """Rank of waiting jobs of one outlook: by what is left by their own report, or by their guess, or by age."""
     return estimates.reported_left_ms(job, 0) or job.spec.expected

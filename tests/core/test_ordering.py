@@ -1,0 +1,114 @@
+"""Orders that re-plan everything, live: who makes room for whom, and how soon. Through the real loop."""
+
+from __future__ import annotations
+
+import pytest
+
+from jobsched.core.cluster import Place
+from jobsched.core.job import Job, Phase
+from jobsched.core.launch import parse_key
+from jobsched.core.observation import Progress
+from jobsched.core.policies.estimate import REPORT_AFTER_MS
+from jobsched.core.policies.ordering import in_time, in_time_heads
+from jobsched.core.resources import JobId
+from jobsched.sim.backend import Script
+from jobsched.spec.job import JobSpec
+from jobsched.spec.server import PolicyConfig
+from jobsched.wiring import _policy
+from tests.world import World, a_spec
+
+HOUR_MS = 3_600_000
+
+
+def a_world(gpus: int = 1, **config: object) -> World:
+    world = World(nodes=1, gpus=gpus, scripts=lambda launch: Script())
+    world.boot(_policy(PolicyConfig.model_validate({"ordering": "learned", "defragmentation": False, **config}), ()))
+    return world
+
+
+def quiet(**fields: object) -> JobSpec:
+    return a_spec(heartbeat_timeout=0, **fields)
+
+
+def phases(world: World, *job_ids: JobId) -> list[Phase]:
+    return [world.job(job_id).phase for job_id in job_ids]
+
+
+def test_a_shorter_job_takes_the_place_of_a_longer_one_but_not_at_once() -> None:
+    world = a_world()
+    long = world.submit(quiet(expected="10h"))
+    world.tick(4)
+    short = world.submit(quiet(expected="1m"))
+    world.tick(8, step_ms=1_000)
+    assert phases(world, long, short) == [Phase.RUNNING, Phase.QUEUED]  # it began a moment ago
+    world.tick(70, step_ms=1_000)
+    assert phases(world, long, short) == [Phase.QUEUED, Phase.RUNNING]
+
+
+def test_nobody_stops_where_preemption_is_off_and_higher_priority_goes_first() -> None:
+    world = a_world(preemption=None)
+    long = world.submit(quiet(expected="10h"))
+    world.tick(4)
+    short, urgent = world.submit(quiet(expected="1m")), world.submit(quiet(expected="5h", priority=1))
+    world.tick(200, step_ms=1_000)
+    assert phases(world, long, short, urgent) == [Phase.RUNNING, Phase.QUEUED, Phase.QUEUED]
+    world.engine.kill(world.key(long, "worker", 0))
+    world.tick(4)
+    assert phases(world, short, urgent) == [Phase.QUEUED, Phase.RUNNING]
+
+
+def test_two_like_jobs_do_not_take_turns() -> None:
+    world = a_world()
+    jobs = [world.submit(quiet(expected="1h")) for _ in range(2)]
+    world.tick(600, step_ms=10_000)
+    assert [world.job(job_id).attempt for job_id in jobs] == [1, 0]
+
+
+def test_who_reports_that_little_is_left_goes_before_who_reports_much() -> None:
+    world = a_world()
+    total = {}
+
+    def tell(seconds: int) -> None:
+        for key, launch in world.engine.alive().items():
+            job_id = parse_key(launch.key).job_id
+            world.engine.tell(key, Progress(seconds, total[job_id]))
+
+    def go(ticks: int) -> None:
+        for second in range(ticks):
+            tell(second)
+            world.tick(step_ms=1_000)
+
+    slow = world.submit(quiet())
+    total[slow] = 100_000
+    go(100)
+    assert phases(world, slow) == [Phase.RUNNING]
+    quick = world.submit(quiet())
+    total[quick] = 500
+    go(200)  # jobs of its family report: it is let in to be heard, and has less left
+    assert phases(world, slow, quick) == [Phase.QUEUED, Phase.RUNNING]
+    estimates = world.cluster.estimates
+    left = estimates.reported_left_ms(world.job(quick), world.clock.now_ms())
+    assert left is not None
+    assert left < 500_000 - REPORT_AFTER_MS
+    assert estimates.reported_left_ms(world.job(slow), world.clock.now_ms()) > 10 * HOUR_MS
+
+
+@pytest.mark.parametrize(("due_s", "first"), [(0, "short"), (150, "due"), (500, "short"), (90, "short")])
+def test_deadlines_go_first_when_it_is_now_or_never(due_s: int, first: str) -> None:
+    world = a_world()
+    now = world.clock.now_ms()
+    left = {"short": 50_000, "due": 100_000}
+    names: dict[JobId, str] = {}
+    for name in left:
+        names[world.submit(quiet(name=name))] = name
+    jobs = [world.job(job_id) for job_id in names]
+    due = {job_id: now + 1_000 * due_s if name == "due" and due_s else 0 for job_id, name in names.items()}
+
+    def told(job: Job) -> int:
+        return left[names[job.id]]
+
+    turns = in_time(told, lambda job_id: due[job_id])(world.cluster, jobs, now)
+    assert names[turns[0].job.id] == first
+    places = [Place(told(job), job.submitted_at_ms, job.id) for job in jobs]
+    heads = in_time_heads(lambda job_id: due[job_id])(places, 1, now)
+    assert names[JobId(next(iter(heads)))] in (first, "due")
