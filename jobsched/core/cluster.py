@@ -120,6 +120,8 @@ class Line:
     """`Ledger.freed_for` its shape when its head was last found not to fit; equal means: not worth another try."""
     refused_at: int = -1
     """`Ledger.freed` when its head was last over a quota or limit."""
+    hindered_at: int = -1
+    """`Cluster.claims_made` when reservations of others were in the way of its head; -1: none were."""
 
 
 @dataclass(slots=True)
@@ -191,6 +193,10 @@ class Cluster:
     """Live jobs by where they may run."""
     reservations: dict[JobId, Reservation] = field(default_factory=dict)
     """Who does not fit now and is to fit next; scratch of `policies.backfill`."""
+    claims_made: int = 0
+    """Rises with every reservation that is made."""
+    far_off: dict[JobId, int] = field(default_factory=dict)
+    """Who is to fit next, but too late to tell when -> when it is worth another look."""
     stirred: dict[PoolKey, None] = field(default_factory=dict)
     """Pools in which a job came, went or waits anew since the last re-plan."""
     parts: Parts = field(default_factory=Parts)
@@ -585,6 +591,8 @@ class Cluster:
         self.joined += 1
         place = Place(self.rank(job, self.estimates), job.submitted_at_ms, job.id)
         insort(line.places, place)
+        if line.hindered_at >= 0:
+            line.blocked_at = -1  # it may be over sooner than those before it
         self._place[job.id] = (key, place)
 
     def _leave_line(self, job: Job) -> None:

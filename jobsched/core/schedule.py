@@ -7,8 +7,9 @@ Cost follows what may have changed: a line whose head did not fit is not looked 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from jobsched.core import events as ev
 from jobsched.core.cluster import Alike, Cluster, Line, Place, Rank, all_alike, equal_rank
@@ -17,10 +18,9 @@ from jobsched.core.plan import Decision, Plan, Reservation
 from jobsched.core.policies.admission import admit, least_needs, limited, more
 from jobsched.core.policies.backfill import (
     Backfill,
+    Guard,
     drop_stale,
     in_the_way,
-    keep_free,
-    let_go,
     reserve,
     reserve_limit,
     seats_free,
@@ -40,6 +40,8 @@ from jobsched.spec.job import RestartScope, restart_policy
 
 BEHIND = 50
 """Jobs looked at in a pass behind those that only a reservation keeps from starting."""
+VAIN = 2
+"""Gangs more than may hold reservations for which seats are sought in a pass, when those are too far off to tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,13 @@ class Pass:
     """(Queue or cohort, limit) -> what is booked for jobs that cannot start yet."""
     awaited: list[Binding] = field(default_factory=list)
     """Devices that are kept for somebody once those who hold them have left."""
+    guard: Guard = field(init=False)
+    """Keeps reserved seats free."""
+    sought: int = 0
+    """Searches for seats that are too far off to tell."""
+
+    def __post_init__(self) -> None:
+        self.guard = Guard(self.cluster)
 
     def start(self, job: Job, shape: Shape) -> bool:
         """Place a waiting job's gang, if it fits."""
@@ -245,33 +254,57 @@ def start_waiting(run: Pass) -> None:
         key = policy.ordering(line.key, Place(cluster.rank(job, cluster.estimates), job.submitted_at_ms, job.id))
         others = in_the_way(cluster, job, key, claims, run.now_ms)
         barred = any(claim.limits(job) for claim in others)
-        kept = keep_free(cluster, others)
-        mine = cluster.reservations.get(job.id)
-        starts = not barred and isinstance(shape, Shape) and (
-            (mine is not None and _sit_down(run, job, shape, mine)) or run.start(job, shape)
-        )
-        let_go(cluster, kept)
-        if starts:
+        if not barred and isinstance(shape, Shape) and _start(run, job, shape, others):
             heads.push(line)
             continue
         if isinstance(shape, Refused):
             line.refused_at = cluster.ledger.freed
             if policy.backfill is not None:
                 _claim_limit(run, policy.backfill, job, shape, key, claims)
-        elif others and looks > 0 and _would_fit(run, job, shape):
-            looks -= 1  # only a claim is in its way: who stands behind it may be over sooner
-            if policy.backfill is not None and job.id not in run.settled:
-                _reserve(run, policy.backfill, job, shape, key, claims)
-            heads.push(line)
-            continue
         else:
             line.blocked_at = cluster.ledger.freed_for(line.key.shape.node_labels)
+            line.hindered_at = cluster.claims_made if others else -1
+            if others and looks > 0 and _might_fit(run, shape):  # who stands behind it may be over sooner
+                looked, found = heads.seek(line, looks, partial(_freer, run, key, claims, len(others)))
+                looks -= looked
+                if found:
+                    if policy.backfill is not None and job.id not in run.settled:
+                        _reserve(run, policy.backfill, job, shape, key, claims)
+                    continue
         if policy.preemption is not None and not barred:
             make_room(run, policy.preemption, line)
         if policy.backfill is not None and isinstance(shape, Shape) and job.id not in run.settled:
             _reserve(run, policy.backfill, job, shape, key, claims)
         if policy.strict:
             cluster.stuck[line.key.queue] = line
+    run.guard.let_go()
+
+
+def _start(run: Pass, job: Job, shape: Shape, others: Sequence[Reservation]) -> bool:
+    """Start a job that has to leave the seats of others alone: in those that were reserved for it, else in any. Where
+    it may use reserved seats, it takes others if there are any."""
+    guard, mine = run.guard, run.cluster.reservations.get(job.id)
+    kept = [claim for claim in others if claim.seats]
+    if mine is None and all(claim in guard.claims for claim in kept):
+        if run.start(job, shape):
+            return True
+        if len(kept) == len(guard.claims) or not _might_fit(run, shape):
+            return False
+    guard.keep(kept)
+    return (mine is not None and _sit_down(run, job, shape, mine)) or run.start(job, shape)
+
+
+def _freer(run: Pass, key: OrderKey, claims: Sequence[Reservation], than: int, job: Job) -> bool:
+    """Whether a job has a reservation, or fewer others' than so many are in its way."""
+    if job.id in run.cluster.reservations:
+        return True
+    return len(in_the_way(run.cluster, job, key, claims, run.now_ms)) < than
+
+
+def _might_fit(run: Pass, shape: Shape) -> bool:
+    """Whether there are enough GPUs for a gang if none are kept free for others."""
+    need = sum([role.min * role.gpu_milli for role in shape.roles])
+    return need <= run.cluster.ledger.free_gpu_milli + run.guard.milli
 
 
 def _sit_down(run: Pass, job: Job, shape: Shape, claim: Reservation) -> bool:
@@ -284,14 +317,6 @@ def _sit_down(run: Pass, job: Job, shape: Shape, claim: Reservation) -> bool:
     return True
 
 
-def _would_fit(run: Pass, job: Job, shape: Shape) -> bool:
-    """Whether the gang fits if nothing is kept free for others."""
-    mark = run.cluster.mark()
-    gang = place_gang(run.cluster, shape, job.avoid, run.policy.score)
-    run.cluster.rollback(mark)
-    return isinstance(gang, Gang)
-
-
 def _reserve(
     run: Pass, how: Backfill, job: Job, shape: Shape, key: OrderKey, claims: list[Reservation]
 ) -> None:
@@ -300,8 +325,16 @@ def _reserve(
     others = [claim for claim in claims if claim.seats and claim is not mine]
     if (mine is not None and mine.seats and mine.at_ms > run.now_ms) or len(others) >= how.depth:
         return
+    if run.sought >= how.depth + VAIN or run.cluster.far_off.get(job.id, 0) > run.now_ms:
+        return
+    run.guard.let_go()
     found = reserve(run.cluster, job, shape, key, others, run.now_ms, run.policy.score)
-    if found is not None and mine is not None:
+    if isinstance(found, int):
+        run.sought += 1
+        run.cluster.far_off[job.id] = found
+        _keep(run, job, None, claims)
+        return
+    if mine is not None:
         found = replace(found, queue=mine.queue, owner=mine.owner)  # what its queue may take stays claimed
     _keep(run, job, found, claims)
 
@@ -325,6 +358,7 @@ def _keep(run: Pass, job: Job, found: Reservation | None, claims: list[Reservati
     """In place of what it had."""
     claims[:] = [claim for claim in claims if claim.job_id != job.id]
     if found is not None:
+        run.cluster.claims_made += 1
         run.cluster.reservations[job.id] = found
         claims.append(found)
     else:
@@ -390,9 +424,25 @@ class Heads:
     def job(self, line: Line) -> Job:
         return self._cluster.jobs[line.places[self._next[id(line)]].job_id]
 
+    def seek(self, line: Line, most: int, wanted: Callable[[Job], bool]) -> tuple[int, bool]:
+        """Look at so many jobs behind the head for one that is wanted; it becomes the head. (How many were looked at,
+        whether one was found.)"""
+        at = self._next[id(line)]
+        for looked in range(1, most + 1):
+            at = self._first(line, at + 1)
+            if at >= len(line.places):
+                return looked - 1, False
+            if wanted(self._cluster.jobs[line.places[at].job_id]):
+                self._enter(line, at)
+                return looked, True
+        return most, False
+
     def push(self, line: Line) -> None:
         """The head started: the next job of the line becomes its head."""
-        at = self._next[id(line)] = self._first(line, self._next[id(line)] + 1)
+        self._enter(line, self._first(line, self._next[id(line)] + 1))
+
+    def _enter(self, line: Line, at: int) -> None:
+        self._next[id(line)] = at
         if at < len(line.places):
             queue = line.key.queue if self._policy.fair else ""
             entry = (self._policy.ordering(line.key, line.places[at]), self._serial[id(line)], line)
@@ -420,6 +470,8 @@ def _worth_a_try(cluster: Cluster, policy: Policy) -> Iterator[Line]:
 
 def _may_fit(cluster: Cluster, line: Line) -> bool:
     ledger = cluster.ledger
+    if line.hindered_at not in (-1, cluster.claims_made):
+        return True
     return line.refused_at != ledger.freed and line.blocked_at != ledger.freed_for(line.key.shape.node_labels)
 
 
@@ -497,6 +549,7 @@ def make_room(run: Pass, how: Preemption, line: Line) -> None:
     cluster, queue = run.cluster, line.key.queue
     if run.vain.get(queue, 0) >= how.tries or not may_claim(cluster, how, line.key):
         return
+    run.guard.let_go()
     found: list[tuple[Job, Gang, tuple[Victim, ...]]] = []
     hunt = Hunt(cluster, how, run.policy.score, run.now_ms, run.promised)
     mark = cluster.mark()

@@ -11,8 +11,9 @@ of that queue start only if they are over by the time at which it is expected to
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from jobsched.core.cluster import Cluster
 from jobsched.core.job import Binding, Job, Phase, Reason, RoleShape, Shape
@@ -25,6 +26,9 @@ from jobsched.core.resources import JobId
 
 SOONEST = 400
 """Ends of running jobs looked at, soonest first; a gang that does not fit even then gets no reservation yet."""
+SEATS = 4_000
+"""Most of their replicas looked at."""
+FAR_OFF_KEPT = 1_000
 SURE = 0.9
 """A later job counts as over in time when so many of its like would be."""
 
@@ -38,17 +42,15 @@ class Backfill:
     """After so long a wait a limit of its queue is claimed for a job."""
 
 
-def releases(cluster: Cluster, now_ms: int, quantile: float) -> list[tuple[int, JobId]]:
-    """When each active job is expected to give its seats back, soonest first. O(active jobs)."""
-    found = []
+def soonest(cluster: Cluster, now_ms: int) -> list[tuple[int, JobId]]:
+    """When the first `SOONEST` of the jobs that hold seats are likely to give them back. O(active jobs), but most of
+    them are as they were estimated a while ago."""
+    jobs, over_ms = cluster.jobs, cluster.estimates.over_ms
+    ends = [(now_ms, job_id) for job_id in cluster.leaving if jobs[job_id].phase is Phase.STOPPING]
     for levels in cluster.active.values():
         for members in levels.values():
-            for job_id in members:
-                job = cluster.jobs[job_id]
-                left = 0 if job.phase is Phase.STOPPING else cluster.estimates.left_ms(job, now_ms, quantile)
-                found.append((now_ms + left, job_id))
-    found.sort()
-    return found
+            ends += [(over_ms(jobs[job_id], now_ms), job_id) for job_id in members]
+    return heapq.nsmallest(SOONEST, ends)
 
 
 def drop_stale(cluster: Cluster) -> None:
@@ -62,6 +64,8 @@ def drop_stale(cluster: Cluster) -> None:
     if len(kept) < len(cluster.reservations):
         cluster.reservations = kept
         cluster.ledger.unblock()
+    if len(cluster.far_off) > FAR_OFF_KEPT:
+        cluster.far_off = {job_id: at for job_id, at in cluster.far_off.items() if cluster.waits(job_id)}
 
 
 def reserve(
@@ -72,18 +76,18 @@ def reserve(
     claims: Sequence[Reservation],
     now_ms: int,
     score: Choice = Score.AUTO,
-) -> Reservation | None:
-    """The earliest seats for a gang that does not fit now, beside the claims of those before it; None when they are too
-    far off to tell. Must run inside `cluster.trial()`; leaves the ledger as it was. O(log(running) * (lent seats + a
-    placement)), with claims O(running * placements)."""
-    ends = releases(cluster, now_ms, 0.5)[:SOONEST]
+) -> Reservation | int:
+    """The earliest seats for a gang that does not fit now, beside the claims of those before it; when they are too far
+    off to tell, the instant at which it is worth another look. Must run inside `cluster.trial()`; leaves the ledger as
+    it was. O(active jobs + seats lent + log(those) placements), with claims O(running * placements)."""
+    ends = soonest(cluster, now_ms)
     ahead = [claim for claim in claims if claim.job_id != job.id]
     if ahead:
         found = _beside(cluster, job, shape, ends, ahead, now_ms, score)
     else:
         found = _first(cluster, job, shape, ends, score)
     if found is None:
-        return None
+        return max(now_ms + 1, ends[len(ends) // 4][0]) if ends else now_ms + 1
     at_ms, gang = found
     roles = {role.role: role for role in shape.roles}
     seats = tuple((binding, roles[binding.role]) for binding in gang.bindings)
@@ -93,7 +97,7 @@ def reserve(
 def reserve_limit(cluster: Cluster, job: Job, refused: Refused, key: OrderKey, now_ms: int) -> Reservation | None:
     """When the limit that keeps a job waiting is expected to let it pass, as others end; None when that is too far off
     to tell. Must run inside `cluster.trial()`; leaves it as it was. O(log(running) * lent seats)."""
-    ends = releases(cluster, now_ms, 0.5)[:SOONEST]
+    ends = soonest(cluster, now_ms)
     mark = cluster.mark()
 
     def passes(count: int) -> bool:
@@ -120,28 +124,43 @@ def reserve_limit(cluster: Cluster, job: Job, refused: Refused, key: OrderKey, n
 def _first(
     cluster: Cluster, job: Job, shape: Shape, ends: Sequence[tuple[int, JobId]], score: Choice
 ) -> tuple[int, Gang] | None:
-    """After as few ends as possible: the more are over, the more fits."""
+    """After as few ends as possible: the more are over, the more fits. Tries 1, 2, 4, … of them, then halves the last
+    step."""
     ledger = cluster.ledger
-    mark = ledger.mark()
+    need = sum(role.min * role.gpu_milli for role in shape.roles)
+    marks = [ledger.mark()]
+    """Before each of the ends that are lent."""
 
-    def fits(count: int) -> Gang | None:
-        ledger.rollback(mark)
-        for _, job_id in ends[:count]:
+    def over(count: int) -> None:
+        if count < len(marks) - 1:
+            ledger.rollback(marks[count])
+            del marks[count + 1 :]
+        for _, job_id in ends[len(marks) - 1 : count]:
             _lend(cluster, cluster.jobs[job_id])
+            marks.append(ledger.mark())
+
+    def fits() -> Gang | None:
+        if ledger.free_gpu_milli < need:
+            return None
         gang = place_gang(cluster, shape, job.avoid, score)
+        ledger.rollback(marks[-1])
         return gang if isinstance(gang, Gang) else None
 
-    few, many = 0, len(ends)
-    best = fits(many)
+    few, many, best = 0, 0, None
+    while best is None and many < len(ends) and marks[-1] - marks[0] < SEATS:
+        few, many = many, min(len(ends), 2 * many or 1)
+        over(many)
+        best = fits()
     while best is not None and many - few > 1:
         middle = (few + many) // 2
-        gang = fits(middle)
+        over(middle)
+        gang = fits()
         if gang is None:
             few = middle
         else:
             many, best = middle, gang
-    ledger.rollback(mark)
-    return None if best is None or not many else (ends[many - 1][0], best)
+    ledger.rollback(marks[0])
+    return None if best is None else (ends[many - 1][0], best)
 
 
 def _beside(
@@ -160,7 +179,7 @@ def _beside(
         if job_id is not None:
             _lend(cluster, jobs[job_id])
         here = ledger.mark()
-        keep_free(cluster, [c for c in ahead if c.at_ms < at_ms + takes_ms and over[c.job_id] > at_ms])
+        Guard(cluster).keep([c for c in ahead if c.at_ms < at_ms + takes_ms and over[c.job_id] > at_ms])
         gang = place_gang(cluster, shape, job.avoid, score)
         ledger.rollback(here)
         if isinstance(gang, Gang):
@@ -182,25 +201,50 @@ def in_the_way(
     return [claim for claim in ahead if over_ms > claim.at_ms]
 
 
-def keep_free(cluster: Cluster, claims: Sequence[Reservation]) -> list[tuple[Binding, RoleShape]]:
-    """Inside a trial: book what is free of these seats, so that nothing else is placed there. `let_go` undoes it."""
-    ledger = cluster.ledger
-    kept: list[tuple[Binding, RoleShape]] = []
-    for claim in claims:
-        for binding, role in claim.seats:
-            space = ledger.spaces.get(binding.node)
-            if space is None:
-                continue
-            free = tuple(s for s in binding.gpus if space.gpu_free.get(s.gpu, 0) >= s.milli)
-            part = replace(
-                role,
-                cpu_milli=max(0, min(role.cpu_milli, space.cpu_milli)),
-                memory_bytes=max(0, min(role.memory_bytes, space.memory_bytes)),
-            )
-            seat = Binding(binding.role, binding.index, binding.node, free)
-            ledger.take(seat, part)
-            kept.append((seat, part))
-    return kept
+@dataclass(slots=True)
+class Guard:
+    """Inside a trial: books what is free of the seats of reservations, so that nothing else is placed there. They stay
+    booked until other ones are to be kept or all are let go, because most jobs have to leave the same ones alone."""
+
+    cluster: Cluster
+    claims: list[Reservation] = field(default_factory=list)
+    """Whose seats are kept."""
+    milli: int = 0
+    """Thousandths of GPUs that are kept."""
+    _kept: list[tuple[Binding, RoleShape]] = field(default_factory=list)
+
+    def keep(self, claims: Sequence[Reservation]) -> None:
+        """Keep the seats of these, and of no others."""
+        if list(claims) == self.claims:
+            return
+        self.let_go()
+        self.claims = list(claims)
+        for claim in claims:
+            for binding, role in claim.seats:
+                self._book(binding, role)
+
+    def _book(self, binding: Binding, role: RoleShape) -> None:
+        ledger = self.cluster.ledger
+        space = ledger.spaces.get(binding.node)
+        if space is None:
+            return
+        free = tuple([s for s in binding.gpus if space.gpu_free.get(s.gpu, 0) >= s.milli])
+        part = replace(
+            role,
+            cpu_milli=max(0, min(role.cpu_milli, space.cpu_milli)),
+            memory_bytes=max(0, min(role.memory_bytes, space.memory_bytes)),
+        )
+        seat = Binding(binding.role, binding.index, binding.node, free)
+        before = ledger.free_gpu_milli
+        ledger.take(seat, part)
+        self.milli += before - ledger.free_gpu_milli
+        self._kept.append((seat, part))
+
+    def let_go(self) -> None:
+        for seat, part in self._kept:
+            self.cluster.ledger.lend(seat, part)
+        self._kept.clear()
+        self.claims, self.milli = [], 0
 
 
 def seats_free(cluster: Cluster, claim: Reservation, shape: Shape) -> bool:
@@ -222,11 +266,6 @@ def seats_free(cluster: Cluster, claim: Reservation, shape: Shape) -> bool:
             return False
         ledger.take(binding, role)
     return True
-
-
-def let_go(cluster: Cluster, kept: Sequence[tuple[Binding, RoleShape]]) -> None:
-    for seat, part in kept:
-        cluster.ledger.lend(seat, part)
 
 
 def seats_of(cluster: Cluster, job: Job) -> tuple[tuple[Binding, RoleShape], ...]:

@@ -184,6 +184,8 @@ class Estimates:
     _begun: int = 0
     """Campaigns so far."""
     _learns: bool = True
+    _over: dict[JobId, tuple[int, int, int]] = field(default_factory=dict)
+    """Job -> (attempt, when it is likely to end, until when that holds)."""
     _recalled: dict[JobId, tuple[int, Tally]] = field(default_factory=dict)
     """Jobs that lived when this was noted: buckets passed, campaign."""
 
@@ -272,6 +274,7 @@ class Estimates:
         if not self._learns:
             return
         self._reports.pop(job.id, None)
+        self._over.pop(job.id, None)
         known = self._live.pop(job.id, None)
         if known is not None and job.ran_ms > 0:
             bucket, silent = bucket_of(_in_parts(job, job.ran_ms)), not known.told and job.ran_ms >= PROBE_MS
@@ -369,6 +372,15 @@ class Estimates:
             else:
                 left = _in_ms(job, curve.left_ms(_in_parts(job, ran), quantile))
         return max(1, min(left, limit - ran) if limit else left)
+
+    def over_ms(self, job: Job, now_ms: int) -> int:
+        """When an active job is likely to end. Not reckoned anew before an eighth of the time left is over: cheap for
+        many at once."""
+        found = self._over.get(job.id)
+        if found is None or found[0] != job.attempt or now_ms >= found[2]:
+            left = self.left_ms(job, now_ms)
+            found = self._over[job.id] = (job.attempt, now_ms + left, now_ms + max(1, left // 8))
+        return found[1]
 
     def source(self, job: Job, now_ms: int) -> str:
         """What `left_ms` goes by: reported "progress", run times of "like" jobs, the time "limit"; "": it guesses."""
