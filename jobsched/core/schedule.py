@@ -252,9 +252,10 @@ def start_waiting(run: Pass) -> None:
         run.examined += 1
         shape = admit(cluster, job, run.now_ms)
         key = policy.ordering(line.key, Place(cluster.rank(job, cluster.estimates), job.submitted_at_ms, job.id))
-        others = in_the_way(cluster, job, key, claims, run.now_ms)
+        near = isinstance(shape, Shape) and _might_fit(run, shape)
+        others = in_the_way(cluster, job, key, claims if near else [c for c in claims if c.queue], run.now_ms)
         barred = any(claim.limits(job) for claim in others)
-        if not barred and isinstance(shape, Shape) and _start(run, job, shape, others):
+        if near and not barred and isinstance(shape, Shape) and _start(run, job, shape, others):
             heads.push(line)
             continue
         if isinstance(shape, Refused):
@@ -264,7 +265,7 @@ def start_waiting(run: Pass) -> None:
         else:
             line.blocked_at = cluster.ledger.freed_for(line.key.shape.node_labels)
             line.hindered_at = cluster.claims_made if others else -1
-            if others and looks > 0 and _might_fit(run, shape):  # who stands behind it may be over sooner
+            if near and others and looks > 0:  # who stands behind it may be over sooner
                 looked, found = heads.seek(line, looks, partial(_freer, run, key, claims, len(others)))
                 looks -= looked
                 if found:

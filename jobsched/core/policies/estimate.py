@@ -20,6 +20,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from heapq import nlargest
 from itertools import takewhile
 
@@ -74,17 +75,27 @@ class Tally:
             self.ended[bucket] += 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Curve:
     """What is known of the run time of a job: hazards per bucket, and from each bucket the Gittins index."""
 
     hazard: tuple[float, ...]
-    rate: tuple[float, ...]
-    """Ends per millisecond when it runs from this bucket on for the best quantum."""
-    until: tuple[int, ...]
-    """The bucket before which that quantum ends."""
     seen: int
     """Ended jobs of its own family."""
+    _index: tuple[tuple[float, ...], tuple[int, ...]] | None = field(default=None, repr=False)
+    """Reckoned when first asked for."""
+
+    @property
+    def rate(self) -> tuple[float, ...]:
+        """From each bucket, ends per millisecond when it runs on for the best quantum."""
+        self._index = self._index or _gittins(self.hazard)
+        return self._index[0]
+
+    @property
+    def until(self) -> tuple[int, ...]:
+        """The bucket before which that quantum ends."""
+        self._index = self._index or _gittins(self.hazard)
+        return self._index[1]
 
     def left_ms(self, ran_ms: int, quantile: float) -> int:
         """Such a share of the jobs that ran so long end within this time; linear within a bucket."""
@@ -246,7 +257,7 @@ class Estimates:
         tallies = self._tallies
         if not self._learns:
             return (*(tallies.get(key) or Tally() for key in keys), campaign)
-        return (*(tallies.setdefault(key, Tally()) for key in keys), campaign)
+        return (*[tallies.get(key) or tallies.setdefault(key, Tally()) for key in keys], campaign)
 
     def _campaign(self, family: Key, job: Job) -> Tally:
         last_ms, campaign = self._campaigns.get(family, (0, None))
@@ -335,7 +346,7 @@ class Estimates:
             if tally.version:
                 ended, entered = tally.ended, tally.entered
                 hazard = [(ended[k] + trust * hazard[k]) / (entered[k] + trust) for k in range(BUCKETS)]
-        curve = _curve(hazard, sum(levels[2].ended) if len(levels) > 2 else 0)
+        curve = Curve(tuple(hazard), sum(levels[2].ended) if len(levels) > 2 else 0)
         last.made = stamp, curve
         return curve
 
@@ -416,8 +427,9 @@ def _in_ms(job: Job, parts: int) -> int:
     return parts * job.spec.expected // EXPECTED_MS if job.spec.expected else parts
 
 
-def _curve(hazard: list[float], seen: int) -> Curve:
-    """The Gittins index from each bucket: the most ends per time over all quanta that stop at a bucket's end."""
+def _gittins(hazard: Sequence[float]) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """The Gittins index from each bucket: the most ends per time over all quanta that stop at a bucket's end; and where
+    that is."""
     survive = [1.0]
     for h in hazard:
         survive.append(survive[-1] * (1 - h))
@@ -434,12 +446,16 @@ def _curve(hazard: list[float], seen: int) -> Curve:
                 best, bound = found, m + 1
         rate.append(best)
         until.append(bound)
-    return Curve(tuple(hazard), tuple(rate), tuple(until), seen)
+    return tuple(rate), tuple(until)
 
 
 def gpus_milli(job: Job) -> int:
     """GPUs that the job wants, in thousandths."""
-    return sum(role.gpu.milli * job.wanted_count(name) for name, role in job.spec.roles.items() if role.gpu)
+    gpus, wanted = 0, job.wanted
+    for name, role in job.spec.roles.items():
+        if role.gpu is not None:
+            gpus += role.gpu.milli * wanted.get(name, role.replicas.prefer)
+    return gpus
 
 
 _COUNTER = re.compile(r"[-_.]?[0-9a-f]*[0-9]+[0-9a-f]*$")
@@ -449,11 +465,12 @@ _COUNTER = re.compile(r"[-_.]?[0-9a-f]*[0-9]+[0-9a-f]*$")
 def family_of(job: Job) -> Key:
     """What the job has in common with its like; its GPUs come last."""
     spec = job.spec
-    runs = tuple((name, role.image, _program(role.command)) for name, role in spec.roles.items())
+    runs = tuple([(name, role.image, _program(role.command)) for name, role in spec.roles.items()])
     return (spec.queue, job.owner, spec.image, runs, gpus_milli(job))
 
 
-def _program(command: Sequence[str] | str) -> str:
+@lru_cache(maxsize=10_000)
+def _program(command: tuple[str, ...] | str) -> str:
     """`python train.py` of `python train.py --lr 0.1`: a sweep's members differ in what follows."""
     words = command.split() if isinstance(command, str) else command
     return " ".join(takewhile(lambda word: not word.startswith("-"), words))
