@@ -176,6 +176,11 @@ class Reach(Protocol):
         run ends with 126 or 127, its reason on stderr, as in a shell."""
         ...
 
+    def ask_checkpoint(self, keys: Sequence[LaunchKey]) -> Sequence[LaunchKey]:
+        """Send the checkpoint signal to those processes of these replicas that catch it, and let them go on. The
+        replicas that have one; what they save comes in their progress. Strangers and ended ones are fine."""
+        ...
+
     def connect(self, key: LaunchKey, port: int) -> Session:
         """A connection to a TCP port on which the replica listens, at least on its loopback. `error` output tells why
         it broke off."""

@@ -24,6 +24,7 @@ from jobsched.core import explain, invariants
 from jobsched.core.alternatives import later, sooner
 from jobsched.core.answers import (
     Check,
+    CheckpointAnswer,
     EditAnswer,
     JobAnswer,
     JobPage,
@@ -460,6 +461,26 @@ class Service:
             raise UsageError(f"{port} is no port")
         reach, key = self._reached(where)
         return reach.connect(key, port)
+
+    def checkpoint(self, ref: str, *, owner: str = "") -> CheckpointAnswer:
+        """Ask the replicas that run to save now, and go on. `Conflict` when the job does not run, or when none of its
+        processes listens."""
+        job = self.resolve(ref, owner=owner)
+        if not isinstance(self._backend, Reach):
+            raise UsageError(f"replicas cannot be reached on the {self._backend.capabilities.name} backend")
+        sent = job.spec.checkpoint.signal
+        if sent not in ("USR1", "USR2"):
+            what = "has no checkpoint signal" if sent == "none" else f"saves at SIG{sent}, which also ends it"
+            raise Conflict(f"job {job.name!r} {what}", hint="'jobsched suspend' lets it save and stop")
+        running = {launch_key(job.id, job.attempt, r.role, r.index, r.restart): r.id
+                   for r in job.replicas.values() if r.state is ReplicaState.RUNNING}
+        if job.phase is not Phase.RUNNING or not running:
+            raise Conflict(f"job {job.name!r} ({job.id}) does not run: {job.phase.lower()}")
+        told = [running[key] for key in self._backend.ask_checkpoint(list(running)) if key in running]
+        if not told:
+            raise Conflict(f"no process of job {job.name!r} listens for the checkpoint signal (SIG{sent})",
+                           hint="scripts do so by jobsched.train.context.should_checkpoint(), or by a handler")
+        return CheckpointAnswer(job, tuple(told))
 
     def _reached(self, where: Where) -> tuple[Reach, LaunchKey]:
         job = self.resolve(where.ref, owner=where.owner)

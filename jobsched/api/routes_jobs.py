@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 
 from jobsched.api.stream import Feed
 from jobsched.api.wire import reply
-from jobsched.core.answers import EditAnswer, JobAnswer, JobPage, PlanAnswer, WhyAnswer
+from jobsched.core.answers import CheckpointAnswer, EditAnswer, JobAnswer, JobPage, PlanAnswer, WhyAnswer
 from jobsched.core.events import Stored
 from jobsched.core.job import Phase
 from jobsched.core.observation import Incident
@@ -191,6 +191,11 @@ def job_routes(service: Service, feed: Feed) -> APIRouter:
     def restart(ref: str, body: WishBody | None = None, owner: Owner = "") -> Response:
         """Start the job anew, from its last checkpoint."""
         return reply(JobAnswer, service.restart(ref, by=(body or WishBody()).by, owner=owner))
+
+    @router.post("/jobs/{ref}/checkpoint")
+    def checkpoint(ref: str, owner: Owner = "") -> Response:
+        """Ask the job's replicas to save now, and go on. What they save is told by `CheckpointSaved`."""
+        return reply(CheckpointAnswer, service.checkpoint(ref, owner=owner))
 
     @router.post("/jobs/{ref}/scale")
     def scale(ref: str, body: ScaleBody, owner: Owner = "") -> Response:

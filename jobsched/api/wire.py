@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 
 from jobsched.core.answers import (
     Check,
+    CheckpointAnswer,
     EditAnswer,
     JobAnswer,
     JobPage,
@@ -47,6 +48,7 @@ ANSWERS: Mapping[str, Any] = {
     "restart": JobAnswer,
     "scale": JobAnswer,
     "priority": JobAnswer,
+    "checkpoint": CheckpointAnswer,
     "spec": JobSpec,
     "replace_spec": EditAnswer,
     "change_spec": EditAnswer,

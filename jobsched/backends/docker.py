@@ -31,6 +31,7 @@ from jobsched.backends.followed_log import begin, chunks
 from jobsched.backends.identity import own_id
 from jobsched.backends.incidents import Incidents
 from jobsched.backends.replica_table import ReplicaTable, Stop
+from jobsched.backends.sessions import at_once
 from jobsched.backends.supervisor import replica_log, secret_files
 from jobsched.backends.supervisor.processes import signal_number
 from jobsched.backends.supervisor.protocol import Layout
@@ -205,6 +206,14 @@ class DockerBackend:
             return replica.engine.engine.execute(replica.container, command, window, stdin)
         except (Gone, Refused) as error:
             raise Conflict(f"nothing can run beside the replica: {error}") from error
+
+    def ask_checkpoint(self, keys: Sequence[LaunchKey]) -> Sequence[LaunchKey]:
+        def told(replica: Replica) -> bool:
+            number = signal_number(replica.stop_signal)
+            return bool(number and replica.engine.engine.signal(replica.container, number, "caught"))
+
+        running = [one for one in self.table.known(keys) if one.report.state is Seen.RUNNING]
+        return [one.key for one, listens in zip(running, at_once(told, running), strict=True) if listens]
 
     def connect(self, key: LaunchKey, port: int) -> Session:
         return self.execute(key, relay(port))

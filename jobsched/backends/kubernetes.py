@@ -34,6 +34,7 @@ from jobsched.backends.kubernetes_pools import Pools
 from jobsched.backends.kubernetes_render import CannotRender, Json, Site
 from jobsched.backends.kubernetes_watch import Informer
 from jobsched.backends.replica_table import ReplicaTable, Stop
+from jobsched.backends.sessions import at_once
 from jobsched.backends.supervisor import replica_log
 from jobsched.backends.supervisor.processes import signal_number
 from jobsched.backends.supervisor.protocol import Layout
@@ -198,6 +199,14 @@ class KubernetesBackend:
     ) -> Session:
         with _reaching():
             return self.api.execute(self._running_pod(key), command, CONTAINER, window, stdin)
+
+    def ask_checkpoint(self, keys: Sequence[LaunchKey]) -> Sequence[LaunchKey]:
+        def told(replica: Replica) -> bool:
+            number = signal_number(replica.stop_signal)
+            return bool(number) and self._signal(replica, number, "caught")
+
+        running = [one for one in self.table.known(keys) if self._can_hear(one)]
+        return [one.key for one, listens in zip(running, at_once(told, running), strict=True) if listens]
 
     def connect(self, key: LaunchKey, port: int) -> Session:
         with _reaching():

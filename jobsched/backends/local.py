@@ -121,6 +121,9 @@ class LocalBackend:
             session.end_input()
         return session
 
+    def ask_checkpoint(self, keys: Sequence[LaunchKey]) -> Sequence[LaunchKey]:
+        return list(map(LaunchKey, self._ask({"do": "checkpoint", "keys": list(keys)})["keys"]))
+
     def connect(self, key: LaunchKey, port: int) -> Session:
         if not self._runs(key):
             raise Conflict("nothing can be reached in the replica: it does not run")

@@ -37,7 +37,6 @@ from jobsched.core.job import Reason
 from jobsched.core.launch import Launch, LaunchKey, parse_key
 from jobsched.core.node import Node
 from jobsched.core.observation import Observation, ReplicaReport, Seen
-from jobsched.core.pools import Demand
 from jobsched.core.resources import NOTHING, GpuId, GpuShare, NodeName, Resources
 from jobsched.errors import BackendUnreachable, Conflict
 from jobsched.ports import Addressing, Capabilities, LogChunk, Session, Window
@@ -50,8 +49,8 @@ SILENT_S = 9.0
 RETRY_S, RETRY_MAX_S = 0.5, 5.0
 CLOSE_S = 8.0
 """How long a driver may take to end what it was told."""
-VISIT_S = 15.0
-"""Longest wait for an actor to open a door."""
+ASKED_S = 15.0
+"""Longest wait for an actor's answer."""
 GLANCE_S = 0.1
 """How long news of mere progress may wait."""
 
@@ -113,9 +112,9 @@ class RayBackend:
         """None while the cluster does not answer."""
         self._problem = ""
         self._told_nodes: dict[NodeName, Node] | None = None
-        self._visits: dict[int, Json | None] = {}
-        """Those that are asked for -> the answer, once it came."""
-        self._next_visit = 0
+        self._answers: dict[int, Json | None] = {}
+        """Open questions to actors -> the answer, once it came."""
+        self._next_question = 0
         self._closing = threading.Event()
         self._listed = threading.Event()
         """The first listing came, or failed to."""
@@ -201,34 +200,38 @@ class RayBackend:
     def execute(
         self, key: LaunchKey, command: Sequence[str], window: Window | None = None, *, stdin: bool = True
     ) -> Session:
-        size = (window.rows, window.columns) if window else None
-        return self._visit(key, {"command": list(command), "window": size, "stdin": stdin, "port": 0})
+        return self._visit(key, list(command), (window.rows, window.columns) if window else None, stdin, 0)
 
     def connect(self, key: LaunchKey, port: int) -> Session:
-        return self._visit(key, {"command": [], "window": None, "stdin": True, "port": port})
+        return self._visit(key, [], None, True, port)
 
-    def _visit(self, key: LaunchKey, what: Json) -> Session:
+    def ask_checkpoint(self, keys: Sequence[LaunchKey]) -> Sequence[LaunchKey]:
+        answers = self._asked(keys, "ask_checkpoint")
+        return [key for key, answer in answers.items() if answer is not None and answer.get("said")]
+
+    def _visit(self, key: LaunchKey, *what: object) -> Session:
         """By a door that the replica's actor opens; see `ray_door`."""
-        with self._changed:
-            replica = self._replicas.get(key)
-            if replica is None or replica.report.state is not Seen.RUNNING:
-                raise Conflict("the replica cannot be reached: it does not run")
-            number = self._next_visit = self._next_visit + 1
-            self._visits[number] = None
-            self._order({"do": "visit", "visit": number, "key": key, **what})
-            self._changed.wait_for(lambda: self._visits[number] is not None, VISIT_S)
-            answer = self._visits.pop(number)
-        if answer is None:
-            raise BackendUnreachable(f"the replica's actor did not answer within {VISIT_S:g} s")
-        if why := answer.get("why"):
+        answers = self._asked([key], "visit", *what)
+        if not answers:
+            raise Conflict("the replica cannot be reached: it does not run")
+        if (answer := answers[key]) is None:
+            raise BackendUnreachable(f"the replica's actor did not answer within {ASKED_S:g} s")
+        door = answer.get("said") or answer
+        if why := door.get("why"):
             raise Conflict(f"the replica cannot be reached: {why}")
-        return Visit(answer["host"], answer["port"], answer["secret"])
+        return Visit(door["host"], door["port"], door["secret"])
 
-    def provision(self, demands: Sequence[Demand]) -> None:
-        """By a request to the cluster's autoscaler; see `ray_pools`."""
-        with self._lock:
-            self._pools.want(demands)
-            self._ask_for_nodes()
+    def _asked(self, keys: Sequence[LaunchKey], method: str, *args: object) -> dict[LaunchKey, Json | None]:
+        """Answers of the actors of those that run; None of those that did not answer in time."""
+        with self._changed:
+            running = [one.key for one in self._known(keys) if one.report.state is Seen.RUNNING]
+            questions = {}
+            for key in running:
+                number = self._next_question = self._next_question + 1
+                questions[key], self._answers[number] = number, None
+                self._order({"do": "ask", "question": number, "key": key, "method": method, "args": list(args)})
+            self._changed.wait_for(lambda: all(self._answers[n] is not None for n in questions.values()), ASKED_S)
+            return {key: self._answers.pop(number) for key, number in questions.items()}
 
     def close(self) -> None:
         self._closing.set()
@@ -498,9 +501,9 @@ class RayBackend:
                     case "failed":
                         text = f"Ray would not start it: {message['text']}"
                         self._never_ran(LaunchKey(message["key"]), text, Reason.REPLICA_LOST)
-                    case "visited":
-                        if message["visit"] in self._visits:
-                            self._visits[message["visit"]] = message
+                    case "answer":
+                        if message["question"] in self._answers:
+                            self._answers[message["question"]] = message
                             self._changed.notify_all()
                     case "down":
                         return str(message["text"])

@@ -120,6 +120,13 @@ class Host:
         host = _own_address()
         return dict(zip(("host", "port", "secret"), (host, *open_door(host, talk)), strict=True))
 
+    def ask_checkpoint(self) -> bool:
+        """Whether there was a process to ask."""
+        with self._control, suppress(OSError):
+            if self._line is not None:
+                return bool(self._line.ask({"do": "checkpoint", "keys": [self._order.key]}).get("keys"))
+        return False
+
     def ask_stacks(self) -> None:
         self._ask({"do": "stacks", "keys": [self._order.key]})
 

@@ -9,7 +9,7 @@ Both ways go plain dictionaries over the socket FD. To here:
     {"do": "start", "groups": [Group, …], "actors": [Actor, …]}   groups are reserved first, all or none
     {"do": "attend", "key": k, "offset": n}    follow an actor of an earlier driver; its log from this byte on
     {"do": "stop", "key": k, "grace_ms": n}    {"do": "stacks", "key": k}
-    {"do": "visit", "visit": n, "key": k, …}   as `Host.visit`
+    {"do": "ask", "question": n, "key": k, "method": name of one of `Host`, "args": […]}
     {"do": "remove", "keys": [k, …], "groups": [name, …]}
     {"do": "provision", "request": {…}}        to the autoscaler, instead of what it was asked before
 From here:
@@ -18,7 +18,7 @@ From here:
     {"is": "nodes", "nodes": …, "available": …}       once a second: also the proof that all is well
     {"is": "made", "key": k, "actor": id}             {"is": "news", "key": k, **Host.news}
     {"is": "late", "keys": […], "groups": […]}        not reserved in time, and taken back whole
-    {"is": "visited", "visit": n, **Host.visit}
+    {"is": "answer", "question": n, "said": …}        or "why" there is none
     {"is": "dead", "key": k, "text": …}               {"is": "failed", "key": k, "text": …}
     {"is": "asked", "problem": …}                     of the autoscaler; empty: all is well
     {"is": "down", "text": …}                         the cluster cannot be reached; the driver ends
@@ -117,8 +117,8 @@ class Driver:
                     self._aside(self._attend(order["key"], order["offset"]))
                 case "stop":
                     self._call(order["key"], "stop", order["grace_ms"])
-                case "visit":
-                    self._aside(self._visit(order))
+                case "ask":
+                    self._aside(self._ask(order))
                 case "stacks":
                     self._call(order["key"], "ask_stacks")
                 case "remove":
@@ -271,16 +271,16 @@ class Driver:
             with contextlib.suppress(ray.exceptions.RayError):
                 getattr(actor, method).remote(*args)
 
-    async def _visit(self, order: Json) -> None:
-        """Have an actor open a door, and tell where."""
+    async def _ask(self, order: Json) -> None:
+        """Ask an actor something, and tell what it says; `why` tells why there is no answer."""
         answer: Json = {"why": "it has no actor"}
         if (actor := self._actors.get(order["key"])) is not None:
             try:
-                visit = actor.visit.remote(order["command"], order["window"], order["stdin"], order["port"])
-                answer = await asyncio.wait_for(_answer(visit), WAIT_S)
+                said = getattr(actor, order["method"]).remote(*order["args"])
+                answer = {"said": await asyncio.wait_for(_answer(said), WAIT_S)}
             except (*DEADLY, ray.exceptions.ActorUnavailableError, TimeoutError, AttributeError) as error:
                 answer = {"why": f"its actor does not answer: {str(error).strip().splitlines()[-1:]}"}
-        self._tell({"is": "visited", "visit": order["visit"], **answer})
+        self._tell({"is": "answer", "question": order["question"], **answer})
 
     async def _remove(self, order: Json) -> None:
         self._removed.update(order["keys"])

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
 from jobsched.backends.supervisor.beside import END, ERR, Beside, Joined
 from jobsched.ports import Ended, Output, Window
 
+T = TypeVar("T")
+R = TypeVar("R")
+
+AT_ONCE = 16
 TERMINAL = {"TERM": "xterm-256color"}
 """What a command on a terminal is told of it: what nearly all terminals are today."""
 
@@ -28,3 +36,9 @@ class Local:
 def taken(kind: int, data: bytes) -> Output | Ended:
     """A piece of `supervisor.beside` as the port's."""
     return Ended(int(data)) if kind == END else Output(data, error=kind == ERR)
+
+
+def at_once(do: Callable[[T], R], to: Sequence[T]) -> list[R]:
+    """The same to each, some at the same time: what reaches into a container takes a tenth of a second."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(do, to))

@@ -91,15 +91,17 @@ def status(document: Document) -> str:
     return " · ".join(parts)
 
 
-def follow(remote: Remote, answer: Document, view: View, *, timeout_s: float | None = None) -> int:
-    """Show logs and progress of a submitted job until it ends; the exit code is the job's. Logs go to stdout, with
+def follow(
+    remote: Remote, answer: Document, view: View, *, timeout_s: float | None = None, begun: str = "submitted"
+) -> int:
+    """Show logs and progress of a job until it ends; the exit code is the job's. Logs go to stdout, with
     JSON output to stderr; Ctrl-C and a time-out only leave."""
     document = render.job_document(answer)
     ref, line = document["id"], StatusLine()
     until = None if timeout_s is None else time.monotonic() + timeout_s
     replicas = sum(role["replicas"]["prefer"] for role in document["spec"]["roles"].values())
     if not view.quiet:
-        talk(f"submitted {document['name']} ({ref})")
+        talk(f"{begun} {document['name']} ({ref})")
     out = sys.stderr if view.json else sys.stdout
     logs = (("log", item) for item in log_lines(remote, ref, follow=True))
     news: Iterator[tuple[str, Document]] = (("job", item) for item in job_updates(remote, ref))

@@ -71,6 +71,60 @@ def nodes(ctx: click.Context, gpu: str | None, view: View) -> None:
     render.show_list(view, NODE_COLUMNS, rows, name="nodes", key="name")
 
 
+def _gpu_state(row: Document) -> str:
+    if not row["gpu"]["healthy"]:
+        return "unhealthy"
+    if row["jobs"]:
+        return "used"
+    if row["foreign"]:
+        return "others"
+    return "free" if row["node_state"] == "ready" else str(row["node_state"])
+
+
+GPU_COLUMNS = (
+    Column("GPU", lambda r: r["gpu"]["id"]),
+    Column("NODE", lambda r: r["node"]),
+    Column("KIND", lambda r: r["gpu"]["kind"]),
+    Column("MEMORY", lambda r: _gib(r["gpu"]["memory_bytes"])),
+    Column("STATE", _gpu_state),
+    Column("USED-BY", lambda r: " ".join(r["jobs"]), flexible=True),
+    Column("ISLAND", lambda r: r["gpu"]["island"], wide=True),
+)
+
+
+@click.command()
+@click.option("--kind", metavar="KIND", help="Only GPUs whose kind begins so.")
+@click.option("--node", "node_name", metavar="NAME", help="Only GPUs of this node.")
+@click.option("--free", is_flag=True, help="Only those that nobody uses.")
+@output_options
+@click.pass_context
+def gpus(ctx: click.Context, kind: str | None, node_name: str | None, free: bool, view: View) -> None:
+    """List GPUs, one a line: where, what kind, and which replicas use it (a share as ×0.5).
+
+    \b
+    Example:
+      jobsched gpus --free --kind h100
+    """
+    with connected(ctx) as remote:
+        answers = remote.documents("nodes")
+        live = remote.documents("jobs", limit=1_000, state="STARTING,RUNNING,STOPPING")["jobs"]
+    users: dict[str, list[str]] = {}
+    for job in (answer["job"] for answer in live):
+        for replica in job["replicas"].values():
+            for share in (replica["binding"] or {}).get("gpus", ()):
+                part = "" if share["milli"] == 1_000 else f"×{share['milli'] / 1_000:g}"
+                who = f"{job['name']}/{replica['role']}/{replica['index']}{part}"
+                users.setdefault(share["gpu"], []).append(who)
+    rows = [
+        {"gpu": gpu, "id": gpu["id"], "node": a["node"]["name"], "node_state": a["state"],
+         "jobs": users.get(gpu["id"], []), "foreign": gpu["id"] in {s["gpu"] for s in a["node"]["foreign_gpus"]}}
+        for a in answers for gpu in a["node"]["gpus"]
+        if gpu["kind"].startswith((kind or "").lower()) and node_name in (None, a["node"]["name"])
+    ]  # fmt: skip
+    rows = [{**row, "state": _gpu_state(row)} for row in rows]
+    render.show_list(view, GPU_COLUMNS, [r for r in rows if not free or r["state"] == "free"], name="gpus", key="id")
+
+
 @click.group()
 def node() -> None:
     """Describe, cordon, uncordon or drain a node.

@@ -16,13 +16,23 @@ import click
 from jobsched.cli import attach, render
 from jobsched.cli.connection import connected, path_of
 from jobsched.cli.render import Column, View, output_options, talk
-from jobsched.client.documents import TERMINAL, Document, cause_sentence, exit_code, log_lines, user
+from jobsched.client.documents import (
+    TERMINAL,
+    Document,
+    cause_sentence,
+    exit_code,
+    log_lines,
+    saved_since,
+    user,
+)
 from jobsched.client.remote import Remote
-from jobsched.errors import JobschedError, UsageError
+from jobsched.errors import JobschedError, UsageError, WaitTimeout
 
 SHORT_ID = 10
 """Characters of an id that tables show at least; more where jobs on the page share them."""
 
+WATCH_S = 0.5
+"""Pause between two looks for new samples."""
 SETTLE_S = 0.3
 """Longest wait for the server to act on a wish before the job is shown."""
 
@@ -483,6 +493,24 @@ def logs(
         return exit_code(attach.fetch(remote, document["id"])) if follow and exit_status else 0
 
 
+def _watch_metrics(remote: Remote, path: str, limit: int, view: View) -> None:
+    """A line a sample, as they come."""
+    shown = 0
+    while True:
+        ended = remote.documents(path)["job"]["phase"] in TERMINAL  # looked at before, so that the last is shown
+        fresh = [s for s in remote.documents(f"{path}/samples", limit=limit) if s["at_ms"] > shown]
+        for sample in fresh:
+            if view.json:
+                render.write_json(sample)
+            else:
+                render.write("  ".join(render.cell(c, sample) for c in METRIC_COLUMNS) + "\n")
+        sys.stdout.flush()
+        shown = max([shown, *(s["at_ms"] for s in fresh)])
+        if ended:
+            return
+        time.sleep(WATCH_S)
+
+
 METRIC_COLUMNS = (
     Column("TIME", lambda s: render.rfc3339(s["at_ms"])),
     Column("ATTEMPT", lambda s: s["attempt"]),
@@ -496,17 +524,23 @@ METRIC_COLUMNS = (
 @click.argument("job")
 @click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True,
               help="The newest so many samples.")
+@click.option("-w", "--watch", is_flag=True, help="Go on with new ones until the job has ended.")
 @output_options
 @click.pass_context
-def metrics(ctx: click.Context, job: str, limit: int, view: View) -> None:
+def metrics(ctx: click.Context, job: str, limit: int, watch: bool, view: View) -> None:
     """Show progress samples of a job, newest last.
 
     \b
-    Example:
+    Examples:
       jobsched metrics @last -o csv > curve.csv
+      jobsched metrics @last -w
     """
     with connected(ctx) as remote:
-        samples = remote.documents(f"{path_of(remote, job)}/samples", limit=limit)
+        path = path_of(remote, job)
+        if watch:
+            _watch_metrics(remote, path, limit, view)
+            return
+        samples = remote.documents(f"{path}/samples", limit=limit)
     names = sorted({name for s in samples for name in dict(s["metrics"])})
     columns = METRIC_COLUMNS if view.format != "csv" else (
         *METRIC_COLUMNS[:-1], *(Column(n.upper(), lambda s, n=n: dict(s["metrics"]).get(n)) for n in names)  # type: ignore[misc]
@@ -570,11 +604,17 @@ def _settled(remote: Remote, receipts: Sequence[Document]) -> list[Document]:
 def _wish_command(name: str, verb: str, body: Callable[[], Document], text: str, *, ask: str = "", safe: bool = True
                   ) -> click.Command:
     @click.command(name, help=f"{text}\n\n\b\nExample:\n  jobsched {name} JOB{' -y' if ask else ''}")
-    @click.argument("jobs", nargs=-1, required=True, metavar="JOB...")
+    @click.argument("jobs", nargs=-1, metavar="JOB...")
+    @click.option("-l", "--label", metavar="K=V", help="All jobs with this label that have not ended.")
     @click.option("-y", "--yes", is_flag=True, hidden=not ask, help="Do not ask.")
     @output_options
     @click.pass_context
-    def command(ctx: click.Context, jobs: Sequence[str], yes: bool, view: View) -> int:
+    def command(ctx: click.Context, jobs: Sequence[str], label: str | None, yes: bool, view: View) -> int:
+        if bool(jobs) == bool(label):
+            raise UsageError("name jobs, or a label that they have", hint=f"jobsched {name} JOB, or -l team=vision")
+        if label:
+            with connected(ctx) as remote:
+                jobs = [d["id"] for d in page(remote, {"label": label, "limit": 1_000})[0]]
         if ask and sys.stdin.isatty():
             render.confirm(ask.format(", ".join(jobs)), yes=yes, command=f"jobsched {name} {' '.join(jobs)}")
         return _wish(ctx, jobs, verb, body(), view, safe=safe)
@@ -592,6 +632,53 @@ suspend = _wish_command("suspend", "hold", lambda: {"stop": True},
 resume = _wish_command("resume", "release", dict, "Let suspended or held jobs go on.")
 restart = _wish_command("restart", "restart", dict, "Save, stop and start jobs anew from their last checkpoint.",
                         safe=False)
+
+
+@click.command()
+@click.argument("job")
+@click.option("--timeout", default="2m", show_default=True, metavar="2m", help="Longest wait for it; then exit 124.")
+@click.option("--no-wait", is_flag=True, help="Only ask.")
+@click.pass_context
+def checkpoint(ctx: click.Context, job: str, timeout: str, no_wait: bool) -> None:
+    """Have a running job save now, and go on. Its scripts must listen: context.should_checkpoint(), or a handler of the
+    checkpoint signal.
+
+    \b
+    Example:
+      jobsched checkpoint @last
+    """
+    until = time.monotonic() + (render.seconds(timeout) or 0)
+    with connected(ctx) as remote:
+        path = path_of(remote, job)
+        document = attach.fetch(remote, job)
+        before, step = document["checkpoint"], _progress(document, "step")
+        asked = json.loads(remote.post(f"{path}/checkpoint"))["asked"]
+        names = ", ".join(asked[:8]) + ("…" if asked[8:] else "")
+        talk(f"asked {render.count(len(asked), 'replica')} to save: {names}")
+        while not no_wait and not saved_since(before, document["checkpoint"], -1 if step is None else step):
+            if document["phase"] in TERMINAL or time.monotonic() > until:
+                raise WaitTimeout(f"job {document['name']} ({document['phase']}) did not save",
+                                  hint=f"jobsched logs {document['id']}")
+            time.sleep(0.1)
+            document = attach.fetch(remote, document["id"])
+        if not no_wait:
+            mark = document["checkpoint"]
+            render.write(f"step {mark['step']} of attempt {mark['attempt']}: {mark['path']}\n")
+
+
+@click.command("attach")
+@click.argument("job")
+@output_options
+@click.pass_context
+def attach_(ctx: click.Context, job: str, view: View) -> int:
+    """Show the logs and the progress of a job until it ends, and exit with its code, as 'run' does. Ctrl-C only leaves.
+
+    \b
+    Example:
+      jobsched attach @last
+    """
+    with connected(ctx) as remote:
+        return attach.follow(remote, remote.documents(path_of(remote, job)), view, begun="attached to")
 
 
 @click.command()

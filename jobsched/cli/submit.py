@@ -158,6 +158,42 @@ def update(
     return worst
 
 
+@click.command()
+@click.argument("file", metavar="FILE")
+@click.argument("job", required=False)
+@click.option("-e", "--env", multiple=True, metavar="K=V", help="Variable; K alone takes the caller's.")
+@click.option("--set", "changes", multiple=True, metavar="A.B=C", help="Any field: roles.worker.gpu=4.")
+@click.pass_context
+def diff(ctx: click.Context, /, file: str, job: str | None, **options: Any) -> int:
+    """Show what a job file would change of a job (default: the one with the file's name). Exits 0 when nothing differs,
+    1 when something does.
+
+    \b
+    Example:
+      jobsched diff job.yaml && echo up to date
+    """
+    method, body = _edit(file, _overrides(options))
+    job = job or body["spec"]["name"]
+    if not job:
+        raise UsageError("the file gives the job no name", hint="jobsched diff FILE JOB")
+    with connected(ctx) as remote:
+        path = f"{path_of(remote, job)}/spec"
+        before = remote.documents(path)
+        answer = json.loads(remote.change(method, path, body, dry_run=True))
+    for field in answer["fields"]:
+        was, becomes = (json.dumps(_at(spec, field), sort_keys=True) for spec in (before, body["spec"]))
+        render.write(f"{field}: {was} -> {becomes}\n")
+    talk(_edit_text(answer, dry_run=True))
+    return 1 if answer["fields"] else 0
+
+
+def _at(spec: Any, path: str) -> Any:
+    """The value of a field; None where there is none."""
+    for step in path.split("."):
+        spec = spec.get(step) if isinstance(spec, dict) else None
+    return spec
+
+
 def _edit(file: str | None, changes: dict[str, str]) -> tuple[Literal["PUT", "PATCH"], Document]:
     """How an edit is asked for, and its body: a whole spec, or some fields of the one that a job has."""
     if file is None:

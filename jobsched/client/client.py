@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import TypeAdapter
 
 from jobsched.client import locate, notebook
-from jobsched.client.documents import cause_sentence, log_lines, reference, submission, user
+from jobsched.client.documents import cause_sentence, log_lines, reference, saved_since, submission, user
 from jobsched.client.interleave import interleave
 from jobsched.client.remote import Endpoint, Remote
 from jobsched.core.answers import (
@@ -37,7 +37,7 @@ from jobsched.core.answers import (
     WhyAnswer,
 )
 from jobsched.core.events import Stored
-from jobsched.core.job import Phase, Reason
+from jobsched.core.job import CheckpointMark, Phase, Reason
 from jobsched.core.observation import Incident
 from jobsched.errors import JobFailed, NotFound, WaitTimeout
 from jobsched.ports import Sample
@@ -311,6 +311,20 @@ class JobHandle:
         """Wanted replicas of elastic roles: `job.scale(worker=8)`."""
         return self._do("scale", {"wanted": wanted})
 
+    def checkpoint(self, timeout: float = 120.0) -> CheckpointMark | None:
+        """Have it save now and go on; its newest checkpoint, once there is one (`timeout` 0: without waiting). Raises
+        `Conflict` when it does not run or nothing of it listens, `WaitTimeout`."""
+        progress = self.refresh().progress
+        step = -1 if progress is None else progress.step
+        before = self.answer.job.checkpoint
+        self._client.remote.post(f"jobs/{self.id}/checkpoint")
+        deadline = time.monotonic() + timeout
+        while timeout and not saved_since(_mark(before), _mark(self.refresh().answer.job.checkpoint), step):
+            if time.monotonic() > deadline or self.state.terminal:
+                raise WaitTimeout(f"job {self.name} ({self.state}) did not save", hint=f"jobsched logs {self.id}")
+            time.sleep(0.1)
+        return self.answer.job.checkpoint
+
     def update(
         self, what: Source | None = None, *, dry_run: bool = False, expected: int | None = None, **changes: Any
     ) -> EditAnswer:
@@ -414,6 +428,10 @@ class JobArray(JobHandle):
         for handle in self.handles:
             handle.cancel()
         return self
+
+
+def _mark(checkpoint: CheckpointMark | None) -> dict[str, Any] | None:
+    return None if checkpoint is None else asdict(checkpoint)
 
 
 def read_spec(what: Source, overrides: Mapping[str, object]) -> JobSpec:

@@ -59,6 +59,12 @@ def log_lines(remote: Remote, ref: str, **selection: Any) -> Iterator[Document]:
         yield line
 
 
+def saved_since(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None, step: int) -> bool:
+    """Whether a checkpoint came after `before` (both as in a job's document); where the training had not gone on since
+    that one (it stood at `step`), there is nothing new to save."""
+    return now is not None and (now != before or now["step"] >= step >= 0)
+
+
 def cause_sentence(cause: Mapping[str, Any]) -> str:
     """The root cause in one line: what happened, to which rank, where, whose fault."""
     who = f"{cause['role']}/{cause['index']}" if cause.get("role") else "the job"

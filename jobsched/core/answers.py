@@ -96,6 +96,15 @@ class EditAnswer:
 
 
 @dataclass(frozen=True, slots=True)
+class CheckpointAnswer:
+    """Whose processes were asked to save."""
+
+    job: Job
+    asked: tuple[str, ...] = ()
+    """Replicas, as `role/index`."""
+
+
+@dataclass(frozen=True, slots=True)
 class JobPage:
     jobs: tuple[JobAnswer, ...]
     more: bool = False

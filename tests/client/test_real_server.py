@@ -145,6 +145,65 @@ def test_update_in_place_and_from_the_next_attempt(client: Client, tmp_path: Pat
     cli("update", "changed", "--priority", "2", code=5)
 
 
+SAVES = """
+import time
+from jobsched.train.context import context
+for step in range(100_000):
+    context.report(step=step, loss=1.0)
+    if context.should_checkpoint():
+        context.checkpoint_saved(f"/ckpt/{step}")
+    time.sleep(0.05)
+"""
+
+
+def test_a_running_job_saves_on_request_and_goes_on(client: Client, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(SAVES)
+    job = client.submit({"name": "saver", "command": f"{sys.executable} train.py", "working_dir": str(tmp_path),
+                         "env": {"PYTHONPATH": str(Path(__file__).parents[2])}, "labels": {"team": "savers"}})
+    job.wait(5, timeout=60)
+    assert cli("checkpoint", "saver").startswith("step ")
+    first = job.refresh().answer.job.checkpoint
+    assert first is not None
+    job.wait(first.step + 3, timeout=60)
+    second = job.checkpoint(timeout=60)
+    assert second is not None
+    assert second.step > first.step
+    assert (job.refresh().state, job.attempts) == (Phase.RUNNING, 1)
+    rows = cli("gpus", "--no-headers").splitlines()
+    assert len(rows) == 8
+    assert "free" in rows[0]
+    watching = subprocess.Popen([sys.executable, "-m", "jobsched.cli.main", "metrics", "saver", "-w", "-o", "jsonl"],
+                                stdout=subprocess.PIPE, text=True)
+    attached = subprocess.Popen([sys.executable, "-m", "jobsched.cli.main", "attach", "saver"],
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert watching.stdout is not None
+    assert json.loads(watching.stdout.readline())["metrics"]["loss"] == 1.0
+    cli("cancel", "-y", "-l", "team=savers")
+    assert watching.wait(60) == 0
+    assert attached.wait(60) == 143
+    cli("checkpoint", "saver", code=5)
+    cli("cancel", "-y", code=2)
+
+
+def test_a_job_that_does_not_listen_is_not_asked_to_save(client: Client, tmp_path: Path) -> None:
+    job = client.submit({"name": "deaf", "command": "exec sleep 300", "replicas": 2, "gpu": "any:1"})
+    job.wait("running", timeout=60)
+    with pytest.raises(errors.Conflict, match="listens for the checkpoint signal"):
+        job.checkpoint()
+    used = [row.split() for row in cli("gpus", "--no-headers").splitlines() if "deaf/" in row]
+    assert sorted(row[-1] for row in used) == ["deaf/worker/0", "deaf/worker/1"]
+    assert {row[4] for row in used} == {"used"}
+    assert len(cli("gpus", "--free", "-q").split()) == 6
+    file = tmp_path / "job.yaml"
+    file.write_text("name: deaf\ncommand: exec sleep 300\nreplicas: 2\ngpu: any:1\nworking_dir: /\npriority: 3\n")
+    out = cli("diff", str(file), code=1)
+    assert "priority: 0 -> 3" in out
+    cli("update", "deaf", "-f", str(file), "-y")
+    assert cli("diff", str(file), "deaf") == ""
+    cli("diff", str(file), "nobody", code=3)
+    job.cancel().wait(timeout=60)
+
+
 def test_hold_release_and_what_can_never_run(client: Client) -> None:
     job_id = cli("submit", "-q", "--hold", "--", "true").strip()
     job = client.job(job_id)

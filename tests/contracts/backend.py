@@ -584,6 +584,25 @@ class ProcessBackendContract(BackendContract):
         with pytest.raises(Conflict):
             reach.execute(a_key("nobody"), ["true"])
 
+    def test_those_who_listen_are_asked_to_save_and_go_on(self, reach: Reach, watcher: Watcher, node: Node) -> None:
+        listens = a_launch(node, ("python", "-c", SAVES_WHEN_ASKED))
+        sleeps = a_launch(node, ("/bin/sleep", "300"), a_key(index=1))
+        watcher.backend.start([listens, sleeps])
+        watcher.running(listens.key, sleeps.key)
+        self.wait_for_log(watcher.backend, listens.key, b"ready")
+        assert list(reach.ask_checkpoint([listens.key, sleeps.key, a_key("nobody")])) == [listens.key]
+
+        def saved(sight: Sight) -> bool:
+            progress = sight.replicas[listens.key].progress
+            return progress is not None and progress.saved_step == 7
+
+        watcher.until(saved)
+        watcher.look(100)
+        assert watcher.sight.alive(listens.key)
+        assert watcher.sight.alive(sleeps.key)
+        watcher.backend.stop([listens.key, sleeps.key], 0)
+        watcher.ended(listens.key, sleeps.key)
+
     def test_a_port_of_a_replica_is_reached(self, reach: Reach, watcher: Watcher, node: Node) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]

@@ -185,6 +185,26 @@ class Keeper:
         if (program := find_program(interpreter, env.get("PATH", ""), "/")) is not None:
             self._warm.prepare(program, preload, env, pinned=True)
 
+    def ask_checkpoint(self, keys: Iterable[Key]) -> list[Key]:
+        """Those that listen: they are sent the signal, and go on."""
+        table, told = Look().table, []
+        for key in keys:
+            replica = self.replicas.get(key)
+            if replica is None or replica.state is not State.RUNNING or replica.reaped is not None:
+                continue
+            if self._signal_listeners(replica, processes.members(replica.pid, replica.start_ticks, table)):
+                told.append(key)
+        return told
+
+    @staticmethod
+    def _signal_listeners(replica: Replica, pids: Iterable[int]) -> bool:
+        """The checkpoint signal to those that catch it; whether there was one."""
+        number = processes.signal_number(replica.order.stop_signal)
+        listening = [pid for pid in pids if number and processes.catches(pid, number)]
+        for pid in listening:
+            processes.send(pid, number)
+        return bool(listening)
+
     def beside(self, key: Key) -> Message:
         """What a process needs to run beside this replica: whose neighbour it is, its environment, its groups."""
         replica = self.replicas.get(key)
@@ -382,11 +402,7 @@ class Keeper:
             self._kill(self._all_of(replica, look))
             return
         if stop.stage is None:
-            number = processes.signal_number(replica.order.stop_signal)
-            listening = [pid for pid in pids if number and processes.catches(pid, number)]
-            for pid in listening:
-                processes.send(pid, number)
-            stop.stage = Stage.ASKED if listening else None
+            stop.stage = Stage.ASKED if self._signal_listeners(replica, pids) else None
         acknowledged = replica.progress is not None and replica.progress.acknowledged != stop.acknowledged_before
         if stop.stage is None or (stop.stage is Stage.ASKED and (acknowledged or now >= stop.until)):
             stop.stage = Stage.TERMINATED  # without an acknowledgement the rest of the grace goes to a SIGTERM handler

@@ -10,6 +10,7 @@ happen, newest state per replica. `hello`, `upgrade` and `quit` keep their meani
                                                supervisor ends first, by the next one, unless they are held again
     -> {"do": "stop", "keys": [k, …], "grace_ms": 30000}
     -> {"do": "stacks" | "forget" | "state", "keys": [k, …]}
+    -> {"do": "checkpoint", "keys": [k, …]}    <- {"ok": true, "keys": [k, …]}   those that listen
     -> {"do": "beside", "key": k}              <- {"ok": true, "pid": 34, "env": {…}, "enter": […]}   for `beside`
     -> {"do": "warm", "interpreter": …, "preload": […], "env": {…}}
     -> {"do": "upgrade", "argv": […]}          the supervisor becomes this command; its children stay its children

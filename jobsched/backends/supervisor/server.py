@@ -146,6 +146,8 @@ class Server:
                 keeper.ask_stacks(message["keys"])
             case "state":
                 return self.report(message["keys"])
+            case "checkpoint":
+                return {"ok": True, "keys": keeper.ask_checkpoint(message["keys"])}
             case "beside":
                 return keeper.beside(message["key"])
             case "warm":
