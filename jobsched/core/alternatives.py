@@ -13,6 +13,7 @@ from jobsched.core.explain import could_ever_fit
 from jobsched.core.job import Job, Shape, changed
 from jobsched.core.node import kind_matches
 from jobsched.core.policies.admission import admit
+from jobsched.core.policies.backfill import in_the_way, keep_free
 from jobsched.core.policies.placement import Gang, place_gang
 from jobsched.core.resources import WHOLE_GPU, JobId
 from jobsched.spec.job import GpuRequest, JobSpec, Replicas, RoleSpec
@@ -27,7 +28,12 @@ LATER_TRIED = 2
 def starts_now(cluster: Cluster, job: Job, spec: JobSpec, now_ms: int) -> bool:
     """Whether the job could start this very moment, were it written like `spec`. O(one placement)."""
     probe = changed(job, id=NOBODY, spec=spec, wanted={})
+    promised = [claim for claim in cluster.reservations.values() if claim.job_id != job.id]
+    claims = in_the_way(cluster, probe, (-probe.priority, 0, 0, ""), promised, now_ms)
+    if any(claim.limits(probe) for claim in claims):
+        return False
     with cluster.trial():
+        keep_free(cluster, claims)
         shape = admit(cluster, probe, now_ms)
         return isinstance(shape, Shape) and isinstance(place_gang(cluster, shape, job.avoid), Gang)
 
@@ -169,5 +175,6 @@ def _split(spec: JobSpec, now: Callable[[JobSpec], bool]) -> Iterator[str]:
     while size % 2 == 0 and size > 1:
         size, count = size // 2, count * 2
         if now(_with(spec, name, replicas=_fixed(count), gpu=_gpu(role.gpu, milli=size * WHOLE_GPU))):
-            yield f"{count} × {size} GPUs instead of {role.replicas.min} × {role.gpu.milli // WHOLE_GPU}"
+            parts = f"{count} × {size} GPU{'s' if size > 1 else ''}"
+            yield f"{parts} instead of {role.replicas.min} × {role.gpu.milli // WHOLE_GPU}"
             return

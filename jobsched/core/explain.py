@@ -103,7 +103,9 @@ def clock(at_ms: int) -> str:
 
 
 def moment(at_ms: int, now_ms: int) -> str:
-    """An instant to come: "14:20 UTC", with the day when it is not within the next 24 hours."""
+    """An instant to come: "14:20 UTC", with seconds when it is near, with days when it is far."""
+    if at_ms - now_ms < 120_000:
+        return f"{clock(at_ms)}:{at_ms // 1_000 % 60:02} UTC"
     days = (at_ms - now_ms) // 86_400_000
     return f"{clock(at_ms)} UTC" + (f" in {many(days, 'day')}" if days > 0 else "")
 
@@ -151,15 +153,16 @@ def _limit(cluster: Cluster, refused: Refused) -> Why:
             hours = refused.limit / WHOLE_GPU / HOUR_MS
             text = f"queue {refused.queue} has used its {hours:g} GPU-hours of this window"
             return Why(Reason.BUDGET, text, "wait for the next window, or submit to another queue")
-        case _ if refused.resource == GPUS and refused.left >= 0 and refused.limit >= refused.needs:
-            text = f"needs {_gpus(refused.needs)}; queue {refused.queue} holds {holds} of its {unit(refused.limit)}"
-            return Why(refused.reason, text, fix)
         case _:
-            used = cluster.quotas.account(refused.queue).used.get(refused.resource, 0)
-            more = f"may take {unit(refused.left)} more" if refused.left > 0 else "may take no more"
-            text = (f"needs {unit(refused.needs)} {what}; queue {refused.queue} holds {unit(used)}, its quota is "
-                    f"{unit(refused.limit)}, and it {more} now")
-            return Why(refused.reason, text, fix)
+            account = cluster.quotas.account(refused.queue)
+            if refused.resource in account.root.nominal:
+                used, borrowed = account.used.get(refused.resource, 0), account.borrowed(refused.resource)
+            else:
+                used, borrowed = refused.limit - refused.left, 0
+            lent = f" ({unit(borrowed)} of them borrowed)" if borrowed else ""
+            more = f"may take {unit(refused.left)} more now" if refused.left > 0 else "may take no more now"
+            text = f"needs {unit(refused.needs)} {what}; queue {refused.queue} holds {unit(used)}{lent} of its"
+            return Why(refused.reason, f"{text} {unit(refused.limit)} and {more}", fix)
 
 
 def _position(cluster: Cluster, job: Job) -> tuple[int, int]:
