@@ -13,7 +13,7 @@ from jobsched.core.explain import could_ever_fit
 from jobsched.core.job import Job, Shape, changed
 from jobsched.core.node import kind_matches
 from jobsched.core.policies.admission import admit
-from jobsched.core.policies.backfill import in_the_way, keep_free
+from jobsched.core.policies.backfill import Guard, in_the_way
 from jobsched.core.policies.placement import Gang, place_gang
 from jobsched.core.resources import WHOLE_GPU, JobId
 from jobsched.spec.job import GpuRequest, JobSpec, Replicas, RoleSpec
@@ -33,7 +33,7 @@ def starts_now(cluster: Cluster, job: Job, spec: JobSpec, now_ms: int) -> bool:
     if any(claim.limits(probe) for claim in claims):
         return False
     with cluster.trial():
-        keep_free(cluster, claims)
+        Guard(cluster).keep(claims)
         shape = admit(cluster, probe, now_ms)
         return isinstance(shape, Shape) and isinstance(place_gang(cluster, shape, job.avoid), Gang)
 
