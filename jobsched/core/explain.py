@@ -161,7 +161,8 @@ def _limit(cluster: Cluster, refused: Refused) -> Why:
                 used, borrowed = refused.limit - refused.left, 0
             lent = f" ({unit(borrowed)} of them borrowed)" if borrowed else ""
             more = f"may take {unit(refused.left)} more now" if refused.left > 0 else "may take no more now"
-            text = f"needs {unit(refused.needs)} {what}; queue {refused.queue} holds {unit(used)}{lent} of its"
+            needs = _gpus(refused.needs) if refused.resource == GPUS else f"{unit(refused.needs)} {what}"
+            text = f"needs {needs}; queue {refused.queue} holds {unit(used)}{lent} of its"
             return Why(refused.reason, f"{text} {unit(refused.limit)} and {more}", fix)
 
 

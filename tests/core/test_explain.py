@@ -39,7 +39,8 @@ def test_every_reason_has_its_numbers() -> None:
     never = world.submit(a_spec(roles={"worker": {"command": "x", "gpu": "any:4"}}))
     kind = world.submit(a_spec(roles={"worker": {"command": "x", "gpu": "h100:1"}}))
     world.tick(3)
-    assert reasons(world, quota) == {Reason.QUOTA_QUEUE: "needs 1 GPU; queue small holds 1 of its 1"}
+    full = "needs 1 GPU; queue small holds 1 of its 1 and may take no more now"
+    assert reasons(world, quota) == {Reason.QUOTA_QUEUE: full}
     assert reasons(world, paused) == {Reason.QUEUE_PAUSED: "queue off is paused"}
     assert Reason.HELD in reasons(world, held)
     assert reasons(world, never)[Reason.UNPLACEABLE] == (
