@@ -78,18 +78,6 @@ class Target(NamedTuple):
     coordinator_port: int = 0
 
 
-@dataclass(slots=True)
-class Service:
-    """GPU time that a job has attained: held since its first placement, in thousandths of a GPU times milliseconds."""
-
-    milli_ms: int = 0
-    since_ms: int = 0
-    milli: int = 0
-
-    def at(self, now_ms: int) -> int:
-        return self.milli_ms + self.milli * max(0, now_ms - self.since_ms)
-
-
 Rank = Callable[[Job, Estimates], int]
 """What decides between like jobs before their age: a policy's estimate of how long each will take, for example. Asked
 when a job joins its line."""
@@ -209,8 +197,6 @@ class Cluster:
     """When the next budget window begins; 0: no queue has a budget."""
     estimates: Estimates = field(default_factory=Estimates)
     """How long jobs run, learned from those that ran."""
-    service: dict[JobId, Service] = field(default_factory=dict)
-    """Attained service of live jobs that were placed once."""
     elastic: dict[JobId, None] = field(default_factory=dict)
     """Active jobs whose size `policies.elasticity` may decide."""
     speeds: dict[JobId, SpeedModel] = field(default_factory=dict)
@@ -390,7 +376,6 @@ class Cluster:
             self.jobs.pop(job_id, None)
             self.growing.pop(job_id, None)
             self._shape.pop(job_id, None)
-            self.service.pop(job_id, None)
             for known in (self.elastic, self.speeds, self.targets):
                 known.pop(job_id, None)
             return
@@ -529,10 +514,6 @@ class Cluster:
         old = before.replicas if before is not None else {}
         shape = self._shape.get(after.id) or shape_of_job(after)
         roles = {r.role: r for r in shape.roles}
-        service = self.service.get(after.id)
-        if service is None:
-            service = self.service[after.id] = Service()
-        service.milli_ms, service.since_ms = service.at(at_ms), at_ms
         for rid, replica in old.items():
             now = after.replicas.get(rid)
             if replica.binding is not None and (now is None or now.binding is not replica.binding):
@@ -558,7 +539,6 @@ class Cluster:
         else:
             amounts = self._charged.pop((job.id, replica.id))
         self.quotas.book(job.spec.queue, job.owner, amounts, sign, at_ms)
-        self.service[job.id].milli += sign * sum(share.milli for share in binding.gpus)
 
     def _count_array(self, before: Job | None, after: Job) -> None:
         if not after.array_id:

@@ -204,9 +204,7 @@ def _options(
     """Sizes within limits, each with its value; sizes on which the job makes no progress are left out."""
     gpus = role.gpu_milli // WHOLE_GPU
     per_node = max(1, cluster.widest(pool) // gpus)
-    service = cluster.service.get(job.id)
-    attained_gpu_s = service.at(now_ms) / (1_000 * WHOLE_GPU) if service is not None else 0.0
-    weight = (attained_gpu_s + LITTLE_GPU_S) ** -FAVOUR
+    weight = (job.gpu_time(now_ms) / (1_000 * WHOLE_GPU) + LITTLE_GPU_S) ** -FAVOUR
     found: list[Option] = []
     for count in _candidate_sizes(limits[0], limits[1], per_node, have):
         on = nodes if count == have else -(-count // per_node)

@@ -118,10 +118,9 @@ def least_attained(thresholds_gpu_s: Sequence[int], whole_seconds: bool = True) 
             standing = cluster.standing.get(job.id)
             level = standing.level if standing else 0
             until_ms = 0
-            service = cluster.service.get(job.id)
-            if service is not None:
+            if job.first_placed_at_ms:
                 gpus = max(1, gpus_asked(job)) / WHOLE_GPU
-                ran_ms = service.at(now_ms) / WHOLE_GPU / gpus
+                ran_ms = job.gpu_time(now_ms) / WHOLE_GPU / gpus
                 limits = [1_000 * (ceil(t / gpus) if whole_seconds else t / gpus) for t in thresholds_gpu_s]
                 while level < len(limits) and ran_ms >= limits[level]:
                     level += 1
