@@ -25,7 +25,7 @@ FAULT_SPAN_MS = 30 * 86_400_000
 @click.argument("fmt", metavar="[FORMAT]", default=SYNTHETIC)
 @click.argument("trace", required=False, default="")
 @click.option("--nodes", metavar="NODES", default="", help="Cluster, for example 16x4 or 8x8:v100+4x8:k80.")
-@click.option("--policy", metavar="NAME", default="priority", show_default=True, help="Who goes first.")
+@click.option("--policy", metavar="NAME", default="learned", show_default=True, help="Who goes first.")
 @click.option("--compare", metavar="NAME", multiple=True, help="Run this policy too; may be repeated.")
 @click.option("--faults", metavar="SPEC", default="", help="What breaks: all, or node=6h,replica=30m,crash=1h …")
 @click.option("--jobs", type=click.IntRange(0, 1_000_000), default=0, help="Only so many jobs; 0: all.")

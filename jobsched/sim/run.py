@@ -418,4 +418,6 @@ POLICIES: dict[str, PolicyMaker] = {
     "conservative": lambda sim: _policy(sim, ordering=fifo, backfill=Backfill(64)),
     "elastic": _elastic,
 }
-"""Policies by the name that `jobsched simulate --policy` takes. sjf, qssf, srtf and srsf are told run times."""
+"""Policies by the name that `jobsched simulate --policy` takes. Told true run times: sjf, qssf, srtf, srsf, knapsack,
+in-time, themis, kinds, blind. Learned from the past only: learned, service, easy, conservative, and las of what a job had;
+reported also from what jobs report, guessed also from what their users expect."""

@@ -10,6 +10,7 @@ import json
 import time
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,9 +66,21 @@ def waiting_growth() -> float:
     return idle(10_000) / idle(1_000)
 
 
+def jct(policy: str) -> float:
+    """Average JCT on a crowded cluster relative to least attained service. Deterministic."""
+
+    def average_s(name: str) -> float:
+        workload = synthetic(400, nodes="2x8", load=1.3)
+        rules = replace(workload.rules, progress=name == "reported")
+        return Simulation(replace(workload, rules=rules), POLICIES[name], name).run().summary.avg_jct_s
+
+    return average_s(policy) / average_s("las")
+
+
 FIGURES: dict[str, Callable[[], float]] = {
     "cycle-tick": cycle_tick, "cycle-cold": cycle_cold, "simulated-jobs": simulated_jobs,
-    "waiting-growth": waiting_growth,
+    "waiting-growth": waiting_growth, "jct-learned": lambda: jct("learned"), "jct-reported": lambda: jct("reported"),
+    "jct-knapsack": lambda: jct("knapsack"),
 }  # fmt: skip
 
 
