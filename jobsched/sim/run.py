@@ -419,5 +419,5 @@ POLICIES: dict[str, PolicyMaker] = {
     "elastic": _elastic,
 }
 """Policies by the name that `jobsched simulate --policy` takes. Told true run times: sjf, qssf, srtf, srsf, knapsack,
-in-time, themis, kinds, blind. Learned from the past only: learned, service, easy, conservative, and las of what a job had;
-reported also from what jobs report, guessed also from what their users expect."""
+in-time, themis, kinds, blind. Learned from the past only: learned, service, easy, conservative; las goes by what a job
+had. reported hears besides what jobs report, guessed what their users expect."""

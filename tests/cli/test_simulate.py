@@ -14,7 +14,7 @@ from jobsched.cli.main import run
 def test_json_gives_one_line_per_policy(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["simulate", "synthetic", "40", "--nodes", "2x8", "--compare", "sjf", "-o", "json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["policy"] for row in rows] == ["priority", "sjf"]
+    assert [row["policy"] for row in rows] == ["learned", "sjf"]
     assert all(row["jobs"] == 40 and row["makespan_s"] > 0 for row in rows)
 
 
@@ -31,7 +31,7 @@ def test_a_report_is_one_file_and_its_plots(tmp_path: Path, capsys: pytest.Captu
     pytest.importorskip("matplotlib")
     assert run(["simulate", "synthetic", "30", "--compare", "sjf", "--report", str(tmp_path)]) == 0
     assert "makespan_s" in capsys.readouterr().out
-    plots = {"queue", "allocation", "jct", "gantt-priority", "gantt-sjf"}
+    plots = {"queue", "allocation", "jct", "gantt-learned", "gantt-sjf"}
     assert {path.name for path in tmp_path.iterdir()} == {"report.html", *(f"{name}.png" for name in plots)}
     assert all((tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in plots)
     page = (tmp_path / "report.html").read_text()
