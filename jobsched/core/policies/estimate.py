@@ -138,7 +138,8 @@ def ran_ms(job: Job, now_ms: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Noted:
-    """What `Estimates` had learned, as values; `live`: job, buckets passed, place of its campaign."""
+    """What `Estimates` had learned, as values; `live`: job, buckets passed, place of its campaign, where
+    that is not what the rest implies."""
 
     tallies: tuple[tuple[Key, tuple[int, ...], tuple[int, ...]], ...] = ()
     campaigns: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
@@ -207,13 +208,18 @@ class Estimates:
             (family, last_ms, tally) for family, (last_ms, tally) in self._campaigns.items()
             if now_ms - last_ms <= CAMPAIGN_GAP_MS
         ]  # fmt: skip
-        campaigns = [tally for _, _, tally in going] + [known.levels[-1] for known in self._live.values()]
-        place = {id(tally): at for at, tally in enumerate(campaigns)}
+        campaigns: dict[int, Tally] = {id(tally): tally for _, _, tally in going}
+        taught = {
+            job_id: known for job_id, known in self._live.items()
+            if known.passed or known.levels[-1].version or id(known.levels[-1]) not in campaigns
+        }  # fmt: skip
+        campaigns |= {id(known.levels[-1]): known.levels[-1] for known in taught.values()}
+        place = {key: at for at, key in enumerate(campaigns)}
         return Noted(
             tuple((key, tuple(tally.entered), tuple(tally.ended)) for key, tally in most),
-            tuple((tuple(tally.entered), tuple(tally.ended)) for tally in campaigns),
+            tuple((tuple(t.entered), tuple(t.ended)) if t.version else ((), ()) for t in campaigns.values()),
             tuple((family, last_ms, place[id(tally)]) for family, last_ms, tally in going),
-            tuple((job_id, known.passed, place[id(known.levels[-1])]) for job_id, known in self._live.items()),
+            tuple((job_id, known.passed, place[id(known.levels[-1])]) for job_id, known in taught.items()),
             self._ends,
             tuple((key, tally.told, tally.silent) for key, tally in most if tally.told or tally.silent),
         )
@@ -410,7 +416,7 @@ class Estimates:
 
 
 def _tally(entered: Sequence[int], ended: Sequence[int]) -> Tally:
-    return Tally(list(entered), list(ended), version=sum(entered))
+    return Tally(list(entered), list(ended), version=sum(entered)) if entered else Tally()
 
 
 def _tuples(key: Sequence[object]) -> Key:
