@@ -176,6 +176,7 @@ class KubernetesBackend:
                     self._aside(self._carry_out, replica, replica.stop)
                 elif until < replica.stop.until:
                     replica.stop.until, replica.stop.now = until, grace_ms <= 0
+                    self.table.stir(replica)
             self.table.changed.notify_all()
 
     def ask_stacks(self, keys: Sequence[LaunchKey]) -> None:
@@ -456,7 +457,7 @@ class KubernetesBackend:
     def _ends(self, replica: Replica, report: ReplicaReport) -> None:
         """Its container ended: once its log is whole, so does the replica."""
         replica.end, replica.end_at = report, time.monotonic()
-        self.table.changed.notify_all()
+        self.table.stir(replica)
         self.readers.attend(replica)
 
     def _pod_gone(self, replica: Replica, found: Json | None) -> None:
@@ -543,22 +544,21 @@ class KubernetesBackend:
                 asked = self._signal(replica, number, "caught")
             if asked:
                 wait(lambda: not replica.alive or stop.now or replica.acknowledged != stop.acknowledged_before,
-                     lambda: stop.until)
+                     lambda: stop.until, replica)
             if replica.alive and self._can_hear(replica) and not stop.now:
                 answered = asked and replica.acknowledged != stop.acknowledged_before
                 least = time.monotonic() + KILL_AFTER_S
-
 
                 def until(least: float = least, answered: bool = answered) -> float:
                     return least if answered else max(least, stop.until)
 
                 if not self._signal(replica, signal.SIGTERM, "all"):
                     self.api.delete(f"{self._base}/pods/{replica.pod}", max(int(until() - time.monotonic()), 1))
-                wait(lambda: not replica.alive or replica.end is not None or stop.now, until)
+                wait(lambda: not replica.alive or replica.end is not None or stop.now, until, replica)
             if replica.alive and replica.end is None:
                 self._kill(replica)
             begun = time.monotonic()
-            wait(lambda: not replica.alive, lambda: begun + KILL_AFTER_S)
+            wait(lambda: not replica.alive, lambda: begun + KILL_AFTER_S, replica)
         except (BackendUnreachable, Refused):
             pass  # the order comes again
         finally:

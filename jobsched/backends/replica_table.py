@@ -1,6 +1,7 @@
 """What an adapter knows of its replicas, and what of it has not been told yet. Used by `kubernetes`; decides nothing.
 
-One lock guards it all; `changed` is told on every end, acknowledgement, and change that cannot wait.
+One lock guards it all; `changed` is told on every end, acknowledgement, and change that cannot wait. Who waits for one
+replica is woken by its own news only: a thousand stops at a time must not wake each other.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ class Known:
     progress: Progress | None = None
     stop: Stop | None = None
     ended_at: float = 0.0
+    news: threading.Condition | None = None
+    """Told with `changed` when this replica changed; made when somebody waits for it."""
 
     @property
     def key(self) -> LaunchKey:
@@ -125,7 +128,13 @@ class ReplicaTable(Generic[R]):
         if self._replicas.get(replica.key) is replica:
             self._dirty[replica.key] = None
             self._urgent = True
-            self.changed.notify_all()
+            self.stir(replica)
+
+    def stir(self, replica: R) -> None:
+        """Wake those who wait for it (under the lock)."""
+        self.changed.notify_all()
+        if replica.news is not None:
+            replica.news.notify_all()
 
     def glance(self, replica: R) -> None:
         """Its progress is to be told again, without hurry (under the lock)."""
@@ -172,11 +181,14 @@ class ReplicaTable(Generic[R]):
                 self.mark(replica)
             return replica
 
-    def wait(self, holds: Callable[[], bool], until: Callable[[], float]) -> None:
-        """Until it holds, or an instant that others may bring nearer."""
-        with self.changed:
+    def wait(self, holds: Callable[[], bool], until: Callable[[], float], replica: R | None = None) -> None:
+        """Until it holds, or an instant that others may bring nearer; of one replica, if it is about one."""
+        with self.lock:
+            if replica is not None and replica.news is None:
+                replica.news = threading.Condition(self.lock)
+            news = self.changed if replica is None or replica.news is None else replica.news
             while not holds() and (left := until() - time.monotonic()) > 0:
-                self.changed.wait(min(left, 1.0))
+                news.wait(min(left, 1.0))
 
     def hurry(self) -> None:
         """Something other than a replica changed."""
