@@ -195,7 +195,8 @@ def _refuse(side: Side, path: str, said: bytes, code: int | None) -> None:
     text = said.decode(errors="replace").strip()
     if code in (126, 127):
         raise Conflict(f"nothing can be copied from or to {side.name}: {text or 'tar: not found'}", hint=NO_TAR)
-    if "No such file" in text or "can't cd" in text:
+    first = text.partition("\n")[0]  # what else is wrong follows from that
+    if "No such file" in first or "can't cd" in first:
         look = f"jobsched exec {side.name} -- ls -l {posixpath.dirname(path)}".rstrip()
         raise NotFound(f"there is no {path} in {side.name}", hint=look)
     if code:

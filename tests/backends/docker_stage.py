@@ -30,7 +30,7 @@ REPOSITORY = "jobsched-test/tiny"
 OLD_S = 86_400
 CHANGES = ["ENV PATH=/usr/local/bin:/usr/bin:/bin", "ENV PYTHONPATH=/opt/jobsched"]
 TOOLS = ("sh", "sleep", "echo", "true", "false", "seq", "date", "setsid", "cat", "env", "ls", "id", "touch", "kill",
-         "head", "dd", "tr", "yes", "stat")
+         "head", "dd", "tr", "yes", "stat", "tar")
 LEFT_OUT = {"test", "tests", "idlelib", "tkinter", "ensurepip", "lib2to3", "pydoc_data", "site-packages", "turtledemo",
             "__pycache__", "config-3.11-x86_64-linux-gnu"}
 
