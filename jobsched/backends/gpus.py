@@ -1,4 +1,4 @@
-"""Inventory of NVIDIA GPUs through NVML: UUID, kind, memory, health, MIG slices, and what others use of them.
+"""Inventory of NVIDIA GPUs through NVML: UUID, kind, memory, health, MIG slices, NVLink islands, and what others use.
 
 Used by `local_nodes`. Every call may be unsupported on some GPU or driver; what cannot be told is taken for fine. A
 machine without NVIDIA GPUs or drivers has none, which is no error.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from jobsched.core.node import Gpu
@@ -80,6 +80,8 @@ class _Reader:
         self.gpus: list[Gpu] = []
         self.foreign: list[GpuShare] = []
         self.problems: list[str] = []
+        self.whole: dict[GpuId, Any] = {}
+        """Handles of GPUs that are not cut into slices; slices have no NVLink."""
 
     def read(self) -> Inventory:
         for index in range(self.ask(self.nvml.nvmlDeviceGetCount, otherwise=0)):
@@ -93,7 +95,25 @@ class _Reader:
                 self.add(handle, self.kind(handle), handle)
             for slice_handle in slices or ():
                 self.add(slice_handle, self.slice_kind(handle, slice_handle), handle)
-        return Inventory(tuple(self.gpus), tuple(self.foreign), "; ".join(self.problems))
+        islands = self.islands()
+        gpus = tuple(replace(gpu, island=islands.get(gpu.id, "")) for gpu in self.gpus)
+        return Inventory(gpus, tuple(self.foreign), "; ".join(self.problems))
+
+    def islands(self) -> dict[GpuId, str]:
+        """The island of each GPU, where NVLink (or a switch of it) joins some of them but not all."""
+        groups: list[dict[GpuId, Any]] = []
+        for gpu, handle in self.whole.items():
+            joined = [group for group in groups if any(self.linked(handle, other) for other in group.values())]
+            groups = [group for group in groups if group not in joined]
+            groups.append({each: its for group in joined for each, its in group.items()} | {gpu: handle})
+        if len(groups) < 2 or len(groups) == len(self.whole):
+            return {}
+        return {gpu: f"nvlink-{number}" for number, group in enumerate(groups) for gpu in group}
+
+    def linked(self, one: Any, other: Any) -> bool:
+        nvml = self.nvml
+        status = self.ask(nvml.nvmlDeviceGetP2PStatus, one, other, nvml.NVML_P2P_CAPS_INDEX_NVLINK, otherwise=None)
+        return bool(status == nvml.NVML_P2P_STATUS_OK)
 
     def add(self, handle: Any, kind: str, device: Any) -> None:
         """`device` is the whole GPU, which is what health is known of; the same as `handle` without MIG."""
@@ -105,6 +125,8 @@ class _Reader:
             self.problems.append(f"{uuid}: {problem}")
         gpu = GpuId(uuid)
         self.gpus.append(Gpu(gpu, kind, self.memory(handle), healthy=not problem))
+        if handle is device:
+            self.whole[gpu] = handle
         if not all(map(self.ours, self.pids(handle))):
             self.foreign.append(GpuShare(gpu))
 

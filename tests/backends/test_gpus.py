@@ -26,6 +26,8 @@ class FakeNvml:
     NVML_MEMORY_ERROR_TYPE_UNCORRECTED = NVML_VOLATILE_ECC = NVML_TEMPERATURE_GPU = 0
     NVML_ERROR_GPU_IS_LOST, NVML_ERROR_RESET_REQUIRED, NVML_ERROR_UNKNOWN = 15, 16, 999
 
+    NVML_P2P_CAPS_INDEX_NVLINK, NVML_P2P_STATUS_OK = 2, 0
+
     def __init__(self, *devices: dict[str, Any]) -> None:
         self.devices = devices
         self.open = 0
@@ -52,6 +54,12 @@ class FakeNvml:
             return handle["slices"][index]  # type: ignore[no-any-return]
         except IndexError:
             raise FakeNvmlError(6) from None
+
+    def nvmlDeviceGetP2PStatus(self, one: dict[str, Any], other: dict[str, Any], index: int) -> int:  # noqa: N802
+        if "links" not in one:
+            raise FakeNvmlError()
+        assert index == self.NVML_P2P_CAPS_INDEX_NVLINK
+        return 0 if other["UUID"] in one["links"] else 1
 
     def __getattr__(self, name: str) -> Any:
         field = name.removeprefix("nvmlDeviceGet")
@@ -130,3 +138,21 @@ def test_only_real_gpus_are_shown_to_cuda() -> None:
     shares = [GpuShare(GpuId(g)) for g in ("GPU-b", "MIG-a", "node-0/sim-1")]
     assert visible_devices(shares) == "GPU-b,MIG-a"
     assert visible_devices(shares[2:]) == ""
+
+
+@pytest.mark.parametrize(
+    ("links", "islands"),
+    [
+        (("B", "A", "D", "C"), ["nvlink-0", "nvlink-0", "nvlink-1", "nvlink-1"]),  # two bridged pairs
+        (("B", "AC", "B", ""), ["nvlink-0", "nvlink-0", "nvlink-0", "nvlink-1"]),  # a chain, and one by itself
+        (("BCD", "ACD", "ABD", "ABC"), ["", "", "", ""]),  # a switch joins all
+        (("", "", "", ""), ["", "", "", ""]),
+        ((None, None, None, None), ["", "", "", ""]),  # the driver cannot tell
+    ],
+)
+def test_nvlink_islands(links: tuple[str | None, ...], islands: list[str]) -> None:
+    gpus = [
+        a_gpu(f"GPU-{name}", **({} if linked is None else {"links": [f"GPU-{each}" for each in linked]}))
+        for name, linked in zip("ABCD", links, strict=True)
+    ]
+    assert [gpu.island for gpu in read_inventory(nvml=FakeNvml(*gpus)).gpus] == islands
