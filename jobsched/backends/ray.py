@@ -30,6 +30,7 @@ from jobsched.backends.identity import own_id
 from jobsched.backends.ray_pools import Pools
 from jobsched.backends.ray_render import Bundle, CannotRender, Json, Place
 from jobsched.backends.ray_sessions import Visit
+from jobsched.backends.replica_table import Known, ReplicaTable
 from jobsched.backends.supervisor import replica_log, secret_files
 from jobsched.backends.supervisor.protocol import Layout, Settings
 from jobsched.backends.supervisor.sweeper import Sweeper
@@ -37,6 +38,7 @@ from jobsched.core.job import Reason
 from jobsched.core.launch import Launch, LaunchKey, parse_key
 from jobsched.core.node import Node
 from jobsched.core.observation import Observation, ReplicaReport, Seen
+from jobsched.core.pools import Demand
 from jobsched.core.resources import NOTHING, GpuId, GpuShare, NodeName, Resources
 from jobsched.errors import BackendUnreachable, Conflict
 from jobsched.ports import Addressing, Capabilities, LogChunk, Session, Window
@@ -51,17 +53,14 @@ CLOSE_S = 8.0
 """How long a driver may take to end what it was told."""
 ASKED_S = 15.0
 """Longest wait for an actor's answer."""
-GLANCE_S = 0.1
-"""How long news of mere progress may wait."""
 
 log = structlog.get_logger("jobsched.ray")
 
 
 @dataclass(slots=True)
-class Replica:
-    """One actor, or what shall become one."""
+class Replica(Known):
+    """One actor, or what shall become one. Its progress is in its report."""
 
-    report: ReplicaReport
     node_id: str = ""
     gpus: tuple[GpuShare, ...] = ()
     keep_ms: int = 0
@@ -69,15 +68,6 @@ class Replica:
     """It has an actor."""
     drained: bool = False
     """Its log is here, to the last byte."""
-    ended_at: float = 0.0
-
-    @property
-    def key(self) -> LaunchKey:
-        return self.report.key
-
-    @property
-    def alive(self) -> bool:
-        return self.report.state is not Seen.EXITED
 
 
 @dataclass(slots=True)
@@ -97,21 +87,12 @@ class RayBackend:
         self.layout.make(sockets=False)
         self.config = config
         self.home_id = own_id(self.layout.state / "ray-id")
-        self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
-        """Told on every change that must not wait."""
-        self._replicas: dict[LaunchKey, Replica] = {}
+        self.table: ReplicaTable[Replica] = ReplicaTable()
         self._groups: dict[str, list[Bundle]] = {}
-        self._past: dict[str, int] = {}
-        """`job/attempt/role/index` -> the highest restart that was forgotten."""
-        self._dirty: dict[LaunchKey, None] = {}
-        self._gone: dict[LaunchKey, None] = {}
-        self._urgent = False
         self._pools = Pools()
         self._nodes: Nodes | None = None
         """None while the cluster does not answer."""
         self._problem = ""
-        self._told_nodes: dict[NodeName, Node] | None = None
         self._answers: dict[int, Json | None] = {}
         """Open questions to actors -> the answer, once it came."""
         self._next_question = 0
@@ -137,39 +118,30 @@ class RayBackend:
     # the port -----------------------------------------------------------------------------------------------------
 
     def observe(self, timeout_ms: int = 0) -> Observation:
-        deadline = time.monotonic() + timeout_ms / 1000
-        if self._told_nodes is None:
+        if not self.table.told:
             self._listed.wait(ANSWER_S)
-        with self._changed:
-            while True:
-                if self._nodes is None:
-                    raise BackendUnreachable(
-                        f"the Ray cluster does not answer: {self._problem or 'no listing yet'}",
-                        hint="is it running (ray status), and is this machine a node of it?")
-                left = deadline - time.monotonic()
-                if self._told_nodes is None or self._urgent or self._shown() != self._told_nodes or left <= 0:
-                    return self._observation()
-                self._changed.wait(min(left, GLANCE_S))
-                self._urgent = self._urgent or bool(self._dirty)
+        return self.table.observe(self._offered, timeout_ms)
 
     def start(self, launches: Sequence[Launch]) -> None:
-        with self._changed:
-            fresh = [launch for launch in launches if not self._knows(launch.key)]
+        made = {}
+        with self.table.changed:
             ids = {node.name: node_id for node_id, node in (self._nodes or Nodes()).by_id.items()}
-            fresh = [launch for launch in fresh if launch.node in ids]  # unknown nodes: the order comes again
-            made = {}
-            for launch in fresh:
+            fresh = {  # nodes that are not there are not listed: the order comes again
+                launch.key: launch for launch in launches
+                if launch.node in ids and not self.table.started(launch.key)
+            }  # fmt: skip
+            for launch in fresh.values():
                 report = ReplicaReport(launch.key, launch.node, Seen.STARTING)
-                made[launch.key] = Replica(report, ids[launch.node], launch.gpus, launch.keep_ms)
-                self._dirty[launch.key] = None
-            self._replicas |= made
-        for job in dict.fromkeys(_attempt(launch.key) for launch in fresh):
-            gang = [launch for launch in fresh if _attempt(launch.key) == job]
+                made[launch.key] = Replica(
+                    report, node_id=ids[launch.node], gpus=launch.gpus, keep_ms=launch.keep_ms)
+                self.table.add(made[launch.key])
+        for job in dict.fromkeys(map(_attempt, fresh)):
+            gang = [launch for launch in fresh.values() if _attempt(launch.key) == job]
             threading.Thread(target=self._start_gang, args=(gang, made), name="ray-start", daemon=True).start()
 
     def stop(self, keys: Sequence[LaunchKey], grace_ms: int) -> None:
-        with self._changed:
-            for replica in self._known(keys):
+        with self.table.changed:
+            for replica in self.table.known(keys):
                 if not replica.alive:
                     continue
                 if replica.made:
@@ -180,19 +152,18 @@ class RayBackend:
                     self._finish(replica, replace(replica.report, signal=int(signal.SIGTERM), message=text))
 
     def ask_stacks(self, keys: Sequence[LaunchKey]) -> None:
-        with self._lock:
-            for replica in self._known(keys):
+        with self.table.lock:
+            for replica in self.table.known(keys):
                 if replica.alive and replica.made:
                     self._order({"do": "stacks", "key": replica.key})
 
     def forget(self, keys: Sequence[LaunchKey]) -> None:
-        with self._changed:
-            ended = [replica.key for replica in self._known(keys) if not replica.alive]
-            for key in ended:
-                self._drop(key)
-                self._past[_place(key)] = max(self._past.get(_place(key), 0), parse_key(key).restart)
-            if ended:
-                self._order({"do": "remove", "keys": ended, "groups": self._leave(ended), "recorded": True})
+        with self.table.changed:
+            ended = [replica for replica in self.table.known(keys) if not replica.alive]
+            for replica in ended:
+                self.table.forget(replica)
+            if gone := [replica.key for replica in ended]:
+                self._order({"do": "remove", "keys": gone, "groups": self._leave(gone), "recorded": True})
 
     def logs(self, key: LaunchKey, offset: int = 0, follow: bool = False, timeout_ms: int = 0) -> Iterator[LogChunk]:
         return chunks(self.layout.log(key), offset, lambda: follow and self._writes(key), timeout_ms)
@@ -223,15 +194,21 @@ class RayBackend:
 
     def _asked(self, keys: Sequence[LaunchKey], method: str, *args: object) -> dict[LaunchKey, Json | None]:
         """Answers of the actors of those that run; None of those that did not answer in time."""
-        with self._changed:
-            running = [one.key for one in self._known(keys) if one.report.state is Seen.RUNNING]
+        with self.table.changed:
+            running = [one.key for one in self.table.known(keys) if one.report.state is Seen.RUNNING]
             questions = {}
             for key in running:
                 number = self._next_question = self._next_question + 1
                 questions[key], self._answers[number] = number, None
                 self._order({"do": "ask", "question": number, "key": key, "method": method, "args": list(args)})
-            self._changed.wait_for(lambda: all(self._answers[n] is not None for n in questions.values()), ASKED_S)
+            self.table.changed.wait_for(lambda: all(self._answers[n] is not None for n in questions.values()), ASKED_S)
             return {key: self._answers.pop(number) for key, number in questions.items()}
+
+    def provision(self, demands: Sequence[Demand]) -> None:
+        """By a request to the cluster's autoscaler; see `ray_pools`."""
+        with self.table.lock:
+            self._pools.want(demands)
+            self._ask_for_nodes()
 
     def close(self) -> None:
         self._closing.set()
@@ -244,62 +221,22 @@ class RayBackend:
 
     # what is told -------------------------------------------------------------------------------------------------
 
-    def _shown(self) -> dict[NodeName, Node]:
-        return {node.name: node for node in self._nodes.by_id.values()} if self._nodes is not None else {}
-
-    def _observation(self) -> Observation:
-        nodes, before = self._shown(), self._told_nodes
-        full = before is None
-        keys = list(self._replicas) if full else [key for key in self._dirty if key in self._replicas]
-        found = Observation(
-            full=full,
-            nodes=tuple(node for node in nodes.values() if before is None or before.get(node.name) != node),
-            replicas=tuple(self._told(self._replicas[key]) for key in keys),
-            gone=() if full else tuple(key for key in self._gone if key not in self._replicas),
-            gone_nodes=tuple(name for name in before or () if name not in nodes),
-        )
-        self._told_nodes, self._urgent = nodes, False
-        self._dirty.clear()
-        self._gone.clear()
-        return found
-
-    @staticmethod
-    def _told(replica: Replica) -> ReplicaReport:
-        if not replica.ended_at:
-            return replica.report
-        return replace(replica.report, ended_age_ms=int((time.monotonic() - replica.ended_at) * 1000))
-
-    def _known(self, keys: Sequence[LaunchKey]) -> list[Replica]:
-        return [self._replicas[key] for key in keys if key in self._replicas]
-
-    def _knows(self, key: LaunchKey) -> bool:
-        return key in self._replicas or parse_key(key).restart <= self._past.get(_place(key), -1)
+    def _offered(self) -> dict[NodeName, Node]:
+        if self._nodes is None:
+            raise BackendUnreachable(
+                f"the Ray cluster does not answer: {self._problem or 'no listing yet'}",
+                hint="is it running (ray status), and is this machine a node of it?")
+        return {node.name: node for node in self._nodes.by_id.values()}
 
     def _writes(self, key: LaunchKey) -> bool:
-        with self._lock:
-            replica = self._replicas.get(key)
-            return replica is not None and not replica.drained
-
-    def _tell(self, replica: Replica, report: ReplicaReport) -> None:
-        """The newest report of a replica (under the lock); mere progress may wait a little."""
-        if not replica.alive:
-            return
-        before, replica.report = replica.report, report
-        self._dirty[replica.key] = None
-        acknowledged = report.progress is not None and (
-            before.progress is None or before.progress.saved_step != report.progress.saved_step)
-        if acknowledged or replace(before, progress=None, idle_age_ms=-1) != replace(
-            report, progress=None, idle_age_ms=-1
-        ):
-            self._urgent = True
-            self._changed.notify_all()
+        replica = self.table.get(key)
+        return replica is not None and not replica.drained
 
     def _finish(self, replica: Replica, report: ReplicaReport) -> None:
         """Its end, once and for all (under the lock)."""
-        replica.ended_at = time.monotonic() - report.ended_age_ms / 1000
         failed = report.exit_code != 0 or report.failure is not Reason.NONE
         tail = report.tail or (replica_log.tail(self.layout.log(replica.key)) if failed else ())
-        self._tell(replica, replace(report, state=Seen.EXITED, tail=tail))
+        self.table.end(replica, replace(report, tail=tail))
 
     def _end_unseen(self, replica: Replica, failure: Reason, text: str) -> None:
         """Nobody saw how its command ended."""
@@ -308,21 +245,14 @@ class RayBackend:
             self._finish(replica, replace(replica.report, failure=failure, message=text))
 
     def _never_ran(self, key: LaunchKey, text: str, failure: Reason, code: int | None = None) -> None:
-        with self._changed:
-            replica = self._replicas.get(key)
+        with self.table.changed:
+            replica = self.table.get(key)
             if replica is None or not replica.alive:
                 return
             replica.drained = True
             begin(self.layout.log(replica.key), replica.keep_ms)
             replica_log.append(self.layout.log(key), f"jobsched: {text}\n")
             self._finish(replica, replace(replica.report, exit_code=code, failure=failure, message=text))
-
-    def _drop(self, key: LaunchKey) -> None:
-        """As if it had never been (under the lock)."""
-        if self._replicas.pop(key, None) is not None:
-            self._gone[key] = None
-            self._urgent = True
-            self._changed.notify_all()
 
     def _leave(self, keys: Sequence[LaunchKey]) -> list[str]:
         """Their bundles are idle; returns the groups of which nobody is left."""
@@ -358,20 +288,20 @@ class RayBackend:
                         self._ran_before(launch.key)
                 else:
                     ready.append((replace(launch, env=secret), archive))
-            with self._changed:
+            with self.table.changed:
                 ready = [(launch, archive) for launch, archive in ready if self._wanted(replicas[launch.key])]
-                order = self._reserved(ready)
+                order = self._reserved(ready, replicas)
             if order is not None:
                 self._order(order)
                 self._await_start([launch.key for launch, _ in ready])
 
     def _ran_before(self, key: LaunchKey) -> None:
-        with self._changed:
-            if (replica := self._replicas.get(key)) is not None:
+        with self.table.changed:
+            if (replica := self.table.get(key)) is not None:
                 self._end_unseen(replica, Reason.NONE, "it ran before, and its actor is gone")
 
     def _wanted(self, replica: Replica) -> bool:
-        return replica.alive and self._replicas.get(replica.key) is replica
+        return replica.alive and self.table.get(replica.key) is replica
 
     def _packed(self, launch: Launch, packed: dict[str, str], open_files: ExitStack) -> str:
         """The archive of its directory, made once for all who share it."""
@@ -386,35 +316,38 @@ class RayBackend:
                 bundle.pack(Path(where), file, self.config.copy_limit, owner)
         return packed[where]
 
-    def _reserved(self, ready: Sequence[tuple[Launch, str]]) -> Json | None:
+    def _reserved(
+        self, ready: Sequence[tuple[Launch, str]], replicas: Mapping[LaunchKey, Replica]
+    ) -> Json | None:
         """The order to the driver: idle bundles of the gang's groups are used again (under the lock)."""
         if self._nodes is None or not ready:
             for launch, _ in ready:  # the order comes again
-                self._drop(launch.key)
+                self.table.drop(replicas[launch.key])
             return None
-        places = {launch.key: place for launch, _ in ready if (place := self._idle(launch)) is not None}
+        places = {
+            launch.key: place for launch, _ in ready if (place := self._idle(launch, replicas[launch.key].node_id))
+        }  # fmt: skip
         addresses = {node_id: node.address for node_id, node in self._nodes.by_id.items()}
         groups = []
         for gang in render.gangs([launch for launch, _ in ready if launch.key not in places]):
             name = render.prefix(self.home_id) + gang[0].key
-            bundles = [Bundle(self._replicas[one.key].node_id, render.needs(one), one.key) for one in gang]
+            bundles = [Bundle(replicas[one.key].node_id, render.needs(one), one.key) for one in gang]
             self._groups[name] = bundles
             groups.append(render.group_request(name, bundles, addresses))
             places |= {one.key: Place(name, at) for at, one in enumerate(gang)}
         actors = [
             render.actor_request(
-                launch, places[launch.key], addresses[self._replicas[launch.key].node_id], archive, self.config)
+                launch, places[launch.key], addresses[replicas[launch.key].node_id], archive, self.config)
             for launch, archive in ready
         ]
         return {"do": "start", "groups": groups, "actors": actors}
 
-    def _idle(self, launch: Launch) -> Place | None:
+    def _idle(self, launch: Launch, node_id: str) -> Place | None:
         """A bundle of an earlier restart, of the same size in the same place."""
-        replica = self._replicas[launch.key]
         for name, bundles in self._groups.items():
             if _attempt(LaunchKey(name.removeprefix(render.prefix(self.home_id)))) == _attempt(launch.key):
                 for at, one in enumerate(bundles):
-                    if not one.key and (one.node_id, one.resources) == (replica.node_id, render.needs(launch)):
+                    if not one.key and (one.node_id, one.resources) == (node_id, render.needs(launch)):
                         one.key = launch.key
                         return Place(name, at)
         return None
@@ -422,11 +355,11 @@ class RayBackend:
     def _await_start(self, keys: Sequence[LaunchKey]) -> None:
         """Until each has its actor or its end: so long the packed directories must stay."""
         until = time.monotonic() + self.config.bind_timeout / 1000 + ANSWER_S
-        with self._changed:
+        with self.table.changed:
             while time.monotonic() < until and not self._closing.is_set() and self._nodes is not None and any(
-                replica.alive and not replica.made for replica in self._known(keys)
+                replica.alive and not replica.made for replica in self.table.known(keys)
             ):
-                self._changed.wait(1.0)
+                self.table.changed.wait(1.0)
 
     # the driver ---------------------------------------------------------------------------------------------------
 
@@ -480,13 +413,13 @@ class RayBackend:
         while line.poll(patience):
             message = line.recv()
             patience = SILENT_S
-            with self._changed:
+            with self.table.changed:
                 match message["is"]:
                     case "listing":
                         self._take_listing(message)
                     case "nodes":
                         self._take_nodes(message["nodes"], message["available"])
-                        self._sweeper.step({"/".join(_attempt(key)) for key in self._replicas})
+                        self._sweeper.step({"/".join(_attempt(one.key)) for one in self.table.all()})
                     case "made":
                         self._made(LaunchKey(message["key"]), message["actor"])
                     case "news":
@@ -504,7 +437,7 @@ class RayBackend:
                     case "answer":
                         if message["question"] in self._answers:
                             self._answers[message["question"]] = message
-                            self._changed.notify_all()
+                            self.table.hurry()
                     case "down":
                         return str(message["text"])
             if self._closing.is_set():
@@ -512,10 +445,10 @@ class RayBackend:
         return f"its driver has said nothing for {patience:g} s"
 
     def _lost_touch(self, problem: str) -> None:
-        with self._changed:
-            self._nodes, self._problem, self._told_nodes = None, problem, None
+        with self.table.changed:
+            self._nodes, self._problem = None, problem
             self._listed.set()
-            self._changed.notify_all()
+            self.table.start_over()
 
     def _take_listing(self, message: Json) -> None:
         """All that there is: adopt what is ours, and tell what is gone."""
@@ -531,11 +464,11 @@ class RayBackend:
             with suppress(ValueError):
                 parse_key(one["key"])
                 found[LaunchKey(one["key"])] = one
-        for replica in list(self._replicas.values()):
+        for replica in self.table.all():
             if replica.key in found:
                 continue
             if not replica.made:  # the order got lost with the driver, and comes again
-                self._drop(replica.key)
+                self.table.drop(replica)
             else:
                 lives = replica.node_id in self._nodes.by_id
                 text = "its actor was gone when the cluster answered again" if lives else "its Ray node died"
@@ -547,18 +480,19 @@ class RayBackend:
             del self._groups[name]
         self._order({"do": "remove", "keys": [], "groups": idle, "recorded": True})
         self._listed.set()
-        self._changed.notify_all()
+        self.table.hurry()
 
     def _adopt(self, key: LaunchKey, one: Json) -> None:
         assert self._nodes is not None
-        if parse_key(key).restart <= self._past.get(_place(key), -1):  # forgotten: the order got lost
+        replica = self.table.get(key)
+        if replica is None and self.table.started(key):  # forgotten: the order got lost
             self._order({"do": "remove", "keys": [key], "groups": [], "recorded": True})
             return
         node, note = self._nodes.by_id.get(one["node"]), one["note"]
-        replica = self._replicas.get(key)
         if replica is None:
             name = node.name if node else NodeName(one["node"][-12:])
-            replica = self._replicas[key] = Replica(ReplicaReport(key, name, Seen.RUNNING))
+            replica = Replica(ReplicaReport(key, name, Seen.RUNNING))
+            self.table.add(replica)
         replica.node_id, replica.made = one["node"], True
         replica.gpus = tuple(GpuShare(GpuId(gpu), milli) for gpu, milli in note.get("gpus", ()))
         replica.keep_ms = note.get("keep_ms", 0)
@@ -575,7 +509,7 @@ class RayBackend:
         """What there is and who holds it. Others' use is believed when two polls agree."""
         assert self._nodes is not None
         ours: dict[GpuId, int] = {}
-        for replica in self._replicas.values():
+        for replica in self.table.all():
             for share in replica.gpus if replica.alive else ():
                 ours[share.gpu] = ours.get(share.gpu, 0) + share.milli
         seen, before = render.nodes(raws, self.config), self._nodes.foreign
@@ -589,22 +523,21 @@ class RayBackend:
             seen[node_id] = render.with_foreign(seen[node_id], used, ours)
         self._nodes = Nodes(seen, foreign)
         self._ask_for_nodes()
-        if self._shown() != self._told_nodes:
-            self._changed.notify_all()
+        self.table.hurry()
 
     def _ask_for_nodes(self) -> None:
         if self._nodes is not None and (request := self._pools.step(self._nodes.by_id.values())) is not None:
             self._order({"do": "provision", "request": request})
 
     def _made(self, key: LaunchKey, actor: str) -> None:
-        replica = self._replicas.get(key)
+        replica = self.table.get(key)
         if replica is not None and replica.alive:
             replica.made = True
             begin(self.layout.log(replica.key), replica.keep_ms)
-            self._tell(replica, replace(replica.report, ident=actor))
+            self.table.report(replica, replace(replica.report, ident=actor))
 
     def _take_news(self, key: LaunchKey, news: Json) -> None:
-        replica = self._replicas.get(key)
+        replica = self.table.get(key)
         if replica is None:
             return
         self._append(replica, news["begin"], news["data"])
@@ -617,7 +550,7 @@ class RayBackend:
         if report.state is Seen.EXITED:
             self._finish(replica, report)
         else:
-            self._tell(replica, report)
+            self.table.report(replica, report)
 
     def _append(self, replica: Replica, begin: int, data: bytes) -> None:
         """Log bytes from their place on; what the node has cut off meanwhile becomes a hole."""
@@ -633,7 +566,7 @@ class RayBackend:
                 out.write(data)
 
     def _died(self, key: LaunchKey, text: str) -> None:
-        replica = self._replicas.get(key)
+        replica = self.table.get(key)
         if replica is None or self._nodes is None:
             return
         reason, words = render.death(text, node_lives=replica.node_id in self._nodes.by_id)
@@ -646,10 +579,6 @@ class RayBackend:
             self._groups.pop(name, None)
         for key in keys:
             self._never_ran(key, render.late(keys, self.config.bind_timeout / 1000), Reason.START_TIMEOUT)
-
-
-def _place(key: LaunchKey) -> str:
-    return key.rpartition("/")[0]
 
 
 def _attempt(key: LaunchKey) -> tuple[str, str]:

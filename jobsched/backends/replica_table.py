@@ -1,4 +1,4 @@
-"""What an adapter knows of its replicas, and what of it has not been told yet. Used by `kubernetes`; decides nothing.
+"""What an adapter knows of its replicas, and what of it has not been told yet. Used by adapters.
 
 One lock guards it all; `changed` is told on every end, acknowledgement, and change that cannot wait. Who waits for one
 replica is woken by its own news only: a thousand stops at a time must not wake each other.
@@ -123,6 +123,20 @@ class ReplicaTable(Generic[R]):
                 replica.report = replace(replica.report, **changes)
                 self.mark(replica)
 
+    def report(self, replica: R, report: ReplicaReport) -> None:
+        """The newest one of a replica that has not ended, its progress included: mere progress may wait a little."""
+        with self.changed:
+            if not replica.alive:
+                return
+            before, replica.report = replica.report, report
+            saved = report.progress is not None and (
+                before.progress is None or before.progress.saved_step != report.progress.saved_step)
+            other = replace(report, progress=before.progress, idle_age_ms=before.idle_age_ms) != before
+            if saved or other:
+                self.mark(replica)
+            else:
+                self.glance(replica)
+
     def mark(self, replica: R) -> None:
         """Its report changed (under the lock)."""
         if self._replicas.get(replica.key) is replica:
@@ -189,6 +203,12 @@ class ReplicaTable(Generic[R]):
             news = self.changed if replica is None or replica.news is None else replica.news
             while not holds() and (left := until() - time.monotonic()) > 0:
                 news.wait(min(left, 1.0))
+
+    def start_over(self) -> None:
+        """What is told next is told in full: whoever is asked has lost touch."""
+        with self.changed:
+            self._told_nodes = None
+            self.changed.notify_all()
 
     def hurry(self) -> None:
         """Something other than a replica changed."""

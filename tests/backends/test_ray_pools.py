@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 
 from jobsched.backends import ray_pools
+from jobsched.backends.ray import RayBackend
 from jobsched.backends.ray_pools import Pools, request
 from jobsched.core.pools import Demand, NodePool
 from jobsched.core.resources import NodeName
+from jobsched.ports import Provisioner
 
 GPU = NodePool("a100", 96_000, 1 << 40, "a100-80gb", 8, labels=(("pool", "a100"), ("zone", "b")), max=4)
 CPU = NodePool("cpu", 16_000, 1 << 36, labels=(("pool", "cpu"),), max=4)
@@ -22,6 +24,11 @@ def test_a_bundle_for_each_node_and_its_labels_by_the_names_that_ray_knows() -> 
         ],
     }  # fmt: skip
     assert request([Demand(GPU, 0)]) == {"bundles": [], "bundle_label_selectors": []}
+
+
+def test_the_backend_can_have_nodes_made() -> None:
+    """`wiring` refuses pools otherwise."""
+    assert issubclass(RayBackend, Provisioner)
 
 
 def test_it_is_asked_once_and_again_while_nodes_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
