@@ -14,35 +14,21 @@ from jobsched.backends.local import LocalBackend
 from jobsched.backends.supervisor import processes
 from jobsched.backends.supervisor.protocol import Layout, Settings
 from jobsched.core.observation import ReplicaReport
-
-pytest.register_assert_rewrite("tests.contracts.backend")
+from tests.contracts.backend import CommandEngine
 
 NODES = local_nodes.virtual_nodes([local_nodes.VirtualGroup(2, gpus=(("sim-gpu", 4),))], 21_000, 21_999)
 SETTINGS = Settings(kill_after_s=2.0, idle_exit_s=20.0)
 
 
-class LocalEngine:
+class LocalEngine(CommandEngine[LocalBackend]):
     """`tests.contracts.backend.Engine` for processes of this machine."""
-
-    can_run_commands = True
 
     def __init__(self, home: Path, settings: Settings = SETTINGS, warm: tuple[str, ...] = ()) -> None:
         self.home, self.settings, self.warm = home, settings, warm
-        self.backend = self._connect()
+        super().__init__()
 
-    def _connect(self) -> LocalBackend:
+    def connect(self) -> LocalBackend:
         return LocalBackend(self.home, local_nodes.fixed(NODES), settings=self.settings, warm=self.warm)
-
-    def reconnect(self) -> LocalBackend:
-        self.backend.close()
-        self.backend = self._connect()
-        return self.backend
-
-    def ends(self, code: int) -> tuple[str, ...]:
-        return ("/bin/sh", "-c", f"exit {code}")
-
-    def goes_on(self) -> tuple[str, ...]:
-        return ("/bin/sleep", "300")
 
     def kill(self, report: ReplicaReport) -> None:
         os.kill(int(report.ident), signal.SIGKILL)

@@ -25,7 +25,7 @@ from jobsched.core.resources import JobId, NodeName
 from jobsched.errors import BackendUnreachable
 from jobsched.spec.server import DockerBackend as Config
 from tests.backends import docker_stage
-from tests.contracts.backend import PATIENCE_S, ProcessBackendContract, Watcher, a_key, a_launch
+from tests.contracts.backend import PATIENCE_S, CommandEngine, ProcessBackendContract, Watcher, a_key, a_launch
 
 if TYPE_CHECKING:
     from jobsched.backends.docker import DockerBackend
@@ -33,32 +33,19 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.e2e, docker_stage.needs_docker]
 
 
-class DockerEngine:
+class DockerEngine(CommandEngine["DockerBackend"]):
     """`tests.contracts.backend.Engine` for containers."""
-
-    can_run_commands = True
 
     def __init__(self, home: Path, **fields: object) -> None:
         engine = {"url": docker_stage.url(), "gpus": "sim-gpu:4", "same_files": True}
         self.home = home
         self.config = Config.model_validate({"image": docker_stage.image(), "engines": [engine]} | fields)
-        self.backend = self._connect()
+        super().__init__()
 
-    def _connect(self) -> DockerBackend:
+    def connect(self) -> DockerBackend:
         from jobsched.backends.docker import DockerBackend
 
         return DockerBackend(self.home, self.config)
-
-    def reconnect(self) -> DockerBackend:
-        self.backend.close()
-        self.backend = self._connect()
-        return self.backend
-
-    def ends(self, code: int) -> tuple[str, ...]:
-        return ("/bin/sh", "-c", f"exit {code}")
-
-    def goes_on(self) -> tuple[str, ...]:
-        return ("/bin/sleep", "300")
 
     def kill(self, report: ReplicaReport) -> None:
         docker_stage.api().kill(report.ident)

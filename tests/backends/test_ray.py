@@ -20,7 +20,7 @@ from jobsched.core.resources import GpuShare, NodeName
 from jobsched.errors import BackendUnreachable
 from jobsched.spec.server import RayBackend as Config
 from tests.backends import ray_stage
-from tests.contracts.backend import ProcessBackendContract, Watcher, a_key, a_launch
+from tests.contracts.backend import CommandEngine, ProcessBackendContract, Watcher, a_key, a_launch
 
 if TYPE_CHECKING:
     from jobsched.backends.ray import RayBackend
@@ -28,10 +28,8 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300), ray_stage.needs_ray]
 
 
-class RayEngine:
+class RayEngine(CommandEngine["RayBackend"]):
     """`tests.contracts.backend.Engine` for actors."""
-
-    can_run_commands = True
 
     def __init__(self, home: Path, **fields: object) -> None:
         self.home = home
@@ -39,23 +37,12 @@ class RayEngine:
             "address": fields.get("address") or ray_stage.address(), "gpu_kinds": {"SIM": "sim-gpu"},
             "working_dir": "shared", "scratch": str(home.parent), "ports": "22000-22999",
         } | fields)
-        self.backend = self._connect()
+        super().__init__()
 
-    def _connect(self) -> RayBackend:
+    def connect(self) -> RayBackend:
         from jobsched.backends.ray import RayBackend
 
         return RayBackend(self.home, self.config)
-
-    def reconnect(self) -> RayBackend:
-        self.backend.close()
-        self.backend = self._connect()
-        return self.backend
-
-    def ends(self, code: int) -> tuple[str, ...]:
-        return ("/bin/sh", "-c", f"exit {code}")
-
-    def goes_on(self) -> tuple[str, ...]:
-        return ("/bin/sleep", "300")
 
     def kill(self, report: ReplicaReport) -> None:
         for pid in self.processes(report.key):

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import pytest
 
@@ -50,6 +50,32 @@ class Engine(Protocol):
     def kill(self, report: ReplicaReport) -> None:
         """End a replica by SIGKILL (or what comes closest), behind the backend's back."""
         ...
+
+
+B = TypeVar("B", bound=Backend)
+
+
+class CommandEngine(Generic[B]):
+    """An `Engine` that runs the commands of this machine; a subclass says how to connect to it, and how to kill."""
+
+    can_run_commands = True
+
+    def __init__(self) -> None:
+        self.backend = self.connect()
+
+    def connect(self) -> B:
+        raise NotImplementedError
+
+    def reconnect(self) -> B:
+        self.backend.close()
+        self.backend = self.connect()
+        return self.backend
+
+    def ends(self, code: int) -> tuple[str, ...]:
+        return ("/bin/sh", "-c", f"exit {code}")
+
+    def goes_on(self) -> tuple[str, ...]:
+        return ("/bin/sleep", "300")
 
 
 class Watcher:
