@@ -12,11 +12,16 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
 
+from jobsched.core import events as ev
+from jobsched.core.cluster import Cluster
+from jobsched.core.job import RoleShape, Shape
+from jobsched.core.policies.placement import Score, place_gang
 from jobsched.sim.run import POLICIES, Simulation
-from jobsched.sim.workload import synthetic
+from jobsched.sim.workload import make_node, synthetic
 from tests.benchmarks import cycle
 from tests.benchmarks.scale import tick_ms
 from tests.world import World, a_spec
@@ -36,7 +41,7 @@ def unit_s() -> float:
 
 
 def cycle_tick() -> float:
-    """Median pass over 200 nodes and 2,000 waiting gangs of which 1 % changed."""
+    """Median pass with EASY backfill over 200 nodes and 2,000 waiting gangs of which 1 % changed."""
     found = cycle.Bench(200, 2_000).measure()
     return sorted(found.ticks_ms)[len(found.ticks_ms) // 2] / 1_000 / unit_s()
 
@@ -44,6 +49,24 @@ def cycle_tick() -> float:
 def cycle_cold() -> float:
     """A thousand bindings on an empty cluster of 200 nodes."""
     return 1_000 / cycle.Bench(200, 2_000).measure().bindings_per_s / unit_s()
+
+
+def placed_shares() -> float:
+    """A thousand placements by the fragmentation score, of jobs that ask for shares and whole GPUs."""
+    random = Random(5)
+    cluster = Cluster()
+    for index in range(200):
+        kind, gpus, cpus = (("a10", 4, 64), ("v100", 8, 96), ("t4", 2, 48))[index % 3]
+        cluster.evolve(ev.NodeSeen(0, make_node(f"n{index:03}", gpus, kind, cpus * 1_000)))
+    asked = [(500 * random.randint(2, 24), random.choice((100, 250, 400, 500, 1_000, 2_000))) for _ in range(40)]
+    shapes = [Shape((RoleShape("w", 1, 1, cpu, 0, gpu, ports=0),)) for cpu, gpu in asked]
+    begin = time.process_time()
+    with cluster.ledger.trial():
+        for _ in range(1_000):
+            shape = random.choice(shapes)
+            cluster.mix.learn(shape)
+            place_gang(cluster, shape, (), Score.FRAGMENTATION)
+        return (time.process_time() - begin) / unit_s()
 
 
 def simulated_jobs() -> float:
@@ -78,9 +101,9 @@ def jct(policy: str) -> float:
 
 
 FIGURES: dict[str, Callable[[], float]] = {
-    "cycle-tick": cycle_tick, "cycle-cold": cycle_cold, "simulated-jobs": simulated_jobs,
-    "waiting-growth": waiting_growth, "jct-learned": lambda: jct("learned"), "jct-reported": lambda: jct("reported"),
-    "jct-knapsack": lambda: jct("knapsack"),
+    "cycle-tick": cycle_tick, "placed-shares": placed_shares, "cycle-cold": cycle_cold,
+    "simulated-jobs": simulated_jobs, "waiting-growth": waiting_growth, "jct-learned": lambda: jct("learned"),
+    "jct-reported": lambda: jct("reported"), "jct-knapsack": lambda: jct("knapsack"),
 }  # fmt: skip
 
 
