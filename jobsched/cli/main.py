@@ -54,7 +54,7 @@ COMMANDS = {
     "nodes": ("cluster", "nodes", "List nodes and what is free on them."),
     "gpus": ("cluster", "gpus", "List GPUs and who uses them."),
     "node": ("cluster", "node", "Describe, cordon, uncordon or drain a node."),
-    "queues": ("cluster", "queues", "List queues, their jobs and GPUs in use."),
+    "queues": ("cluster", "queues", "List queues: jobs, GPUs in use, quotas (also: quota)."),
     "usage": ("cluster", "usage", "Sum up GPU-hours and waits by queue and user."),
     "doctor": ("cluster", "doctor", "Check this machine and the server."),
     "serve": ("server", "serve", "Run the server."),
@@ -68,7 +68,7 @@ COMMANDS = {
     "simulate": ("simulate", "simulate", "Run a workload through the scheduler in virtual time."),
     "demo": ("demo", "demo", "Train, lose two replicas, recover: all on this machine."),
 }
-ALIASES = {"ls": "jobs", "ps": "jobs", "queue": "jobs"}
+ALIASES = {"ls": "jobs", "ps": "jobs", "queue": "jobs", "quota": "queues"}
 
 
 DEFECT = "this is a defect of jobsched, please report it; JOBSCHED_LOG_LEVEL=debug shows the traceback"
