@@ -489,6 +489,8 @@ class Cluster:
             self._crowd_of[after.id] = key
             if after.phase.active:
                 crowd.active[after.id] = None
+        elif before.phase is not after.phase and after.phase in (Phase.STARTING, Phase.RUNNING):
+            pass  # its turn may end by itself from now on
         elif after.phase is not Phase.QUEUED and (before.stop_wish, before.cancel_by, before.wanted) == (
             after.stop_wish, after.cancel_by, after.wanted,
         ):  # fmt: skip

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from jobsched.core.events import EVENT
+from jobsched.core.events import EVENT, AttemptPlaced
 from jobsched.core.job import Phase
 from jobsched.core.resources import JobId
 from jobsched.sim import traces
-from jobsched.sim.run import POLICIES, Result, Simulation
+from jobsched.sim.run import POLICIES, START_MS, Result, Simulation
 from jobsched.sim.throughput import Steady
 from jobsched.sim.workload import Arrival, Workload, gang_spec, make_nodes, synthetic
 
@@ -76,6 +76,13 @@ def test_preemption_keeps_the_work_done_and_the_place_of_those_who_stay() -> Non
 def test_least_attained_service_lets_a_newcomer_pass_a_job_that_had_its_share() -> None:
     result = run(a_workload((0, 5_000, 4), (3_000, 100, 4)), "las")
     assert ends(result) == pytest.approx([5_100, 3_100], abs=0.1)
+
+
+def test_a_turn_that_ends_by_itself_needs_no_other_event() -> None:
+    """Four GPUs sink a level after 812.5 seconds; nothing else happens then."""
+    result = run(a_workload((0, 5_000, 4), (1, 5_000, 4)), "las")
+    placed = [s.event.at_ms for s in result.store.history(JobId("001")) if isinstance(s.event, AttemptPlaced)]
+    assert placed[0] - START_MS == pytest.approx(812_500, abs=100)
 
 
 def test_knapsack_fills_the_cluster_where_the_greedy_order_leaves_a_hole() -> None:
