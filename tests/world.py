@@ -77,7 +77,9 @@ class World:
         """A new server process: nothing survives but store and engine, and its policy unless another is given."""
         self.engine.close()
         self.policy = policy or self.policy
-        self.controller = Controller(self.store, self.backend, self.clock, self.policy, queues=self.queues)
+        self.controller = Controller(
+            self.store, self.backend, self.clock, self.policy, queues=self.queues, secret=b"of this world"
+        )
         return self.controller
 
     def submit(self, spec: JobSpec | None = None, **fields: object) -> JobId:

@@ -97,7 +97,8 @@ class Controller:
         node_grace_ms: int | None = None,
         recall_every_ms: int = 0,
     ) -> None:
-        """`recall_every_ms`: how often what is known beyond the projections is kept for the next leader; 0: never."""
+        """`recall_every_ms`: how often what is known beyond the projections is kept for the next leader; 0: never.
+        `secret`: what replicas' tokens are derived from; empty: they get none (in simulations)."""
         self._store = store
         self._backend = backend
         self._clock = clock
