@@ -36,7 +36,9 @@ OUTAGE_MS = 120_000
 LEASE_MS = 60_000
 THOROUGH_EVERY = 50
 """Ticks between two checks of everything; in between, what changed is checked."""
-WATCHED_STORE = ("append", "read", "load", "lease", "add_samples")
+WATCHED_STORE = ("append", "read", "load", "lease", "add_samples", "keep_recall", "recall")
+RECALL_EVERY_MS = 1_800_000
+"""How often servers note for the next one what they know; they may die doing that, too."""
 ACTS = ("start", "stop", "forget", "ask_stacks")
 WATCHED_BACKEND = ("observe", "start", "stop", "forget", "ask_stacks")
 
@@ -77,7 +79,7 @@ class _Server:
         backend: Any = _Trap(self.adapter, WATCHED_BACKEND, self)
         self.controller = Controller(
             store, backend, sim.clock, sim.policy, queues=sim.workload.queues, holder=self.name,
-            lease_ttl_ms=LEASE_MS, idle_ms=NEVER_MS,
+            lease_ttl_ms=LEASE_MS, idle_ms=NEVER_MS, recall_every_ms=RECALL_EVERY_MS,
         )  # fmt: skip
         return self.controller
 
