@@ -256,7 +256,12 @@ class BackendContract:
             on.key: (Seen.RUNNING, None), off.key: (Seen.EXITED, 3),
         }
         assert fresh.sight.replicas[on.key].ident == before.ident
-        assert fresh.sight.nodes == watcher.sight.nodes
+
+        def agree(sight: Sight) -> bool:
+            fresh.look()
+            return fresh.sight.nodes == sight.nodes
+
+        watcher.until(agree)  # what an earlier test held may be on its way out
         fresh.backend.stop([on.key], 0)
         fresh.end(on.key)
 
