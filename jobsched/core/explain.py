@@ -277,6 +277,14 @@ def _misfit(empty: Cluster, shape: Shape) -> str:
 # ---- sentences ----
 
 
+def _fewer(job: Job, role: str, lack: int) -> str:
+    """An elastic role may do with fewer on purpose, for whom it gave way or because more would not speed it up."""
+    wanted = job.wanted_count(role)
+    if job.spec.roles[role].replicas.elastic and wanted - lack >= job.spec.roles[role].replicas.min:
+        return f"runs with {wanted - lack} of {many(wanted, f'{role} replica')}"
+    return f"waits for {many(lack, f'more {role} replica')}"
+
+
 def headline(job: Job, found: Verdict | None = None) -> str:
     """One sentence for a table: what the job does or why it does not."""
     match job.phase:
@@ -293,8 +301,7 @@ def headline(job: Job, found: Verdict | None = None) -> str:
             again = [r.id for r in job.replicas.values() if r.state is ReplicaState.BOUND]
             if again:
                 return f"recovering {', '.join(again)}"
-            lack = missing_replicas(job)
-            return "waits for " + ", ".join(f"{n} more {role}" for role, n in lack.items()) if lack else ""
+            return ", ".join(_fewer(job, role, lack) for role, lack in missing_replicas(job).items())
         case Phase.STOPPING:
             return f"{job.reason.value} → {job.outcome.phase if job.outcome else ''}"
         case _:

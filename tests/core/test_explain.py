@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from jobsched.core import explain
-from jobsched.core.job import Reason
+from jobsched.core.job import Phase, Reason
 from jobsched.core.resources import GpuShare
 from jobsched.spec.queue import QueueSpec
 from tests.world import World, a_gpu_node, a_spec
@@ -70,3 +70,10 @@ def test_what_others_use_or_is_broken_now_does_not_mean_never() -> None:
     world.tick(3)
     assert explain.could_ever_fit(world.cluster, world.job(waits).spec) == ""
     assert list(reasons(world, waits)) == [Reason.RESOURCES]
+
+
+def test_an_elastic_job_that_does_with_fewer_waits_for_nobody() -> None:
+    world = World(nodes=1, gpus=3)
+    worker = {"command": "x", "gpu": "any:1", "replicas": {"min": 2, "max": 4}, "restart": {"scope": "replica"}}
+    job = world.run_to_phase(world.submit(a_spec(roles={"worker": worker})), Phase.RUNNING)
+    assert explain.headline(job) == "runs with 3 of 4 worker replicas"
