@@ -81,7 +81,7 @@ def _claimed(cluster: Cluster, job: Job, claim: Reservation, now_ms: int) -> Why
     """It fits, but somebody was promised to start first."""
     whose = cluster.jobs[claim.job_id].name if claim.job_id in cluster.jobs else claim.job_id
     what = f"what queue {claim.queue} may take is" if claim.limits(job) else "places are"
-    text = f"{what} kept for job {whose}, which starts {moment(claim.at_ms, now_ms)}; this job may not be over by then"
+    text = f"{what} kept for job {whose}, expected to start {moment(claim.at_ms, now_ms)}; this job may last longer"
     return Why(Reason.RESERVATION, text, "a time_limit that ends before lets it start now")
 
 

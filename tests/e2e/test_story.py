@@ -89,7 +89,7 @@ def test_a_gang_starts_as_promised_and_an_elastic_job_gives_way_to_an_urgent_one
     assert barred is not None
     assert barred.reasons[0].reason is Reason.RESERVATION
     text = said("why", "late")
-    assert "places are kept for job gang, which starts " in text
+    assert "places are kept for job gang, expected to start " in text
     assert "instead of nightly: now" not in text, "they are kept from all queues"
     quick = sleeping(client, "quick", "research", 6, 1, time_limit="3s")
     quick.wait(until="running", timeout=PATIENCE_S)  # it is over before the gang's instant: backfill
