@@ -465,9 +465,7 @@ class Service:
     def checkpoint(self, ref: str, *, owner: str = "") -> CheckpointAnswer:
         """Ask the replicas that run to save now, and go on. `Conflict` when the job does not run, or when none of its
         processes listens."""
-        job = self.resolve(ref, owner=owner)
-        if not isinstance(self._backend, Reach):
-            raise UsageError(f"replicas cannot be reached on the {self._backend.capabilities.name} backend")
+        job, reach = self.resolve(ref, owner=owner), self._reach()
         sent = job.spec.checkpoint.signal
         if sent not in ("USR1", "USR2"):
             what = "has no checkpoint signal" if sent == "none" else f"saves at SIG{sent}, which also ends it"
@@ -476,22 +474,25 @@ class Service:
                    for r in job.replicas.values() if r.state is ReplicaState.RUNNING}
         if job.phase is not Phase.RUNNING or not running:
             raise Conflict(f"job {job.name!r} ({job.id}) does not run: {job.phase.lower()}")
-        told = [running[key] for key in self._backend.ask_checkpoint(list(running)) if key in running]
+        told = [running[key] for key in reach.ask_checkpoint(list(running)) if key in running]
         if not told:
             raise Conflict(f"no process of job {job.name!r} listens for the checkpoint signal (SIG{sent})",
                            hint="scripts do so by jobsched.train.context.should_checkpoint(), or by a handler")
         return CheckpointAnswer(job, tuple(told))
 
     def _reached(self, where: Where) -> tuple[Reach, LaunchKey]:
-        job = self.resolve(where.ref, owner=where.owner)
-        if not isinstance(self._backend, Reach):
-            raise UsageError(f"replicas cannot be reached on the {self._backend.capabilities.name} backend")
+        job, reach = self.resolve(where.ref, owner=where.owner), self._reach()
         if where.role and where.role not in job.spec.roles:
             hint = _suggest(where.role, job.spec.roles, "roles")
             raise NotFound(f"job {job.name!r} has no role {where.role!r}", hint=hint)
         _refuse_absent(job, Selection(where.role, where.index))
         replica = _replica_meant(job, where)
-        return self._backend, launch_key(job.id, job.attempt, replica.role, replica.index, replica.restart)
+        return reach, launch_key(job.id, job.attempt, replica.role, replica.index, replica.restart)
+
+    def _reach(self) -> Reach:
+        if not isinstance(self._backend, Reach):
+            raise UsageError(f"replicas cannot be reached on the {self._backend.capabilities.name} backend")
+        return self._backend
 
     def read(self, after: int, limit: int) -> Sequence[Stored]:
         """A piece of the whole log, for event streams."""

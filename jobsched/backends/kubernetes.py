@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import os
-import secrets
 import signal
 import threading
 import time
@@ -25,7 +23,8 @@ import structlog
 from jobsched.backends import bundle
 from jobsched.backends import kubernetes_render as render
 from jobsched.backends.containers import SEND
-from jobsched.backends.followed_log import chunks
+from jobsched.backends.followed_log import begin, chunks
+from jobsched.backends.identity import own_id
 from jobsched.backends.incidents import Incidents
 from jobsched.backends.kubernetes_api import AT_ONCE, Api, Exists, Gone, Refused
 from jobsched.backends.kubernetes_fleet import Fleet
@@ -38,7 +37,7 @@ from jobsched.backends.sessions import at_once
 from jobsched.backends.supervisor import replica_log
 from jobsched.backends.supervisor.processes import signal_number
 from jobsched.backends.supervisor.protocol import Layout
-from jobsched.backends.supervisor.sweeper import Sweeper, mark_kept
+from jobsched.backends.supervisor.sweeper import Sweeper
 from jobsched.core.job import Reason
 from jobsched.core.launch import Launch, LaunchKey
 from jobsched.core.node import Node
@@ -89,7 +88,7 @@ class KubernetesBackend:
         self.layout.make(sockets=False)
         self.config = config
         self.api = Api(config)
-        instance = config.instance or _instance(self.layout.state / "kubernetes-instance")
+        instance = config.instance or own_id(self.layout.state / "kubernetes-instance", 6)
         self.site = Site(instance, self.api.namespace, config)
         self.table: ReplicaTable[Replica] = ReplicaTable()
         self.fleet = Fleet(config, self._held)
@@ -278,7 +277,7 @@ class KubernetesBackend:
 
     def _never_ran(self, replica: Replica, text: str, failure: Reason, code: int | None = None) -> None:
         if replica.alive:
-            self._make_log(replica)
+            begin(self.layout.log(replica.key), replica.keep_ms)
             replica_log.append(self.layout.log(replica.key), f"jobsched: {text}\n")
             self._finish(replica, replace(replica.report, exit_code=code, failure=failure, message=text))
 
@@ -352,7 +351,7 @@ class KubernetesBackend:
                 made = self.api.create(path, request)
             except Exists:
                 made = self.api.get(f"{path}/{request['metadata']['name']}")
-            self._make_log(replica)
+            begin(self.layout.log(replica.key), replica.keep_ms)
             with self.table.changed:
                 replica.pod, replica.uid = made["metadata"]["name"], made["metadata"]["uid"]
                 replica.made_at = replica.made_at or time.monotonic()
@@ -378,14 +377,6 @@ class KubernetesBackend:
         with self.table.changed:
             if replica.alive and not replica.pod:
                 self.table.drop(replica)
-
-    def _make_log(self, replica: Replica) -> None:
-        """Its log file, which also says that the key was started."""
-        path = self.layout.log(replica.key)
-        if not path.parent.exists():
-            path.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
-            mark_kept(path.parent, replica.keep_ms)
-        os.close(replica_log.open_for_append(path))
 
     # pods ---------------------------------------------------------------------------------------------------------
 
@@ -431,7 +422,7 @@ class KubernetesBackend:
             report, render.token_of(found), found["metadata"]["annotations"].get(render.SIGNAL, ""),
             gpus=render.gpus_of(found))
         self.table.add(replica)
-        self._make_log(replica)
+        begin(self.layout.log(replica.key), replica.keep_ms)
         return replica
 
     def _take(self, replica: Replica, found: Json) -> None:
@@ -721,11 +712,3 @@ def _reported(target: Callable[..., None], *args: object) -> None:
         target(*args)
     except Exception:
         log.exception("unexpected", what=target.__name__)
-
-
-def _instance(path: Path) -> str:
-    """Tells this server's pods apart; made once."""
-    with suppress(FileNotFoundError):
-        return path.read_text().strip()
-    path.write_text(secrets.token_hex(3))
-    return path.read_text().strip()

@@ -658,12 +658,8 @@ class Cluster:
         """What a binding would count for in its job's queue."""
         return amounts_of(role, self.kind_of(binding), sum(share.milli for share in binding.gpus))
 
-    def charged(self, job_id: JobId, replica: ReplicaId) -> Amounts:
-        """What a bound replica counts for in its queue."""
-        return self._charged[job_id, replica]
-
     def charges(self) -> Iterator[tuple[tuple[JobId, ReplicaId], Amounts]]:
-        """The same of every bound replica."""
+        """What each bound replica counts for in its queue."""
         yield from self._charged.items()
 
     def capacity(self) -> Mapping[str, int]:

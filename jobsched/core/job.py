@@ -276,10 +276,6 @@ class Job:
     coordinator_port: int = 0
     labels: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def holds_resources(self) -> bool:
-        return self.phase.active
-
     def gpu_time(self, now_ms: int) -> int:
         """GPU time held so far, in thousandths of a GPU times milliseconds."""
         return self.gpu_milli_ms + self.gpu_milli * max(0, now_ms - self.gpu_since_ms)

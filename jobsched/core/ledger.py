@@ -230,6 +230,17 @@ class Ledger:
 
     # ---- taking and giving ----
 
+    def has_room_for(self, binding: Binding, role: RoleShape) -> bool:
+        """Whether exactly these seats are free: its GPUs and ports, CPUs and memory, on a node that is there."""
+        space = self.spaces.get(binding.node)
+        return (
+            space is not None
+            and space.cpu_milli >= role.cpu_milli
+            and space.memory_bytes >= role.memory_bytes
+            and space.ports_used.isdisjoint(binding.ports)
+            and all(space.gpu_free.get(share.gpu, 0) >= share.milli for share in binding.gpus)
+        )
+
     def take(self, binding: Binding, role: RoleShape) -> None:
         """Book a replica. A node that is gone is ignored (its resources went with it)."""
         if self._undo is not None:

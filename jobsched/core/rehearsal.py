@@ -87,11 +87,6 @@ def picture_of(cluster: Cluster, waiting: Iterable[JobId] | None = None) -> Pict
     )  # fmt: skip
 
 
-def copy_of(cluster: Cluster) -> Cluster:
-    """The same state, to be changed freely."""
-    return picture_of(cluster).cluster()
-
-
 def plan(twin: Cluster, spec: JobSpec, owner: str, now_ms: int, policy: Policy) -> PlanAnswer:
     """Where the job would run, who would have to give way and what they lose, and what its queue would then hold.
     `twin` is used up."""

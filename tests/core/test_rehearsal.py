@@ -9,7 +9,7 @@ from jobsched.core.cluster import Cluster
 from jobsched.core.job import Phase
 from jobsched.core.policies.fairness import FairShare
 from jobsched.core.policies.victims import Preemption
-from jobsched.core.rehearsal import copy_of, plan
+from jobsched.core.rehearsal import picture_of, plan
 from jobsched.core.schedule import Policy
 from jobsched.spec.job import JobSpec
 from jobsched.spec.queue import QueueSpec
@@ -25,7 +25,7 @@ def a_worker(gpu: str = "any:1", replicas: object = 1, **fields: object) -> JobS
 def planned(world: World, spec: JobSpec, policy: Policy = POLICY) -> PlanAnswer:
     """The answer; the live cluster is as it was."""
     before = fingerprint(world.cluster)
-    answer = plan(copy_of(world.cluster), spec, "me", world.clock.now_ms(), policy)
+    answer = plan(picture_of(world.cluster).cluster(), spec, "me", world.clock.now_ms(), policy)
     assert fingerprint(world.cluster) == before
     assert invariants.check(world.cluster) == ()
     return answer

@@ -254,14 +254,7 @@ def seats_free(cluster: Cluster, claim: Reservation, shape: Shape) -> bool:
         return False
     mark = ledger.mark()
     for binding, role in claim.seats:
-        space = ledger.spaces.get(binding.node)
-        if (
-            space is None
-            or space.cpu_milli < role.cpu_milli
-            or space.memory_bytes < role.memory_bytes
-            or not space.ports_used.isdisjoint(binding.ports)
-            or any(space.gpu_free.get(share.gpu, 0) < share.milli for share in binding.gpus)
-        ):
+        if not ledger.has_room_for(binding, role):
             ledger.rollback(mark)
             return False
         ledger.take(binding, role)

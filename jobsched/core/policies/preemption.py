@@ -274,15 +274,9 @@ def _sit_again(cluster: Cluster, bookings: Sequence[tuple[Binding, RoleShape]]) 
     ledger = cluster.ledger
     mark = ledger.mark()
     for binding, role in bookings:
-        space = ledger.spaces.get(binding.node)
-        if space is None:
+        if binding.node not in ledger.spaces:
             continue  # the node is gone, and the job with it: not ours to decide
-        if (
-            space.cpu_milli < role.cpu_milli
-            or space.memory_bytes < role.memory_bytes
-            or not space.ports_used.isdisjoint(binding.ports)
-            or any(space.gpu_free.get(share.gpu, 0) < share.milli for share in binding.gpus)
-        ):
+        if not ledger.has_room_for(binding, role):
             ledger.rollback(mark)
             return False
         ledger.take(binding, role)
