@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import anyio
@@ -195,14 +195,19 @@ class Feed:
         """Looked up once a beat, whoever asks."""
         known = self._shown.get(job_id)
         if known is None:
-            look: Callable[[], tuple[Shown, ...]]
             if job_id is None:
                 dirty, self._dirty = self._dirty, set()
-                look = lambda: tuple(map(_show, self._service.lively(dirty)))  # noqa: E731
+                looking = anyio.to_thread.run_sync(self._look_at_all, dirty)
             else:
-                look = lambda: (_show(self._service.get(job_id)),)  # noqa: E731
-            known = self._shown[job_id] = asyncio.ensure_future(anyio.to_thread.run_sync(look))
+                looking = anyio.to_thread.run_sync(self._look_at, job_id)
+            known = self._shown[job_id] = asyncio.ensure_future(looking)
         return await asyncio.shield(known)
+
+    def _look_at_all(self, dirty: set[JobId]) -> tuple[Shown, ...]:
+        return tuple(map(_show, self._service.lively(dirty)))
+
+    def _look_at(self, job_id: JobId) -> tuple[Shown, ...]:
+        return (_show(self._service.get(job_id)),)
 
     async def _look(self, job_id: JobId) -> JobAnswer:
         return await anyio.to_thread.run_sync(self._service.get, job_id)

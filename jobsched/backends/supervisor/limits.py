@@ -112,7 +112,7 @@ class Cgroup1:
 
     def confine(self, name: str, cpu_milli: int, memory_bytes: int) -> Confinement:
         made = []
-        if 0 < cpu_milli < os.cpu_count() * 1_000:  # type: ignore[operator]  # a limit above the machine holds anyway
+        if 0 < cpu_milli < (os.cpu_count() or 1) * 1_000:  # a limit above the machine holds anyway
             made.append(_group(self._cpu / name, {
                 "cpu.cfs_period_us": PERIOD_US, "cpu.cfs_quota_us": max(cpu_milli * PERIOD_US // 1_000, 1_000),
             }))
@@ -148,7 +148,7 @@ class Cgroup2:
 
     def confine(self, name: str, cpu_milli: int, memory_bytes: int) -> Confinement:
         values: dict[str, int | str] = {}
-        if 0 < cpu_milli < os.cpu_count() * 1_000:  # type: ignore[operator]
+        if 0 < cpu_milli < (os.cpu_count() or 1) * 1_000:
             values["cpu.max"] = f"{max(cpu_milli * PERIOD_US // 1_000, 1_000)} {PERIOD_US}"
         if memory_bytes:
             values["memory.max"] = memory_bytes
