@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Final
+from typing import Final, cast
 
 from jobsched.core import events as ev
 from jobsched.core.job import (
     Asked,
+    Changes,
     CheckpointMark,
     FailureClass,
     Job,
@@ -22,7 +23,6 @@ from jobsched.core.job import (
     ReplicaId,
     ReplicaState,
     changed,
-    numbered,
 )
 from jobsched.core.resources import NO_JOB, NodeName
 from jobsched.spec.job import JobSpec, RestartScope, restart_policy
@@ -105,12 +105,12 @@ def _fold(job: Job | None, event: ev.JobEvent) -> Job:
     attempt = getattr(event, "attempt", None)
     if attempt is not None and attempt != job.attempt + isinstance(event, ev.AttemptPlaced):
         raise Illegal(f"{event.kind} names attempt {attempt}, job {job.id} is at {job.attempt}")
-    step: Callable[[Job, ev.JobEvent], Job] = _STEPS[type(event)]
-    after = step(job, event)
+    changes = _STEPS[type(event)](job, event)
     if isinstance(event, REBINDS):
-        held = sum(share.milli for r in after.replicas.values() if r.binding is not None for share in r.binding.gpus)
-        after = changed(after, gpu_milli_ms=job.gpu_time(event.at_ms), gpu_milli=held, gpu_since_ms=event.at_ms)
-    return numbered(after if after is not job else changed(job), job.version + 1)
+        replicas = cast(Mapping[ReplicaId, Replica], changes["replicas"])
+        held = sum([share.milli for r in replicas.values() if r.binding is not None for share in r.binding.gpus])
+        changes |= {"gpu_milli_ms": job.gpu_time(event.at_ms), "gpu_milli": held, "gpu_since_ms": event.at_ms}
+    return changed(job, version=job.version + 1, **changes)
 
 
 def _submitted(e: ev.JobSubmitted) -> Job:
@@ -130,225 +130,232 @@ def _submitted(e: ev.JobSubmitted) -> Job:
     )
 
 
-def _enter(job: Job, phase: Phase, reason: Reason, at_ms: int, **more: object) -> Job:
-    return changed(job, phase=phase, reason=reason, phase_since_ms=at_ms, **more)
+def _enter(phase: Phase, reason: Reason, at_ms: int) -> Changes:
+    return {"phase": phase, "reason": reason, "phase_since_ms": at_ms}
 
 
-def _change(job: Job, ids: Iterable[ReplicaId], change: Callable[[Replica], Replica]) -> Job:
+def _change(job: Job, ids: Iterable[ReplicaId], change: Callable[[Replica], Replica]) -> Changes:
     replicas = dict(job.replicas)
     for rid in ids:
         if rid not in replicas:
             raise Illegal(f"job {job.id} has no replica {rid}")
         replicas[rid] = change(replicas[rid])
-    return changed(job, replicas=replicas)
+    return {"replicas": replicas}
 
 
-def _cancel(job: Job, e: ev.JobCancelRequested) -> Job:
-    return changed(job, cancel_by=e.by or "somebody")
+def _cancel(job: Job, e: ev.JobCancelRequested) -> Changes:
+    return {"cancel_by": e.by or "somebody"}
 
 
-def _held(job: Job, e: ev.JobHeld) -> Job:
-    wish = Reason.HELD if e.stop and job.phase in (S, R) else job.stop_wish
-    return changed(job, held=True, stop_wish=wish)
+def _held(job: Job, e: ev.JobHeld) -> Changes:
+    return {"held": True, "stop_wish": Reason.HELD if e.stop and job.phase in (S, R) else job.stop_wish}
 
 
-def _released(job: Job, e: ev.JobReleased) -> Job:
+def _released(job: Job, e: ev.JobReleased) -> Changes:
     wish = Reason.NONE if job.stop_wish is Reason.HELD else job.stop_wish
-    return changed(job, held=False, not_before_ms=0, stop_wish=wish)
+    return {"held": False, "not_before_ms": 0, "stop_wish": wish}
 
 
-def _restart_requested(job: Job, e: ev.JobRestartRequested) -> Job:
+def _restart_requested(job: Job, e: ev.JobRestartRequested) -> Changes:
     wish = Reason.RESTART_REQUESTED if job.phase in (S, R) else job.stop_wish
-    return changed(job, stop_wish=wish, not_before_ms=0, failures=0, infra_failures=0)
+    return {"stop_wish": wish, "not_before_ms": 0, "failures": 0, "infra_failures": 0}
 
 
-def _scaled(job: Job, e: ev.JobScaled) -> Job:
-    wish = _rescaling(job, e.wanted) if job.phase in (S, R) else job.stop_wish
-    return changed(job, wanted={**job.wanted, **e.wanted}, stop_wish=wish)
+def _scaled(job: Job, e: ev.JobScaled) -> Changes:
+    wish = _rescaling(job, job.spec, e.wanted) if job.phase in (S, R) else job.stop_wish
+    return {"wanted": {**job.wanted, **e.wanted}, "stop_wish": wish}
 
 
-def _rescaling(job: Job, wanted: Mapping[str, int]) -> Reason:
+def _rescaling(job: Job, spec: JobSpec, wanted: Mapping[str, int]) -> Reason:
     """The wish to stop that other counts bring: a new attempt, where a role cannot change in place."""
-    in_place = all(restart_policy(job.spec, role).scope is RestartScope.REPLICA for role in wanted)
+    in_place = all(restart_policy(spec, role).scope is RestartScope.REPLICA for role in wanted)
     return job.stop_wish if in_place else Reason.RESCALED
 
 
-def _priority(job: Job, e: ev.JobPriorityChanged) -> Job:
-    return changed(job, priority=e.priority)
+def _priority(job: Job, e: ev.JobPriorityChanged) -> Changes:
+    return {"priority": e.priority}
 
 
-def _edited(job: Job, e: ev.JobEdited) -> Job:
+def _edited(job: Job, e: ev.JobEdited) -> Changes:
     before = job.next_spec or job.spec
     explicit = "priority" in e.fields or e.spec.priority != before.priority
-    priority = e.spec.priority if explicit else job.priority
-    job = changed(job, edits=job.edits + 1, labels=e.spec.labels, priority=priority, failures=0, infra_failures=0)
+    changes: Changes = {
+        "edits": job.edits + 1, "labels": e.spec.labels, "priority": e.spec.priority if explicit else job.priority,
+        "failures": 0, "infra_failures": 0,
+    }  # fmt: skip
     if job.phase is Q:
-        return _respecified(changed(job, not_before_ms=0), e.spec, e.wanted)
+        return {**changes, "not_before_ms": 0, **_respecified(job, e.spec, e.wanted)}
     running = job.phase in (S, R)
     if e.restart or job.next_spec is not None:
         wanted = {role: count for role, count in job.wanted.items() if role not in e.wanted}
         wish = Reason.RESTART_REQUESTED if running else job.stop_wish
-        return changed(job, next_spec=e.spec, wanted=wanted, stop_wish=wish)
-    job = _respecified(job, e.spec, e.wanted)
-    return changed(job, stop_wish=_rescaling(job, e.wanted)) if running else job
+        return {**changes, "next_spec": e.spec, "wanted": wanted, "stop_wish": wish}
+    changes |= _respecified(job, e.spec, e.wanted)
+    return {**changes, "stop_wish": _rescaling(job, e.spec, e.wanted)} if running else changes
 
 
-def _respecified(job: Job, spec: JobSpec, wanted: Mapping[str, int]) -> Job:
+def _respecified(job: Job, spec: JobSpec, wanted: Mapping[str, int]) -> Changes:
     """With another spec, and of the counts set by `scale` those that it allows."""
     known = {role: count for role, count in {**job.wanted, **wanted}.items()
              if role in spec.roles and spec.roles[role].replicas.min <= count <= spec.roles[role].replicas.max}
-    return changed(job, spec=spec, next_spec=None, wanted=known)
+    return {"spec": spec, "next_spec": None, "wanted": known}
 
 
-def _dependency_met(job: Job, e: ev.DependencyMet) -> Job:
-    return changed(job, waiting_for=tuple(d for d in job.waiting_for if d != e.dependency))
+def _dependency_met(job: Job, e: ev.DependencyMet) -> Changes:
+    return {"waiting_for": tuple(d for d in job.waiting_for if d != e.dependency)}
 
 
-def _placed(job: Job, e: ev.AttemptPlaced) -> Job:
-    replicas = {b.id: Replica(b.role, b.index, b) for b in e.bindings}
-    return _enter(
-        job, S, Reason.NONE, e.at_ms,
-        attempt=e.attempt,
-        restarts=job.restarts + (e.attempt > 1),
-        replicas=replicas,
-        coordinator_port=e.coordinator_port,
-        attempt_started_at_ms=e.at_ms,
-        first_placed_at_ms=job.first_placed_at_ms or e.at_ms,
-        not_before_ms=0,
-        asked=None,
-    )
+def _placed(job: Job, e: ev.AttemptPlaced) -> Changes:
+    return {
+        **_enter(S, Reason.NONE, e.at_ms),
+        "attempt": e.attempt,
+        "restarts": job.restarts + (e.attempt > 1),
+        "replicas": {b.id: Replica(b.role, b.index, b) for b in e.bindings},
+        "coordinator_port": e.coordinator_port,
+        "attempt_started_at_ms": e.at_ms,
+        "first_placed_at_ms": job.first_placed_at_ms or e.at_ms,
+        "not_before_ms": 0,
+        "asked": None,
+    }
 
 
-def _capacity_requested(job: Job, e: ev.CapacityRequested) -> Job:
-    return changed(job, asked=Asked(e.pool, e.nodes, e.target, e.at_ms, e.until_ms))
+def _capacity_requested(job: Job, e: ev.CapacityRequested) -> Changes:
+    return {"asked": Asked(e.pool, e.nodes, e.target, e.at_ms, e.until_ms)}
 
 
-def _capacity_withdrawn(job: Job, e: ev.CapacityWithdrawn) -> Job:
-    return changed(job, asked=None)
+def _capacity_withdrawn(job: Job, e: ev.CapacityWithdrawn) -> Changes:
+    return {"asked": None}
 
 
-def _replicas_started(job: Job, e: ev.ReplicasStarted) -> Job:
+def _replicas_started(job: Job, e: ev.ReplicasStarted) -> Changes:
     return _change(job, e.replicas, lambda r: replace(r, state=ReplicaState.RUNNING))
 
 
-def _attempt_started(job: Job, e: ev.AttemptStarted) -> Job:
+def _attempt_started(job: Job, e: ev.AttemptStarted) -> Changes:
     first = job.first_started_at_ms or e.at_ms
-    return _enter(job, R, Reason.NONE, e.at_ms, first_started_at_ms=first, running_since_ms=e.at_ms)
+    return {**_enter(R, Reason.NONE, e.at_ms), "first_started_at_ms": first, "running_since_ms": e.at_ms}
 
 
-def _replica_exited(job: Job, e: ev.ReplicaExited) -> Job:
+def _replica_exited(job: Job, e: ev.ReplicaExited) -> Changes:
     def exited(r: Replica) -> Replica:
         return replace(r, state=ReplicaState.EXITED, exit_code=e.exit_code, signal=e.signal)
 
     return _change(job, (ReplicaId(f"{e.role}/{e.index}"),), exited)
 
 
-def _replicas_lost(job: Job, e: ev.ReplicasLost) -> Job:
+def _replicas_lost(job: Job, e: ev.ReplicasLost) -> Changes:
     return _change(job, e.replicas, lambda r: replace(r, state=ReplicaState.LOST))
 
 
-def _count_failure(job: Job, failure_class: FailureClass, at_ms: int) -> Job:
+def _count_failure(job: Job, failure_class: FailureClass, at_ms: int) -> Changes:
     if failure_class in COUNTED:
-        return changed(job, failures=job.failures + 1, failed_at_ms=at_ms)
+        return {"failures": job.failures + 1, "failed_at_ms": at_ms}
     if failure_class is FailureClass.INFRA:
-        return changed(job, infra_failures=job.infra_failures + 1, failed_at_ms=at_ms)
-    return job
+        return {"infra_failures": job.infra_failures + 1, "failed_at_ms": at_ms}
+    return {}
 
 
-def _replicas_restarted(job: Job, e: ev.ReplicasRestarted) -> Job:
+def _replicas_restarted(job: Job, e: ev.ReplicasRestarted) -> Changes:
     def again(r: Replica) -> Replica:
         return Replica(r.role, r.index, r.binding, restart=r.restart + 1, not_before_ms=e.not_before_ms)
 
-    job = _count_failure(_change(job, e.replicas, again), e.cause.failure_class, e.at_ms)
-    return changed(job, restarts=job.restarts + 1, cause=e.cause, suspected_since_ms=0, suspects=())
+    return {
+        **_change(job, e.replicas, again),
+        **_count_failure(job, e.cause.failure_class, e.at_ms),
+        "restarts": job.restarts + 1,
+        "cause": e.cause,
+        "suspected_since_ms": 0,
+        "suspects": (),
+    }
 
 
-def _replicas_unbound(job: Job, e: ev.ReplicasUnbound) -> Job:
-    job = _change(job, e.replicas, lambda r: replace(r, state=ReplicaState.UNBOUND, binding=None))
-    return changed(_count_failure(job, e.cause.failure_class, e.at_ms), cause=e.cause)
+def _replicas_unbound(job: Job, e: ev.ReplicasUnbound) -> Changes:
+    unbound = _change(job, e.replicas, lambda r: replace(r, state=ReplicaState.UNBOUND, binding=None))
+    return {**unbound, **_count_failure(job, e.cause.failure_class, e.at_ms), "cause": e.cause}
 
 
-def _replicas_bound(job: Job, e: ev.ReplicasBound) -> Job:
+def _replicas_bound(job: Job, e: ev.ReplicasBound) -> Changes:
     replicas = dict(job.replicas)
     for b in e.bindings:
         old = replicas.get(b.id)
         if old is not None and old.state not in (ReplicaState.UNBOUND, ReplicaState.GONE):
             raise Illegal(f"replica {b.id} of job {job.id} already has a place")
         replicas[b.id] = Replica(b.role, b.index, b, restart=0 if old is None else old.restart + 1)
-    return changed(job, replicas=replicas)
+    return {"replicas": replicas}
 
 
-def _replicas_released(job: Job, e: ev.ReplicasReleased) -> Job:
+def _replicas_released(job: Job, e: ev.ReplicasReleased) -> Changes:
     return _change(job, e.replicas, lambda r: replace(r, state=ReplicaState.STOPPING, for_job=e.for_job))
 
 
-def _replicas_gone(job: Job, e: ev.ReplicasGone) -> Job:
+def _replicas_gone(job: Job, e: ev.ReplicasGone) -> Changes:
     return _change(job, e.replicas, lambda r: replace(r, state=ReplicaState.GONE, binding=None, for_job=NO_JOB))
 
 
-def _hang_suspected(job: Job, e: ev.HangSuspected) -> Job:
-    return changed(job, suspected_since_ms=e.at_ms, suspects=e.replicas)
+def _hang_suspected(job: Job, e: ev.HangSuspected) -> Changes:
+    return {"suspected_since_ms": e.at_ms, "suspects": e.replicas}
 
 
-def _hang_cleared(job: Job, e: ev.HangCleared) -> Job:
-    return changed(job, suspected_since_ms=0, suspects=())
+def _hang_cleared(job: Job, e: ev.HangCleared) -> Changes:
+    return {"suspected_since_ms": 0, "suspects": ()}
 
 
-def _checkpoint_saved(job: Job, e: ev.CheckpointSaved) -> Job:
-    return changed(job, checkpoint=CheckpointMark(e.attempt, e.step, e.path, e.at_ms))
+def _checkpoint_saved(job: Job, e: ev.CheckpointSaved) -> Changes:
+    return {"checkpoint": CheckpointMark(e.attempt, e.step, e.path, e.at_ms)}
 
 
-def _forgiven(job: Job, e: ev.FailuresForgiven) -> Job:
-    return changed(job, failures=0, infra_failures=0)
+def _forgiven(job: Job, e: ev.FailuresForgiven) -> Changes:
+    return {"failures": 0, "infra_failures": 0}
 
 
-def _stopping(job: Job, e: ev.AttemptStopping) -> Job:
+def _stopping(job: Job, e: ev.AttemptStopping) -> Changes:
     cause = e.outcome.cause
+    changes: Changes = {
+        **_enter(X, e.outcome.reason, e.at_ms),
+        "outcome": e.outcome,
+        "cause": cause or (None if e.outcome.phase is Phase.SUCCEEDED else job.cause),
+        "stop_wish": Reason.NONE,
+        "suspected_since_ms": 0,
+        "suspects": (),
+    }
     if job.phase is not X:
         ran = e.at_ms - job.running_since_ms if job.running_since_ms else 0
-        job = changed(job, ran_ms=job.ran_ms + max(0, ran), running_since_ms=0)
+        changes |= {"ran_ms": job.ran_ms + max(0, ran), "running_since_ms": 0}
         if cause is not None:
-            job = _count_failure(job, cause.failure_class, e.at_ms)
             infra = cause.failure_class is FailureClass.INFRA and cause.node
-            job = changed(job, avoid=(NodeName(cause.node),) if infra else ())
-    return _enter(
-        job, X, e.outcome.reason, e.at_ms,
-        outcome=e.outcome,
-        cause=cause or (None if e.outcome.phase is Phase.SUCCEEDED else job.cause),
-        stop_wish=Reason.NONE,
-        suspected_since_ms=0,
-        suspects=(),
-    )
+            changes |= _count_failure(job, cause.failure_class, e.at_ms)
+            changes["avoid"] = (NodeName(cause.node),) if infra else ()
+    return changes
 
 
-def _ended(job: Job, e: ev.AttemptEnded) -> Job:
+def _ended(job: Job, e: ev.AttemptEnded) -> Changes:
     outcome = job.outcome
     assert outcome is not None
     if e.phase is not outcome.phase:
         raise Illegal(f"job {job.id} was stopping towards {outcome.phase}, not {e.phase}")
+    changes: Changes = {
+        **_enter(e.phase, outcome.reason, e.at_ms),
+        "replicas": {},
+        "outcome": None,
+        "coordinator_port": 0,
+        "not_before_ms": outcome.not_before_ms if e.phase is Q else 0,
+        "ended_at_ms": 0 if e.phase is Q else e.at_ms,
+    }
     if outcome.for_job:  # what was saved while stopping is not lost
         saved = job.checkpoint.at_ms if job.checkpoint is not None else 0
-        lost = max(0, job.phase_since_ms - max(saved, job.attempt_started_at_ms))
-        job = changed(job, lost_ms=job.lost_ms + lost)
+        changes["lost_ms"] = job.lost_ms + max(0, job.phase_since_ms - max(saved, job.attempt_started_at_ms))
     if e.phase is Q and job.next_spec is not None:
-        job = _respecified(job, job.next_spec, {})
-    return _enter(
-        job, e.phase, outcome.reason, e.at_ms,
-        replicas={},
-        outcome=None,
-        coordinator_port=0,
-        not_before_ms=outcome.not_before_ms if e.phase is Q else 0,
-        ended_at_ms=0 if e.phase is Q else e.at_ms,
-    )
+        changes |= _respecified(job, job.next_spec, {})
+    return changes
 
 
-def _job_ended(job: Job, e: ev.JobEnded) -> Job:
+def _job_ended(job: Job, e: ev.JobEnded) -> Changes:
     if e.phase not in (Phase.FAILED, Phase.CANCELLED):
         raise Illegal(f"a waiting job cannot become {e.phase}")
-    return _enter(job, e.phase, e.cause.reason, e.at_ms, cause=e.cause, ended_at_ms=e.at_ms)
+    return {**_enter(e.phase, e.cause.reason, e.at_ms), "cause": e.cause, "ended_at_ms": e.at_ms}
 
 
-_STEPS: Final[Mapping[type, Callable[..., Job]]] = {
+_STEPS: Final[Mapping[type, Callable[..., Changes]]] = {
     ev.JobCancelRequested: _cancel,
     ev.JobHeld: _held,
     ev.JobReleased: _released,
@@ -377,4 +384,5 @@ _STEPS: Final[Mapping[type, Callable[..., Job]]] = {
     ev.AttemptEnded: _ended,
     ev.JobEnded: _job_ended,
 }
+"""What each event changes of its job."""
 assert _STEPS.keys() == LEGAL.keys()
