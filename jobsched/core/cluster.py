@@ -30,7 +30,7 @@ from jobsched.core.pools import BY as POOLS
 from jobsched.core.pools import NodePool
 from jobsched.core.resources import NOTHING, WHOLE_GPU, JobId, NodeName
 from jobsched.core.shape import elastic_role, shape_of_job
-from jobsched.core.suspicion import BY, PREFLIGHT_LABEL, Accusation, Checked, Suspicion, accusations, against_node
+from jobsched.core.suspicion import BY, PREFLIGHT_LABEL, Accusation, Checked, Suspicion, accusation, against_node
 from jobsched.spec.job import JobSpec
 from jobsched.spec.queue import CPU, GPUS, MEMORY, QueueSpec
 
@@ -234,14 +234,14 @@ class Cluster:
             self.seq = seq
         match event:
             case ev.NodeSeen(node=node):
-                for accusation in against_node(self.nodes.get(node.name), event):
-                    self._accuse(node.name, accusation)
+                for held in against_node(self.nodes.get(node.name), event):
+                    self._accuse(node.name, held)
                 self._note_delivery(node)
                 self._put_node(node)
             case ev.NodeLost(node=name):
                 going = name in self.cordoned and self.cordoned[name].by == POOLS
-                for accusation in () if going else against_node(None, event):
-                    self._accuse(name, accusation)
+                for held in () if going else against_node(None, event):
+                    self._accuse(name, held)
                 self.idle_since.pop(name, None)
                 self.lost.add(name)
                 self.ledger.drop_node(name)
@@ -263,8 +263,8 @@ class Cluster:
                 if isinstance(event, ev.CapacityWithdrawn) and event.late:
                     self.late[event.pool] = (self.late.get(event.pool, (0, 0))[0] + 1, event.at_ms)
                 before = self.jobs.get(event.job_id)
-                for name, accusation in accusations(before, event):
-                    self._accuse(name, accusation)
+                if (accused := accusation(before, event)) is not None:
+                    self._accuse(*accused)
                 self._replace_job(before, evolve_job(before, event), event.at_ms)
 
     @classmethod
@@ -308,8 +308,8 @@ class Cluster:
                 self._leave_line(self.jobs[job_id])
                 self._line_up(self.jobs[job_id])
 
-    def _accuse(self, name: NodeName, accusation: Accusation) -> None:
-        self.suspicions.setdefault(name, Suspicion()).add(accusation)
+    def _accuse(self, name: NodeName, held: Accusation) -> None:
+        self.suspicions.setdefault(name, Suspicion()).add(held)
         self.accused[name] = None
 
     def _note_delivery(self, node: Node) -> None:
@@ -352,31 +352,30 @@ class Cluster:
         self._repool(node.name)
 
     def _replace_job(self, before: Job | None, after: Job, at_ms: int) -> None:
-        job_id = after.id
+        job_id, enters = after.id, before is None or before.phase is not after.phase
         self.touched[job_id] = None
         if before is not None and not before.phase.active:
             self._leave_line(before)
-        old = before.replicas if before is not None else {}
-        if old or after.replicas:
+        moves = bool(after.replicas) if before is None else before.replicas is not after.replicas
+        if moves:
             self._rebind(before, after, at_ms)
-        if before is None or before.phase is not after.phase:
+        if enters and after.array_id:
             self._count_array(before, after)
-        checked = after.labels.get(PREFLIGHT_LABEL) if after.owner == BY else None
-        if checked is not None:
+        if after.owner == BY and (checked := after.labels.get(PREFLIGHT_LABEL)) is not None:
             self._note_check(NodeName(checked), after, at_ms)
-        self._note_leaving(before, after)
+        if moves or enters or (before is not None and (
+            before.outcome is not after.outcome or before.priority != after.priority
+        )):  # fmt: skip
+            self._note_leaving(before, after)
         if after.asked is not None and not after.phase.terminal:
             self.asking[job_id] = after.asked
-        else:
+        elif before is not None and before.asked is not None:
             self.asking.pop(job_id, None)
         if after.phase.terminal:
             self.estimates.ended(after)
             self._stir(before, after)
             self._remember_end(after)
-            self.jobs.pop(job_id, None)
-            self.growing.pop(job_id, None)
-            self._shape.pop(job_id, None)
-            for known in (self.elastic, self.speeds, self.targets):
+            for known in (self.jobs, self.growing, self._shape, self.elastic, self.speeds, self.targets):
                 known.pop(job_id, None)
             return
         self.jobs[job_id] = after
@@ -384,22 +383,24 @@ class Cluster:
             self.estimates.submitted(after)
             for dependency in after.waiting_for:
                 self.dependents.setdefault(dependency, []).append(job_id)
-        if before is None or before.wanted is not after.wanted or before.spec is not after.spec:
+        respecified = before is None or before.wanted is not after.wanted or before.spec is not after.spec
+        if respecified:
             self._shape[job_id] = self._shape_of(after)
         if before is None:
             self.mix.learn(self._shape[job_id])
         self._stir(before, after)
         if after.phase is Phase.QUEUED:
             self._join_line(after)
-        if before is None or before.phase is not after.phase:
+        if enters:
             if after.phase.active and elastic_role(after.spec):
                 self.elastic[job_id] = None
             else:
                 self.elastic.pop(job_id, None)
-        if after.phase is Phase.RUNNING and self.lacking(after):
-            self.growing[job_id] = -1
-        else:
-            self.growing.pop(job_id, None)
+        if enters or moves or respecified:
+            if after.phase is Phase.RUNNING and self.lacking(after):
+                self.growing[job_id] = -1
+            else:
+                self.growing.pop(job_id, None)
 
     def _note_check(self, name: NodeName, job: Job, at_ms: int) -> None:
         if not job.phase.terminal:
@@ -424,7 +425,8 @@ class Cluster:
         return shape
 
     def _note_leaving(self, before: Job | None, after: Job) -> None:
-        """Keep `active`, `leaving` and `nominated` true when a job changes."""
+        """Keep `active`, `surplus`, `leaving` and `nominated` true when a job's phase, replicas, outcome or priority
+        change."""
         queue, job_id, phase = after.spec.queue, after.id, after.phase
         runs = phase is Phase.STARTING or phase is Phase.RUNNING
         if before is None or before.phase is not phase or before.priority != after.priority:
@@ -435,17 +437,15 @@ class Cluster:
             if phase is not Phase.QUEUED:
                 self.nominated.pop(job_id, None)
         leaves = after.outcome.for_job if phase is Phase.STOPPING and after.outcome is not None else None
-        if runs and (before is None or before.replicas is not after.replicas):
-            if has_surplus(after):
-                self.surplus.setdefault(queue, {})[job_id] = None
-            else:
-                self.surplus.get(queue, {}).pop(job_id, None)
+        if runs and before is not None and before.replicas is after.replicas:
+            return
+        if runs and has_surplus(after):
+            self.surplus.setdefault(queue, {})[job_id] = None
+        elif queue in self.surplus:
+            self.surplus[queue].pop(job_id, None)
+        if runs:
             stopping = [r.for_job for r in after.replicas.values() if r.state is ReplicaState.STOPPING]
             leaves = max(stopping) if stopping else None
-        elif runs:
-            return
-        else:
-            self.surplus.get(queue, {}).pop(job_id, None)
         was = self.leaving.pop(job_id, None)
         if leaves is not None:
             self.leaving[job_id] = leaves
@@ -457,10 +457,12 @@ class Cluster:
     def _part(self, job: Job) -> None:
         """A job is no longer active in its queue at its priority."""
         levels = self.active.get(job.spec.queue, {})
-        if job.id in levels.get(job.priority, {}):
-            del levels[job.priority][job.id]
-            if not levels[job.priority]:
+        level = levels.get(job.priority)
+        if level is not None and job.id in level:
+            del level[job.id]
+            if not level:
                 del levels[job.priority]
+
     def reported(self, job_id: JobId, step: int, total: int, at_ms: int) -> None:
         """A running job told how far it is of how much."""
         if total > 0 and self.estimates.reported(self.jobs[job_id], step, total, at_ms):
@@ -468,34 +470,36 @@ class Cluster:
 
     def _stir(self, before: Job | None, after: Job) -> None:
         """Note where something may be decided anew."""
-        shape = self._shape.get(after.id)
-        if shape is None:
-            return
-        key = pool_key(shape)
-        if before is not None and before.phase is not after.phase:
-            if after.phase.active:
-                self.crowds[key].active[after.id] = None
-            else:
-                self.crowds[key].active.pop(after.id, None)
-        if after.phase.terminal:
-            self._leave_crowd(after.id)
-            self.standing.pop(after.id, None)
+        job_id, phase = after.id, after.phase
+        key = self._crowd_of.get(job_id)
+        if phase.terminal:
+            self._leave_crowd(job_id)
+            self.standing.pop(job_id, None)
         elif before is None or before.spec is not after.spec:
-            self._leave_crowd(after.id)
-            crowd = self.crowds.get(key)
-            if crowd is None:
-                crowd = self.crowds[key] = Crowd(shape)
-            crowd.jobs[after.id] = None
-            self._crowd_of[after.id] = key
-            if after.phase.active:
-                crowd.active[after.id] = None
-        elif before.phase is not after.phase and after.phase in (Phase.STARTING, Phase.RUNNING):
-            pass  # its turn may end by itself from now on
-        elif after.phase is not Phase.QUEUED and (before.stop_wish, before.cancel_by, before.wanted) == (
-            after.stop_wish, after.cancel_by, after.wanted,
-        ):  # fmt: skip
+            self._leave_crowd(job_id)
+            key = self._join_crowd(after)
+        elif key is not None and before.phase is not phase:
+            if not phase.active:
+                self.crowds[key].active.pop(job_id, None)
+            else:
+                self.crowds[key].active[job_id] = None
+                if phase is Phase.STOPPING and _same_wishes(before, after):
+                    return  # its turn may end by itself only while it runs
+        elif phase is not Phase.QUEUED and _same_wishes(before, after):
             return
-        self.stirred[key] = None
+        if key is not None:
+            self.stirred[key] = None
+
+    def _join_crowd(self, job: Job) -> PoolKey:
+        shape = self._shape[job.id]
+        key = self._crowd_of[job.id] = pool_key(shape)
+        crowd = self.crowds.get(key)
+        if crowd is None:
+            crowd = self.crowds[key] = Crowd(shape)
+        crowd.jobs[job.id] = None
+        if job.phase.active:
+            crowd.active[job.id] = None
+        return key
 
     def _leave_crowd(self, job_id: JobId) -> None:
         key = self._crowd_of.pop(job_id, None)
@@ -514,39 +518,33 @@ class Cluster:
     def _rebind(self, before: Job | None, after: Job, at_ms: int) -> None:
         """Keep ledger, node index and queue usage true when a job's replicas change."""
         old = before.replicas if before is not None else {}
-        shape = self._shape.get(after.id) or shape_of_job(after)
-        roles = {r.role: r for r in shape.roles}
-        for rid, replica in old.items():
-            now = after.replicas.get(rid)
-            if replica.binding is not None and (now is None or now.binding is not replica.binding):
-                assert before is not None
-                self._book(before, replica, roles[replica.role], -1, at_ms)
-        for rid, replica in after.replicas.items():
-            was = old.get(rid)
-            if replica.binding is not None and (was is None or was.binding is not replica.binding):
-                self._book(after, replica, roles[replica.role], +1, at_ms)
+        new = after.replicas
+        left = [(rid, r) for rid, r in old.items() if r.binding is not None and _binding(new.get(rid)) is not r.binding]
+        came = [(rid, r) for rid, r in new.items() if r.binding is not None and _binding(old.get(rid)) is not r.binding]
+        if not left and not came:
+            return
+        roles = {role.role: role for role in self.shape(after).roles}
+        for rid, replica in left:
+            assert before is not None
+            self._book(before, rid, replica, roles[replica.role], -1, at_ms)
+        for rid, replica in came:
+            self._book(after, rid, replica, roles[replica.role], +1, at_ms)
 
-    def _book(self, job: Job, replica: Replica, role: RoleShape, sign: int, at_ms: int) -> None:
-        binding = replica.binding
+    def _book(self, job: Job, rid: ReplicaId, replica: Replica, role: RoleShape, sign: int, at_ms: int) -> None:
+        binding, key = replica.binding, (job.id, rid)
         assert binding is not None
-        on_node = self.on_node.setdefault(binding.node, {})
         if sign > 0:
-            on_node[(job.id, replica.id)] = (binding, role)
+            self.on_node.setdefault(binding.node, {})[key] = (binding, role)
             self.ledger.take(binding, role)
+            amounts = self._charged[key] = self.amounts(binding, role)
         else:
-            del on_node[(job.id, replica.id)]
+            del self.on_node[binding.node][key]
             self.ledger.give(binding, role)
-        if sign > 0:
-            amounts = self._charged[job.id, replica.id] = self.amounts(binding, role)
-        else:
-            amounts = self._charged.pop((job.id, replica.id))
+            amounts = self._charged.pop(key)
         self.quotas.book(job.spec.queue, job.owner, amounts, sign, at_ms)
 
     def _count_array(self, before: Job | None, after: Job) -> None:
-        if not after.array_id:
-            return
-        was = before is not None and before.phase.active
-        change = after.phase.active - was
+        change = after.phase.active - (before is not None and before.phase.active)
         if change:
             self.quotas.start(after.array_id, change)
 
@@ -561,14 +559,15 @@ class Cluster:
         self._line_up(job)
 
     def _line_up(self, job: Job) -> None:
-        self.stirred[pool_key(self._shape[job.id])] = None
+        pool = self._crowd_of[job.id]
+        self.stirred[pool] = None
         owner = job.owner if _tells_users_apart(self.queues.get(job.spec.queue)) else ""
         outlook = self.alike(job, self.estimates)
         key = LineKey(job.spec.queue, job.priority, self._shape[job.id], job.array_id, owner, outlook)
         line = self.lines.get(key)
         if line is None:
             line = self.lines[key] = self.lines_of.setdefault(key.queue, {})[key] = Line(key)
-            self.lines_in.setdefault(self._crowd_of[job.id], {})[key] = line
+            self.lines_in.setdefault(pool, {})[key] = line
         self.stuck.pop(key.queue, None)
         self.joined += 1
         place = Place(self.rank(job, self.estimates), job.submitted_at_ms, job.id)
@@ -656,7 +655,7 @@ class Cluster:
 
     def amounts(self, binding: Binding, role: RoleShape) -> Amounts:
         """What a binding would count for in its job's queue."""
-        return amounts_of(role, self.kind_of(binding), sum(share.milli for share in binding.gpus))
+        return amounts_of(role, self.kind_of(binding), sum([share.milli for share in binding.gpus]))
 
     def charges(self) -> Iterator[tuple[tuple[JobId, ReplicaId], Amounts]]:
         """What each bound replica counts for in its queue."""
@@ -769,6 +768,14 @@ class Cluster:
 
 def _tells_users_apart(queue: QueueSpec | None) -> bool:
     return queue is not None and queue.max_gpus_per_user is not None
+
+
+def _binding(replica: Replica | None) -> Binding | None:
+    return None if replica is None else replica.binding
+
+
+def _same_wishes(one: Job, other: Job) -> bool:
+    return (one.stop_wish, one.cancel_by, one.wanted) == (other.stop_wish, other.cancel_by, other.wanted)
 
 
 def cordon_of(event: ev.NodeCordoned) -> Cordon:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from math import exp2
 
 from jobsched.core import events as ev
-from jobsched.core.job import Cause, FailureClass, Job, Reason, replica_id
+from jobsched.core.job import FailureClass, Job, Reason, replica_id
 from jobsched.core.node import Node
 from jobsched.core.resources import GpuId, NodeName
 
@@ -67,25 +67,24 @@ class Suspicion:
         return f"{len(self.accusations)} failures: " + ", ".join(a.what for a in newest)
 
 
-def accusations(job: Job | None, event: ev.Event) -> Iterator[tuple[NodeName, Accusation]]:
+def accusation(job: Job | None, event: ev.Event) -> tuple[NodeName, Accusation] | None:
     """What an event holds against a node; `job` is the event's job before it."""
-    cause: Cause | None = None
-    match event:
-        case ev.AttemptStopping(outcome=outcome):
-            cause = outcome.cause
-        case ev.ReplicasRestarted() | ev.ReplicasUnbound():
-            cause = event.cause
-        case _:
-            return
+    if isinstance(event, ev.AttemptStopping):
+        cause = event.outcome.cause
+    elif isinstance(event, ev.ReplicasRestarted | ev.ReplicasUnbound):
+        cause = event.cause
+    else:
+        return None
     if cause is None or not cause.node or job is None or job.owner == BY:
-        return
+        return None
     killed = cause.reason is Reason.EXIT_CODE and (cause.exit_code or 0) > 128  # by a signal, as shells tell it
     reason = Reason.SIGNAL if killed else cause.reason
     weight = _BY_REASON.get(reason, _BY_CLASS.get(cause.failure_class, 0.0))
-    if weight:
-        replica = job.replicas.get(replica_id(cause.role, cause.index))
-        gpus = tuple(share.gpu for share in replica.binding.gpus) if replica and replica.binding else ()
-        yield NodeName(cause.node), Accusation(job.id, f"{job.name} ({cause.reason})", weight, event.at_ms, gpus)
+    if not weight:
+        return None
+    replica = job.replicas.get(replica_id(cause.role, cause.index))
+    gpus = tuple(share.gpu for share in replica.binding.gpus) if replica and replica.binding else ()
+    return NodeName(cause.node), Accusation(job.id, f"{job.name} ({cause.reason})", weight, event.at_ms, gpus)
 
 
 def against_node(before: Node | None, event: ev.NodeSeen | ev.NodeLost) -> Iterator[Accusation]:
