@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -24,7 +24,7 @@ from jobsched.core.answers import JobProgress
 from jobsched.core.cluster import Cluster
 from jobsched.core.converge import Addresses, converge
 from jobsched.core.job import Job, Phase, ReplicaState
-from jobsched.core.judge import Senses, judge, judge_nodes
+from jobsched.core.judge import Senses, judge, judge_nodes, settled_by
 from jobsched.core.launch import launch_key
 from jobsched.core.observation import Observation, Sight
 from jobsched.core.policies import provisioning
@@ -77,6 +77,8 @@ class _State:
     cluster: Cluster
     nodes_known: bool = False
     """Whether the log has been told of every node sighted since this state was loaded."""
+    queues_checked: Mapping[str, QueueSpec] | None = None
+    """The cluster's queues when those of the configuration were last found among them."""
     timers: Timers = field(default_factory=Timers)
     sampler: Sampler = field(default_factory=Sampler)
 
@@ -333,11 +335,11 @@ class Controller:
         state.nodes_known = True
         with self._lock:
             look = self._to_look_at(state, seen_jobs, now)
-        everyone = dict(look)
+        everyone, settled = dict(look), set[JobId]()
         for _ in range(JUDGE_ROUNDS):
             with self._lock:
                 cluster.touched.clear()
-                found = judge(cluster, sight, look, now, self._senses)
+                found = judge(cluster, sight, [job_id for job_id in look if job_id not in settled], now, self._senses)
                 samples = state.sampler.samples(cluster, sight, look, now)
                 for sample in samples:
                     cluster.reported(sample.job_id, sample.step, sample.total, now)
@@ -345,9 +347,10 @@ class Controller:
                 self._store.add_samples(samples)
             if not found:
                 break
-            self._append(state, found, fence, news)
+            alone = self._append(state, found, fence, news)
             look = dict(cluster.touched)
             everyone |= look
+            settled = settled_by(found) if alone else set()
         health = self._policy.health
         if health is not None:
             with self._lock:
@@ -415,9 +418,10 @@ class Controller:
         """Jobs that an event, an observation, a timer, a lost or a draining node names, in a definite order."""
         cluster = state.cluster
         look = dict.fromkeys([*cluster.touched, *sorted(seen_jobs), *state.timers.due(now)])
-        draining = (name for name, cordon in cluster.cordoned.items() if cordon.drain)
-        for name in sorted({*cluster.lost, *draining}):
-            look |= dict.fromkeys(cluster.jobs_on(name))
+        if cluster.lost or cluster.cordoned:
+            draining = (name for name, cordon in cluster.cordoned.items() if cordon.drain)
+            for name in sorted({*cluster.lost, *draining}):
+                look |= dict.fromkeys(cluster.jobs_on(name))
         return look
 
     def _arm(self, state: _State, job_ids: Iterable[JobId], now: int) -> None:
@@ -426,10 +430,8 @@ class Controller:
         for job_id in job_ids:
             job = state.cluster.jobs.get(job_id)
             state.timers.arm(job_id, None if job is None else deadline(job, sight, now, self._senses))
-            if (job is None or not job.phase.active) and not any(
-                key in sight.replicas for key in sight.by_job.get(job_id, ())
-            ):
-                sight.forget_job(job_id)
+            if (job is None or not job.phase.active) and job_id in sight.by_job:
+                sight.forget_ended(job_id)
 
     def _note_absent(self, cluster: Cluster, now: int) -> None:
         """What the log expects and a full observation did not show is absent from now on."""
@@ -447,9 +449,12 @@ class Controller:
 
     def _define_queues(self, state: _State, fence: int, now: int, news: list[ev.Stored]) -> None:
         known = state.cluster.queues
+        if known is state.queues_checked:
+            return
         changed = [q for q in self._queues if known.get(q.name) is not q and known.get(q.name) != q]
         if changed:
             self._append(state, [ev.QueueDefined(now, queue) for queue in changed], fence, news)
+        state.queues_checked = state.cluster.queues
 
     def _observations(self) -> list[Observation]:
         if not self._observer_runs:
@@ -479,13 +484,14 @@ class Controller:
                 break  # that was the end of the log a moment ago
         return news
 
-    def _append(self, state: _State, events: Sequence[ev.Event], fence: int, news: list[ev.Stored]) -> None:
-        """Write decisions, then fold what the log now holds: usually exactly these, else wishes in between too."""
+    def _append(self, state: _State, events: Sequence[ev.Event], fence: int, news: list[ev.Stored]) -> bool:
+        """Write decisions, then fold what the log now holds: usually these alone, which it tells, else wishes in
+        between too."""
         if not events:
-            return
+            return True
         jobs = state.cluster.jobs
-        ids = dict.fromkeys(job_id for event in events if (job_id := ev.job_id_of(event)) is not None)
-        expected = {job_id: jobs[job_id].version for job_id in ids if job_id in jobs}
+        ids = map(ev.job_id_of, events)
+        expected = {job_id: jobs[job_id].version for job_id in ids if job_id is not None and job_id in jobs}
         result = self._store.append(events, expected, fence)
         for rejected in result.rejected:
             self.health.rejected += 1
@@ -498,8 +504,9 @@ class Controller:
                 for entry in stored:
                     state.cluster.evolve(entry.event, entry.seq)
             news += stored
-        else:
-            news += self._read_news(state)
+            return True
+        news += self._read_news(state)
+        return False
 
     # ---- time ----
 
@@ -509,19 +516,19 @@ class Controller:
         if not deciding:  # a follower, or a leader that has not looked yet: no deadline is its own
             retry = [] if self._fence is None else [now + RETRY_MS]
             return max(0, min([*instants, *retry]) - self._clock.now_ms())
+        cluster = state.cluster
         wake = state.timers.next_wake()
         if wake is not None:
             instants.append(wake)
-        if state.cluster.next_pass_ms > now:
-            instants.append(state.cluster.next_pass_ms)
-        if state.cluster.parked:
-            instants.append(state.cluster.parked[0][0])
-        if self._policy.health is not None and (look := next_look_ms(state.cluster, self._policy.health)) > now:
+        if cluster.next_pass_ms > now:
+            instants.append(cluster.next_pass_ms)
+        if cluster.parked:
+            instants.append(cluster.parked[0][0])
+        if self._policy.health is not None and (look := next_look_ms(cluster, self._policy.health)) > now:
             instants.append(look)
-        if self._provisioner is not None and (look := provisioning.next_look_ms(state.cluster)) > now:
+        if self._provisioner is not None and (look := provisioning.next_look_ms(cluster)) > now:
             instants.append(look)
         absent = self._sight.node_absent_at_ms
         if absent and not self._senses.absence_is_final:
             instants.append(min(absent.values()) + self._senses.lost_after_ms)
         return max(0, min(instants) - self._clock.now_ms())
-

@@ -128,7 +128,8 @@ class Cluster:
     """Nodes on probation -> their check under way."""
     checks: dict[NodeName, Checked] = field(default_factory=dict)
     """How the last check of each node on probation ended."""
-    queues: dict[str, QueueSpec] = field(default_factory=dict)
+    queues: Mapping[str, QueueSpec] = field(default_factory=dict)
+    """Another object whenever one is defined."""
     ledger: Ledger = field(default_factory=Ledger)
 
     lines: dict[LineKey, Line] = field(default_factory=dict)
@@ -300,7 +301,7 @@ class Cluster:
 
     def _put_queue(self, queue: QueueSpec) -> None:
         before = self.queues.get(queue.name)
-        self.queues[queue.name] = queue
+        self.queues = {**self.queues, queue.name: queue}
         self.quotas.define(queue)
         if _tells_users_apart(before) is not _tells_users_apart(queue):
             waiting = [p.job_id for line in self.lines_of.get(queue.name, {}).values() for p in line.places]
@@ -608,8 +609,13 @@ class Cluster:
     @contextmanager
     def trial(self) -> Iterator[None]:
         """Whatever a pass takes, lends and books inside is put back at the end. Not re-entrant."""
-        with self.ledger.trial(), self.quotas.trial():
+        self.ledger.begin()
+        self.quotas.begin()
+        try:
             yield
+        finally:
+            self.quotas.end()
+            self.ledger.end()
 
     def mark(self) -> tuple[int, int]:
         """A point inside a trial to roll back to."""

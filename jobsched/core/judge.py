@@ -44,6 +44,13 @@ UNKNOWN_IDLE_FACTOR = 3
 """Where CPU use is not known, a lost heartbeat must last this many times its timeout."""
 
 
+DESIRED = (ReplicaState.BOUND, ReplicaState.RUNNING)
+Seeing = dict[ReplicaId, ReplicaReport]
+"""What was sighted of a job's replicas, of those of which something was."""
+STARTS = (ev.ReplicasStarted, ev.AttemptStarted)
+"""Events after which judge has nothing to add: every rule that reads what they change comes after theirs."""
+
+
 @dataclass(frozen=True, slots=True)
 class Senses:
     """What the backend promises about absence (from its capabilities)."""
@@ -64,6 +71,12 @@ def judge(
         if job is not None:
             found += _Court(cluster, sight, job, now_ms, senses).sit()
     return found
+
+
+def settled_by(events: Iterable[ev.JobEvent]) -> set[JobId]:
+    """Jobs about which judge has nothing to add once these events, which it found, are applied."""
+    found = {event.job_id for event in events}
+    return found.difference([event.job_id for event in events if not isinstance(event, STARTS)])
 
 
 def judge_nodes(
@@ -105,15 +118,16 @@ class _Court:
             yield from self._queued()
             return
         yield from self._wishes()
-        yield from self._checkpoints()
-        yield from self._started()
-        yield from self._ends()
+        seen = self._seen()
+        yield from self._checkpoints(seen)
+        yield from self._started(seen)
+        yield from self._ends(seen)
         if self.job.phase in (Phase.STARTING, Phase.RUNNING):
             yield from self._deadlines()
         if self.job.phase is Phase.RUNNING and not self.senses.blind:
             yield from self._hang()
         yield from self._released()
-        if self.job.phase is Phase.STOPPING and all(self._gone(r) for r in self.job.replicas.values()):
+        if self.job.phase is Phase.STOPPING and all(map(self._gone, self.job.replicas.values())):
             assert self.job.outcome is not None
             yield ev.AttemptEnded(self.now_ms, self.job.id, self.job.attempt, self.job.outcome.phase)
 
@@ -152,10 +166,8 @@ class _Court:
         if job.stop_wish is not Reason.NONE:
             yield self._stopping(Phase.QUEUED, Cause(job.stop_wish))
             return
-        drained = {r.binding.node for r in job.replicas.values() if r.binding} & {
-            name for name, cordon in self.cluster.cordoned.items() if cordon.drain
-        }
-        if drained:
+        draining = {name for name, cordon in self.cluster.cordoned.items() if cordon.drain}
+        if draining and (drained := draining & {r.binding.node for r in job.replicas.values() if r.binding}):
             cause = Cause(Reason.MOVED, FailureClass.PREEMPTED, f"node {min(drained)} is being drained")
             yield self._stopping(Phase.QUEUED, cause)
             return
@@ -168,8 +180,7 @@ class _Court:
         job = self.job
         if restart_policy(job.spec, role).scope is not RestartScope.REPLICA:
             return []
-        serving = (ReplicaState.BOUND, ReplicaState.RUNNING)
-        held = sorted(r.index for r in job.replicas.values() if r.role == role and r.state in serving)
+        held = sorted(r.index for r in job.replicas.values() if r.role == role and r.state in DESIRED)
         return [replica_id(role, index) for index in held[job.wanted_count(role) :]]
 
     # ---- facts ----
@@ -180,13 +191,20 @@ class _Court:
     def _report(self, replica: Replica) -> ReplicaReport | None:
         return self.sight.replicas.get(self._key(replica))
 
-    def _checkpoints(self) -> Iterator[ev.JobEvent]:
+    def _seen(self) -> Seeing:
+        found: Seeing = {}
+        for rid, replica in self.job.replicas.items():
+            report = self._report(replica)
+            if report is not None:
+                found[rid] = report
+        return found
+
+    def _checkpoints(self, seen: Seeing) -> Iterator[ev.JobEvent]:
         job = self.job
         saved = (job.checkpoint.attempt, job.checkpoint.step) if job.checkpoint else (0, -1)
         best: tuple[int, str] | None = None
-        for replica in job.replicas.values():
-            report = self._report(replica)
-            progress = report.progress if report else None
+        for report in seen.values():
+            progress = report.progress
             if progress and progress.saved_step >= 0 and (best is None or progress.saved_step > best[0]):
                 best = (progress.saved_step, progress.saved_path)
         if best is not None and (job.attempt, best[0]) > saved:
@@ -194,40 +212,35 @@ class _Court:
             if job.failures or job.infra_failures:
                 yield ev.FailuresForgiven(self.now_ms, job.id)
 
-    def _started(self) -> Iterator[ev.JobEvent]:
+    def _started(self, seen: Seeing) -> Iterator[ev.JobEvent]:
         job = self.job
-        fresh = tuple(
-            r.id
-            for r in job.replicas.values()
-            if r.state is ReplicaState.BOUND and (report := self._report(r)) and self._ran(report)
-        )
+        bound = [rid for rid, r in job.replicas.items() if r.state is ReplicaState.BOUND]
+        fresh = tuple([rid for rid in bound if rid in seen and self._ran(seen[rid])])
         if fresh:
             yield ev.ReplicasStarted(self.now_ms, job.id, job.attempt, fresh)
-        if self.job.phase is Phase.STARTING and not any(
-            r.state is ReplicaState.BOUND for r in self.job.replicas.values()
-        ):
+        if job.phase is Phase.STARTING and len(fresh) == len(bound):
             yield ev.AttemptStarted(self.now_ms, job.id, job.attempt)
 
     @staticmethod
     def _ran(report: ReplicaReport) -> bool:
         return report.state is Seen.RUNNING or (report.state is Seen.EXITED and report.failure is Reason.NONE)
 
-    def _ends(self) -> Iterator[ev.JobEvent]:
+    def _ends(self, seen: Seeing) -> Iterator[ev.JobEvent]:
         """Exits and losses, the earliest first; the first failure decides."""
-        reports = [
-            (report, r)
-            for r in self.job.replicas.values()
-            if r.state in (ReplicaState.BOUND, ReplicaState.RUNNING)
-            and (report := self._report(r)) is not None
-            and report.state is Seen.EXITED
+        replicas = self.job.replicas
+        ended = [
+            (report, replicas[rid])
+            for rid, report in seen.items()
+            if report.state is Seen.EXITED and replicas[rid].state in DESIRED
         ]
-        for report, replica in sorted(reports, key=lambda pair: (-pair[0].ended_age_ms, pair[1].role, pair[1].index)):
+        ended.sort(key=lambda pair: (-pair[0].ended_age_ms, pair[1].role, pair[1].index))
+        for report, replica in ended:
             if report.exit_code is None and report.signal is None and report.failure is Reason.NONE:
                 cause = self._cause(replica, Reason.REPLICA_LOST, FailureClass.INFRA, report)
                 yield from self._lose((replica,), cause)
             else:
                 yield from self._exit(replica, report)
-        yield from self._absent()
+        yield from self._absent(seen)
 
     def _exit(self, replica: Replica, report: ReplicaReport) -> Iterator[ev.JobEvent]:
         job = self.job
@@ -254,16 +267,16 @@ class _Court:
         reason = Reason.SIGNAL if report.signal else Reason.EXIT_CODE
         return self._cause(replica, reason, FailureClass.USER, report)
 
-    def _absent(self) -> Iterator[ev.JobEvent]:
+    def _absent(self, seen: Seeing) -> Iterator[ev.JobEvent]:
         """Replicas that ran and are no longer there, or whose node is lost."""
         on_lost_node: list[Replica] = []
         vanished: list[Replica] = []
-        for replica in self.job.replicas.values():
-            if replica.state not in (ReplicaState.BOUND, ReplicaState.RUNNING) or replica.binding is None:
+        for rid, replica in self.job.replicas.items():
+            if replica.state not in DESIRED or replica.binding is None:
                 continue
             if replica.binding.node in self.cluster.lost:
                 on_lost_node.append(replica)
-            elif replica.state is ReplicaState.RUNNING and self._really_absent(replica):
+            elif replica.state is ReplicaState.RUNNING and rid not in seen and self._really_absent(replica):
                 vanished.append(replica)
         for replicas, reason in ((on_lost_node, Reason.NODE_LOST), (vanished, Reason.REPLICA_LOST)):
             if replicas:
@@ -397,6 +410,8 @@ class _Court:
 
     def _hang(self) -> Iterator[ev.JobEvent]:
         job, now = self.job, self.now_ms
+        if not self.sight.step_at_ms and not job.suspected_since_ms:
+            return  # nobody tells of steps
         stuck = [r for r in job.replicas.values() if self._stuck(r)]
         if job.suspected_since_ms:
             suspects = [job.replicas[rid] for rid in job.suspects if rid in job.replicas]
@@ -459,9 +474,9 @@ class _Court:
     # ---- leaving ----
 
     def _released(self) -> Iterator[ev.JobEvent]:
-        left = tuple(
-            r.id for r in self.job.replicas.values() if r.state is ReplicaState.STOPPING and self._gone(r)
-        )
+        left = tuple([
+            rid for rid, r in self.job.replicas.items() if r.state is ReplicaState.STOPPING and self._gone(r)
+        ])  # fmt: skip
         if left:
             yield ev.ReplicasGone(self.now_ms, self.job.id, self.job.attempt, left)
 
@@ -469,9 +484,9 @@ class _Court:
         """Whether nothing of the replica can be running any more, older restarts included."""
         if replica.binding is not None and replica.binding.node in self.cluster.lost:
             return True
-        for key in self.sight.by_job.get(self.job.id, ()):
-            if f"/{self.job.attempt}/{replica.role}/{replica.index}/" in key and self.sight.alive(key):
-                return False
+        alive = [key for key in self.sight.by_job.get(self.job.id, ()) if self.sight.alive(key)]
+        if alive and any(f"/{self.job.attempt}/{replica.role}/{replica.index}/" in key for key in alive):
+            return False
         if replica.state in (ReplicaState.EXITED, ReplicaState.LOST, ReplicaState.UNBOUND, ReplicaState.GONE):
             return True
         report = self._report(replica)

@@ -149,6 +149,8 @@ class Ledger:
         self._matching: dict[tuple[object, ...], tuple[tuple[GpuClass, ...], ...]] = {}
         self._undo: list[tuple[Binding, RoleShape, int, int]] | None = None
         """What a trial did: (binding, role, +1 taken or -1 lent, the node's next port before)."""
+        self._freed_before = 0
+        """`freed` when the trial began."""
 
     # ---- nodes ----
 
@@ -285,7 +287,7 @@ class Ledger:
         """Changes whenever something becomes free on a node that carries all these labels (and maybe more often)."""
         if not labels:
             return self.freed
-        return max(self._freed_everywhere, min(self._freed_with.get(label, 0) for label in labels))
+        return max(self._freed_everywhere, min([self._freed_with.get(label, 0) for label in labels]))
 
     def _book(self, binding: Binding, role: RoleShape, sign: int) -> None:
         space = self.spaces.get(binding.node)
@@ -336,14 +338,22 @@ class Ledger:
     @contextmanager
     def trial(self) -> Iterator[Ledger]:
         """Everything taken inside is put back at the end. Not re-entrant."""
-        assert self._undo is None
-        freed, self._undo = self.freed, []
-        self.misfits.clear()
+        self.begin()
         try:
             yield self
         finally:
-            self.rollback(0)
-            self._undo, self.freed = None, freed
+            self.end()
+
+    def begin(self) -> None:
+        """A trial begins."""
+        assert self._undo is None
+        self._undo, self._freed_before = [], self.freed
+        self.misfits.clear()
+
+    def end(self) -> None:
+        """It ends: everything is put back."""
+        self.rollback(0)
+        self._undo, self.freed = None, self._freed_before
 
     def mark(self) -> int:
         """A point inside a trial to roll back to."""

@@ -83,30 +83,32 @@ class Illegal(ValueError):
 
 def evolve_job(job: Job | None, event: ev.JobEvent) -> Job:
     """The job after `event`. O(replicas of the job) at most. Raises `Illegal`; never changes its input."""
-    folded = _FOLDED.get((id(job), id(event)))
+    key = (id(job), id(event))
+    folded = _FOLDED.get(key)
     if folded is not None:
         return folded[2]
     after = _fold(job, event)
     if len(_FOLDED) >= FOLDED_KEPT:
         _FOLDED.clear()
-    _FOLDED[id(job), id(event)] = (job, event, after)
+    _FOLDED[key] = (job, event, after)
     return after
 
 
 def _fold(job: Job | None, event: ev.JobEvent) -> Job:
+    kind = type(event)
     if isinstance(event, ev.JobSubmitted):
         if job is not None:
             raise Illegal(f"job {event.job_id} is already there")
         return _submitted(event)
     if job is None:
         raise Illegal(f"{event.kind} for job {event.job_id}, which is not there")
-    if job.phase not in LEGAL[type(event)]:
+    if job.phase not in LEGAL[kind]:
         raise Illegal(f"{event.kind} is not possible while job {job.id} is {job.phase}")
     attempt = getattr(event, "attempt", None)
-    if attempt is not None and attempt != job.attempt + isinstance(event, ev.AttemptPlaced):
+    if attempt is not None and attempt != job.attempt + (kind is ev.AttemptPlaced):
         raise Illegal(f"{event.kind} names attempt {attempt}, job {job.id} is at {job.attempt}")
-    changes = _STEPS[type(event)](job, event)
-    if isinstance(event, REBINDS):
+    changes = _STEPS[kind](job, event)
+    if kind in REBINDS:
         replicas = cast(Mapping[ReplicaId, Replica], changes["replicas"])
         held = sum([share.milli for r in replicas.values() if r.binding is not None for share in r.binding.gpus])
         changes |= {"gpu_milli_ms": job.gpu_time(event.at_ms), "gpu_milli": held, "gpu_since_ms": event.at_ms}

@@ -135,12 +135,14 @@ class Sight:
         for report in observation.replicas:
             key = report.key
             job_id = JobId(key.split("/", 1)[0])
-            if self.replicas.get(key) != report:
+            before = self.replicas.get(key)
+            if before != report:
                 jobs.add(job_id)
             self.replicas[key] = report
-            self.by_job.setdefault(job_id, set()).add(key)
-            self.absent_at_ms.pop(key, None)
-            self.ordered_at_ms.pop(key, None)
+            if before is None:
+                self.by_job.setdefault(job_id, set()).add(key)
+                self.absent_at_ms.pop(key, None)
+                self.ordered_at_ms.pop(key, None)
             if report.state is not Seen.STARTING:
                 self.running_at_ms.setdefault(key, now_ms)
             if report.progress is not None:
@@ -169,10 +171,13 @@ class Sight:
         self.observed_at_ms = now_ms
         return jobs, names
 
-    def forget_job(self, job_id: JobId) -> None:
-        """Drop what is remembered of a job none of whose replicas exist any more."""
-        for key in self.by_job.pop(job_id, ()):
-            self.replicas.pop(key, None)
+    def forget_ended(self, job_id: JobId) -> None:
+        """Drop what is remembered of a job that is over, once none of its replicas exist any more."""
+        keys = self.by_job[job_id]
+        if not keys.isdisjoint(self.replicas):
+            return
+        del self.by_job[job_id]
+        for key in keys:
             for instants in (self.step_at_ms, self.beat_at_ms, self.running_at_ms, self.absent_at_ms,
                              self.ordered_at_ms):
                 instants.pop(key, None)

@@ -275,8 +275,9 @@ class Simulation:
             self.player.report(self.engine)
         pause = self.controller.tick()
         self.ticks += 1
-        with self.controller.view() as (cluster, _):
-            self._turns_at = cluster.next_pass_ms
+        if self.workload.rules.pause_everyone:
+            with self.controller.view() as (cluster, _):
+                self._turns_at = cluster.next_pass_ms
         instants = [now + pause] if pause < NEVER_MS // 8 else []
         wake = self.engine.next_event_ms()
         if wake is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Final, cast
 
 from jobsched.core import events as ev
 from jobsched.core.cluster import cordon_of
@@ -35,6 +35,8 @@ def request_of(event: ev.Event) -> Request | None:
 
 
 NodeEvent = ev.NodeSeen | ev.NodeLost | ev.NodeCordoned | ev.NodeUncordoned
+APPLIED: Final = (ev.JobSubmitted, ev.NodeSeen, ev.NodeLost, ev.NodeCordoned, ev.NodeUncordoned, ev.QueueDefined)
+"""Events that change more than their job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +119,11 @@ class Projections:
         for place, event in enumerate(events):
             if place in repeats:
                 stored += filter(None, [self.requests.get(repeats[place])])
-            elif ev.job_id_of(event) not in rejected:
+            elif not rejected or ev.job_id_of(event) not in rejected:
                 self.seq += 1
                 stored.append(ev.Stored(self.seq, event))
-                self._apply(stored[-1])
+                if isinstance(event, APPLIED):
+                    self._apply(stored[-1])
         self.jobs.update(jobs)
         return Appended(tuple(stored), tuple(rejected.values()))
 
@@ -133,13 +136,13 @@ class Projections:
         repeats: dict[int, Request] = {}
         fresh: set[Request] = set()
         for place, event in enumerate(events):
-            if isinstance(event, ev.ClusterEvent):
+            job_id = ev.job_id_of(event)
+            if job_id is None:
                 continue
             request = request_of(event)
             if request is not None and (request in self.requests or request in fresh):
                 repeats[place] = request
                 continue
-            job_id = event.job_id
             if job_id in rejected:
                 continue
             before = self.jobs.get(job_id)
@@ -147,12 +150,13 @@ class Projections:
             try:
                 if expected.get(job_id, version) != version:
                     raise Illegal(f"job {job_id} is at version {version}")
-                changed[job_id] = evolve_job(changed.get(job_id, before), event)
+                changed[job_id] = evolve_job(changed.get(job_id, before), cast(ev.JobEvent, event))
             except Illegal:
                 changed.pop(job_id, None)
                 rejected[job_id] = Rejected(job_id, expected.get(job_id, version), version)
             else:
-                fresh |= {request} if request is not None else set()
+                if request is not None:
+                    fresh.add(request)
         return changed, rejected, repeats
 
     def _apply(self, stored: ev.Stored) -> None:

@@ -1,6 +1,6 @@
 """Quotas: what every queue and cohort holds, counted as replicas come and go, and what each may still take.
 
-`Cluster` owns one `Quotas` and keeps it true through `book`. A pass works on the same accounts inside `trial()`. The
+`Cluster` owns one `Quotas` and keeps it true through `book`. A pass works on the same accounts inside a trial. The
 arithmetic is that of Kueue's hierarchical cohorts (pkg/cache/scheduler/resource_node.go): an account first uses what it
 never lends; the rest of its quota lies in its parent, where its neighbours may use it and from where it borrows.
 Everything is O(depth of the tree) and does not depend on the number of queues or jobs.
@@ -169,6 +169,8 @@ class Quotas:
         self._booked: dict[str, dict[str, dict[str, int]]] = {}
         """Queue -> user -> what its jobs hold; what accounts are made of when the tree changes."""
         self._undo: list[tuple[str, str, Amounts, int]] | None = None
+        self._windows: tuple[int, ...] = ()
+        """Lengths of the budgets' windows."""
         self.half_life_ms = 0
         """Of past use; 0: it is not kept."""
         self.entry_ms = 0
@@ -252,6 +254,9 @@ class Quotas:
             if spec is not None and account.parent is not None:
                 for key in spec.borrowing_limit:
                     account.parent.nominal.setdefault(key, 0)
+        self._windows = tuple(
+            a.spec.budget.window for a in self.accounts.values() if a.spec is not None and a.spec.budget is not None
+        )
         for account in self.accounts.values():
             account.bounded = bool(account.root.nominal) or any(
                 a.spec is not None and (a.spec.max_gpus is not None or a.spec.budget is not None) for a in account.path
@@ -325,16 +330,15 @@ class Quotas:
             self._undo.append((array_id, "", (), change))
         self.arrays[array_id] = self.arrays.get(array_id, 0) + change
 
-    @contextmanager
-    def trial(self) -> Iterator[None]:
-        """Everything booked inside is put back at the end. Not re-entrant."""
+    def begin(self) -> None:
+        """A trial begins: what is booked from now on is put back at its end. Not re-entrant."""
         assert self._undo is None
         self._undo = []
-        try:
-            yield
-        finally:
-            self.rollback(0)
-            self._undo = None
+
+    def end(self) -> None:
+        """It ends."""
+        self.rollback(0)
+        self._undo = None
 
     def mark(self) -> int:
         """A point inside a trial to roll back to."""
@@ -410,12 +414,7 @@ class Quotas:
 
     def next_window_ms(self, now_ms: int) -> int:
         """When the next budget window begins that may let a queue start again; 0: none."""
-        found = [
-            now_ms - now_ms % a.spec.budget.window + a.spec.budget.window
-            for a in self.accounts.values()
-            if a.spec is not None and a.spec.budget is not None
-        ]
-        return min(found, default=0)
+        return min([now_ms - now_ms % window + window for window in self._windows], default=0)
 
 
 def _use(account: Account, key: str, change: int) -> None:
