@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import assert_never
 
-from jobsched.core.launch import Action, AskStacks, Forget, Launch, Start, Stop, parse_key
+from jobsched.core.launch import Action, AskStacks, Forget, Launch, Start, Stop
 from jobsched.core.observation import Sight
+from jobsched.core.resources import JobId
 from jobsched.ports import Backend
 
 
@@ -32,16 +33,16 @@ def actuate(backend: Backend, actions: Iterable[Action], sight: Sight, now_ms: i
     if starts:
         for launch in starts:
             sight.ordered_at_ms[launch.key] = now_ms
-            sight.by_job.setdefault(parse_key(launch.key).job_id, set()).add(launch.key)
+            sight.by_job.setdefault(JobId(launch.contract.job_id), set()).add(launch.key)
         backend.start([_with_secrets(launch, secret) for launch in starts] if secret else starts)
 
 
 def _with_secrets(launch: Launch, secret: bytes) -> Launch:
     """Each attempt has a token that lets its replicas report; each job a secret by which they know each other."""
-    parts = parse_key(launch.key)
+    job_id, attempt = launch.contract.job_id, launch.contract.attempt
 
     def derived(purpose: str) -> str:
         return hmac.new(secret, purpose.encode(), hashlib.sha256).hexdigest()[:32]
 
-    token, shared = derived(f"attempt/{parts.job_id}/{parts.attempt}"), derived(f"job/{parts.job_id}")
+    token, shared = derived(f"attempt/{job_id}/{attempt}"), derived(f"job/{job_id}")
     return replace(launch, contract=replace(launch.contract, token=token, secret=shared))

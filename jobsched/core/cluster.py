@@ -429,7 +429,7 @@ class Cluster:
         """Keep `active`, `surplus`, `leaving` and `nominated` true when a job's phase, replicas, outcome or priority
         change."""
         queue, job_id, phase = after.spec.queue, after.id, after.phase
-        runs = phase is Phase.STARTING or phase is Phase.RUNNING
+        runs = phase.runs
         if before is None or before.phase is not phase or before.priority != after.priority:
             if before is not None:
                 self._part(before)

@@ -6,17 +6,18 @@ stopped, whoever started it: that is why a crash anywhere needs no recovery path
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
 
 from jobsched.contract import ReplicaEnv
 from jobsched.core.cluster import Cluster
-from jobsched.core.job import FailureClass, Job, Phase, Reason, Replica, ReplicaId, ReplicaState, replica_id
+from jobsched.core.job import Binding, FailureClass, Job, Phase, Reason, Replica, ReplicaId, ReplicaState, replica_id
 from jobsched.core.judge import ranks
 from jobsched.core.launch import Action, AskStacks, Forget, Launch, LaunchKey, Start, Stop, launch_key
 from jobsched.core.observation import Sight
 from jobsched.core.resources import WHOLE_GPU, JobId, NodeName
 from jobsched.core.timers import START_AGAIN_MS
-from jobsched.spec.job import RestartScope, restart_scope, training_roles
+from jobsched.spec.job import RestartScope, RoleSpec, restart_scope, training_roles
 from jobsched.spec.pod import both
 
 STALE_GRACE_MS = 0
@@ -58,8 +59,8 @@ def converge(
 def _clear(sight: Sight, job_id: JobId) -> list[Action]:
     """Nothing of this job should exist."""
     keys = sorted(sight.by_job.get(job_id, ()))
-    alive = tuple(k for k in keys if sight.alive(k))
-    ended = tuple(k for k in keys if k in sight.replicas and k not in alive)
+    alive = tuple([k for k in keys if sight.alive(k)])
+    ended = tuple([k for k in keys if k in sight.replicas and k not in alive])
     actions: list[Action] = []
     if alive:
         actions.append(Stop(alive, STALE_GRACE_MS))
@@ -73,36 +74,37 @@ def _job(cluster: Cluster, sight: Sight, job: Job, now_ms: int, addresses: Addre
     leaving: list[LaunchKey] = []
     for replica in job.replicas.values():
         key = launch_key(job.id, job.attempt, replica.role, replica.index, replica.restart)
-        if replica.state in (ReplicaState.BOUND, ReplicaState.RUNNING):
+        if replica.state.desired:
             desired[key] = replica
         elif replica.state is ReplicaState.STOPPING:
             leaving.append(key)
-    seen = sorted(sight.by_job.get(job.id, ()))
-    stale = tuple(k for k in seen if k not in desired and k not in leaving and sight.alive(k))
-    ended = tuple(k for k in seen if k not in desired and k in sight.replicas and not sight.alive(k))
+    surplus = sorted([k for k in sight.by_job.get(job.id, ()) if k not in desired])
+    stale = tuple([k for k in surplus if k not in leaving and sight.alive(k)])
+    ended = tuple([k for k in surplus if k in sight.replicas and not sight.alive(k)])
     actions: list[Action] = []
     if stale:
         actions.append(Stop(stale, STALE_GRACE_MS))
     if ended:
         actions.append(Forget(ended))
-    if released := tuple(k for k in leaving if sight.alive(k)):
+    if released := tuple([k for k in leaving if sight.alive(k)]):
         actions.append(Stop(released, job.spec.checkpoint.grace))
     if job.phase is Phase.STOPPING:
-        if alive := tuple(k for k in desired if sight.alive(k)):
+        if alive := tuple([k for k in desired if sight.alive(k)]):
             actions.append(Stop(alive, stop_grace_ms(job)))
         return actions
     occupied = {_place_of(k) for k in stale}
-    starts = tuple(
-        make_launch(cluster, job, replica, addresses)
+    starts = [
+        (key, replica)
         for key, replica in desired.items()
         if replica.state is ReplicaState.BOUND
         and key not in sight.replicas
         and replica.not_before_ms <= now_ms
-        and _place_of(key) not in occupied
+        and not (occupied and _place_of(key) in occupied)
         and now_ms - sight.ordered_at_ms.get(key, -START_AGAIN_MS) >= START_AGAIN_MS
-    )
+    ]
     if starts:
-        actions.append(Start(starts))
+        gang = _Gang(cluster, job, addresses)
+        actions.append(Start(tuple([gang.launch(key, replica) for key, replica in starts])))
     if job.suspected_since_ms:
         keys = tuple(k for k in desired if sight.alive(k) and not sight.replicas[k].stacks)
         if keys:
@@ -127,100 +129,113 @@ def stop_grace_ms(job: Job) -> int:
     return job.spec.checkpoint.grace
 
 
-def make_launch(cluster: Cluster, job: Job, replica: Replica, addresses: Addresses) -> Launch:
-    """The complete order to start one replica."""
-    spec, role = job.spec, job.spec.roles[replica.role]
-    binding = replica.binding
-    assert binding is not None
-    command = ("/bin/sh", "-c", role.command) if isinstance(role.command, str) else role.command
-    environment = {k: v for k, v in {**spec.env, **role.env}.items() if v is not None}
-    named = dict(zip(role.ports, binding.ports[1:], strict=False)) if binding.ports else dict(role.ports)
-    return Launch(
-        key=launch_key(job.id, job.attempt, replica.role, replica.index, replica.restart),
-        job_name=job.name,
-        node=binding.node,
-        command=command,
-        contract=_contract(cluster, job, replica, addresses, named),
-        env=environment,
-        working_dir=role.working_dir or spec.working_dir,
-        image=role.image or spec.image,
-        cpu_milli=role.cpu,
-        memory_bytes=role.memory,
-        gpus=binding.gpus,
-        ports=binding.ports,
-        stop_signal=spec.checkpoint.signal,
-        preload=role.preload,
-        keep_ms=spec.keep_after_finish,
-        clean_up=spec.clean_up,
-        pod=both(spec.kubernetes.pod, role.kubernetes.pod),
-    )
-
-
 PEER_PORT = 2222
 """Port of a replica with an address of its own (TFJob's default); its coordinator uses the next."""
 
 
-def _contract(
-    cluster: Cluster, job: Job, replica: Replica, addresses: Addresses, named: dict[str, int]
-) -> ReplicaEnv:
-    spec = job.spec
-    rank = ranks(job)
-    placed = {rid: r for rid, r in job.replicas.items() if r.binding is not None}
-    peers: dict[str, tuple[str, ...]] = {}
-    for name, role in spec.roles.items():
-        top = max([role.replicas.max, *(r.index + 1 for r in placed.values() if r.role == name)])
-        peers[name] = tuple(_address(cluster, job, placed.get(replica_id(name, i)), addresses) for i in range(top))
-    node_of: dict[ReplicaId, NodeName] = {rid: r.binding.node for rid, r in placed.items() if r.binding}
-    nodes = list(dict.fromkeys(node_of[rid] for rid in rank))
-    here = node_of[replica.id]
-    mates = [rid for rid in rank if node_of[rid] == here]
-    own = spec.roles[replica.role]
-    first = next(iter(rank), None)
-    coordinator = ""
-    if first is not None:
-        host = addresses.host(cluster, job, placed[first])
-        coordinator = f"{host}:{job.coordinator_port or PEER_PORT + 1}"
-    return ReplicaEnv(
-        job_id=job.id,
-        job_name=job.name,
-        attempt=job.attempt,
-        role=replica.role,
-        index=replica.index,
-        restart=replica.restart,
-        rank=rank.get(replica.id, -1),
-        local_rank=mates.index(replica.id) if replica.id in mates else 0,
-        role_rank=sum(r.role == replica.role and r.index < replica.index for r in placed.values()),
-        world_size=len(rank),
-        local_world_size=max(1, len(mates)),
-        role_world_size=sum(r.role == replica.role for r in placed.values()),
-        node=here,
-        node_rank=nodes.index(here) if here in nodes else 0,
-        procs=own.procs,
-        coordinator=coordinator,
-        peers=peers,
-        ports=named,
-        min_replicas=own.replicas.min,
-        max_replicas=own.replicas.max,
-        elastic=own.replicas.elastic,
-        sparse=any(r.replicas.elastic for n, r in spec.roles.items() if n in training_roles(spec)),
-        in_place=restart_scope(spec, replica.role) is RestartScope.REPLICA,
-        checkpoint_dir=_checkpoint_dir(job, addresses),
-        checkpoint_signal=spec.checkpoint.signal,
-        threads=max(1, own.cpu // 1_000),
-        grace_ms=spec.checkpoint.grace,
-        checkpoint_interval_ms=spec.checkpoint.interval,
-        array_index=job.array_index,
-        gpu_count=len(binding.gpus) if (binding := replica.binding) else 0,
-        gpu_shared=own.gpu is not None and own.gpu.milli < WHOLE_GPU,
-    )
+class _Gang:
+    """What the launches of one attempt have in common. O(replicas), and each launch O(1) but for the list of peers."""
+
+    def __init__(self, cluster: Cluster, job: Job, addresses: Addresses) -> None:
+        self._job = job
+        self._checkpoint_dir = _checkpoint_dir(job, addresses)
+        placed = {rid: r for rid, r in job.replicas.items() if r.binding is not None}
+        hosts = {rid: addresses.host(cluster, job, r) for rid, r in placed.items()}
+        self._ranks = ranks(job)
+        self._coordinator = ""
+        for first in self._ranks:
+            self._coordinator = f"{hosts[first]}:{job.coordinator_port or PEER_PORT + 1}"
+            break
+        self._peers: dict[str, tuple[str, ...]] = {}
+        self._held: dict[str, list[int]] = {name: [] for name in job.spec.roles}
+        """Role -> indices that have a place, in order."""
+        for r in placed.values():
+            self._held[r.role].append(r.index)
+        for name, role in job.spec.roles.items():
+            held = self._held[name]
+            held.sort()
+            top = max(role.replicas.max, held[-1] + 1 if held else 0)
+            found = [""] * top  # empty while it has no place
+            for index in held:
+                rid = replica_id(name, index)
+                found[index] = f"{hosts[rid]}:{_peer_port(placed[rid])}"
+            self._peers[name] = tuple(found)
+        self._mates: dict[NodeName, list[ReplicaId]] = {}
+        """Node -> those with a rank that are on it, by rank."""
+        for rid in self._ranks:
+            binding = placed[rid].binding
+            if binding is not None:
+                self._mates.setdefault(binding.node, []).append(rid)
+        self._nodes = {name: place for place, name in enumerate(self._mates)}
+        trains = training_roles(job.spec)
+        self._sparse = any(job.spec.roles[name].replicas.elastic for name in trains)
+
+    def launch(self, key: LaunchKey, replica: Replica) -> Launch:
+        """The complete order to start one replica."""
+        job, spec, role, binding = self._job, self._job.spec, self._job.spec.roles[replica.role], replica.binding
+        assert binding is not None
+        command = ("/bin/sh", "-c", role.command) if isinstance(role.command, str) else role.command
+        named = dict(zip(role.ports, binding.ports[1:], strict=False)) if binding.ports else dict(role.ports)
+        return Launch(
+            key=key,
+            job_name=job.name,
+            node=binding.node,
+            command=command,
+            contract=self._contract(replica, binding, role, named),
+            env={k: v for k, v in {**spec.env, **role.env}.items() if v is not None},
+            working_dir=role.working_dir or spec.working_dir,
+            image=role.image or spec.image,
+            cpu_milli=role.cpu,
+            memory_bytes=role.memory,
+            gpus=binding.gpus,
+            ports=binding.ports,
+            stop_signal=spec.checkpoint.signal,
+            preload=role.preload,
+            keep_ms=spec.keep_after_finish,
+            clean_up=spec.clean_up,
+            pod=both(spec.kubernetes.pod, role.kubernetes.pod),
+        )
+
+    def _contract(self, replica: Replica, binding: Binding, role: RoleSpec, named: dict[str, int]) -> ReplicaEnv:
+        job, checkpoint, rid = self._job, self._job.spec.checkpoint, replica.id
+        mates, held = self._mates.get(binding.node, []), self._held[replica.role]
+        return ReplicaEnv(
+            job_id=job.id,
+            job_name=job.name,
+            attempt=job.attempt,
+            role=replica.role,
+            index=replica.index,
+            restart=replica.restart,
+            rank=self._ranks.get(rid, -1),
+            local_rank=mates.index(rid) if rid in self._ranks else 0,
+            role_rank=bisect_left(held, replica.index),
+            world_size=len(self._ranks),
+            local_world_size=max(1, len(mates)),
+            role_world_size=len(held),
+            node=binding.node,
+            node_rank=self._nodes.get(binding.node, 0),
+            procs=role.procs,
+            coordinator=self._coordinator,
+            peers=self._peers,
+            ports=named,
+            min_replicas=role.replicas.min,
+            max_replicas=role.replicas.max,
+            elastic=role.replicas.elastic,
+            sparse=self._sparse,
+            in_place=restart_scope(job.spec, replica.role) is RestartScope.REPLICA,
+            checkpoint_dir=self._checkpoint_dir,
+            checkpoint_signal=checkpoint.signal,
+            threads=max(1, role.cpu // 1_000),
+            grace_ms=checkpoint.grace,
+            checkpoint_interval_ms=checkpoint.interval,
+            array_index=job.array_index,
+            gpu_count=len(binding.gpus),
+            gpu_shared=role.gpu is not None and role.gpu.milli < WHOLE_GPU,
+        )
 
 
-def _address(cluster: Cluster, job: Job, replica: Replica | None, addresses: Addresses) -> str:
-    """ "host:port" of a peer; empty while it has no place."""
-    if replica is None or replica.binding is None:
-        return ""
-    ports = replica.binding.ports
-    return f"{addresses.host(cluster, job, replica)}:{ports[0] if ports else PEER_PORT}"
+def _peer_port(replica: Replica) -> int:
+    return replica.binding.ports[0] if replica.binding is not None and replica.binding.ports else PEER_PORT
 
 
 def _checkpoint_dir(job: Job, addresses: Addresses) -> str:
@@ -230,5 +245,3 @@ def _checkpoint_dir(job: Job, addresses: Addresses) -> str:
     if wanted:
         return f"{job.spec.working_dir}/{wanted}" if job.spec.working_dir else wanted
     return f"{addresses.checkpoint_root}/{job.id}" if addresses.checkpoint_root else ""
-
-

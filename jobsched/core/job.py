@@ -29,6 +29,8 @@ class Phase(StrEnum):
     terminal: bool
     active: bool
     """Holds resources."""
+    runs: bool
+    """Holds them to go on: starting or running."""
 
     QUEUED = "QUEUED"
     STARTING = "STARTING"
@@ -40,7 +42,8 @@ class Phase(StrEnum):
 
     def __init__(self, value: str) -> None:
         self.terminal = value in ("SUCCEEDED", "FAILED", "CANCELLED")
-        self.active = value in ("STARTING", "RUNNING", "STOPPING")
+        self.runs = value in ("STARTING", "RUNNING")
+        self.active = self.runs or value == "STOPPING"
 
 
 class Reason(StrEnum):
@@ -138,6 +141,9 @@ class Binding:
 class ReplicaState(StrEnum):
     """What the log knows about one replica of the current attempt."""
 
+    desired: bool
+    """It is to run: whatever of a job else runs is to end."""
+
     BOUND = "bound"
     """Placed; start ordered or about to be (not before `not_before_ms`)."""
     RUNNING = "running"
@@ -149,6 +155,9 @@ class ReplicaState(StrEnum):
     """Being removed by a rescale while the attempt goes on."""
     GONE = "gone"
     """Left by a rescale; kept so that its restart number is not used twice."""
+
+    def __init__(self, value: str) -> None:
+        self.desired = value in ("bound", "running")
 
 
 @dataclass(frozen=True, slots=True)

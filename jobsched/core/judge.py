@@ -44,7 +44,6 @@ UNKNOWN_IDLE_FACTOR = 3
 """Where CPU use is not known, a lost heartbeat must last this many times its timeout."""
 
 
-DESIRED = (ReplicaState.BOUND, ReplicaState.RUNNING)
 Seeing = dict[ReplicaId, ReplicaReport]
 """What was sighted of a job's replicas, of those of which something was."""
 STARTS = (ev.ReplicasStarted, ev.AttemptStarted)
@@ -122,7 +121,7 @@ class _Court:
         yield from self._checkpoints(seen)
         yield from self._started(seen)
         yield from self._ends(seen)
-        if self.job.phase in (Phase.STARTING, Phase.RUNNING):
+        if self.job.phase.runs:
             yield from self._deadlines()
         if self.job.phase is Phase.RUNNING and not self.senses.blind:
             yield from self._hang()
@@ -161,7 +160,7 @@ class _Court:
                 cause = Cause(Reason.CANCELLED, message=f"cancelled by {job.cancel_by}")
                 yield self._stopping(Phase.CANCELLED, cause)
             return
-        if job.phase not in (Phase.STARTING, Phase.RUNNING):
+        if not job.phase.runs:
             return
         if job.stop_wish is not Reason.NONE:
             yield self._stopping(Phase.QUEUED, Cause(job.stop_wish))
@@ -180,7 +179,7 @@ class _Court:
         job = self.job
         if restart_policy(job.spec, role).scope is not RestartScope.REPLICA:
             return []
-        held = sorted(r.index for r in job.replicas.values() if r.role == role and r.state in DESIRED)
+        held = sorted(r.index for r in job.replicas.values() if r.role == role and r.state.desired)
         return [replica_id(role, index) for index in held[job.wanted_count(role) :]]
 
     # ---- facts ----
@@ -231,7 +230,7 @@ class _Court:
         ended = [
             (report, replicas[rid])
             for rid, report in seen.items()
-            if report.state is Seen.EXITED and replicas[rid].state in DESIRED
+            if report.state is Seen.EXITED and replicas[rid].state.desired
         ]
         ended.sort(key=lambda pair: (-pair[0].ended_age_ms, pair[1].role, pair[1].index))
         for report, replica in ended:
@@ -249,7 +248,7 @@ class _Court:
             self.now_ms, job.id, job.attempt, replica.role, replica.index, report.exit_code, report.signal,
             report.failure, () if ok else report.tail, report.message,
         )  # fmt: skip
-        if self.job.phase not in (Phase.STARTING, Phase.RUNNING):
+        if not self.job.phase.runs:
             return
         if ok and replica.role != "ps":
             if self._succeeded():
@@ -272,7 +271,7 @@ class _Court:
         on_lost_node: list[Replica] = []
         vanished: list[Replica] = []
         for rid, replica in self.job.replicas.items():
-            if replica.state not in DESIRED or replica.binding is None:
+            if not replica.state.desired or replica.binding is None:
                 continue
             if replica.binding.node in self.cluster.lost:
                 on_lost_node.append(replica)
@@ -299,7 +298,7 @@ class _Court:
     def _lose(self, replicas: Sequence[Replica], cause: Cause) -> Iterator[ev.JobEvent]:
         job = self.job
         yield ev.ReplicasLost(self.now_ms, job.id, job.attempt, tuple(r.id for r in replicas), cause.reason)
-        if self.job.phase in (Phase.STARTING, Phase.RUNNING):
+        if self.job.phase.runs:
             yield from self._failed(replicas, cause)
 
     # ---- decisions ----
@@ -542,5 +541,6 @@ def _sentence(rid: ReplicaId, reason: Reason, code: int | None, signal: int | No
 def ranks(job: Job) -> dict[ReplicaId, int]:
     """Rank of every training replica that has a place: chief first, then roles in written order, then index."""
     order = {name: place for place, name in enumerate(training_roles(job.spec))}
-    placed = [r for r in job.replicas.values() if r.role in order and r.binding is not None]
-    return {r.id: rank for rank, r in enumerate(sorted(placed, key=lambda r: (order[r.role], r.index)))}
+    placed = [(rid, r) for rid, r in job.replicas.items() if r.role in order and r.binding is not None]
+    placed.sort(key=lambda pair: (order[pair[1].role], pair[1].index))
+    return {rid: rank for rank, (rid, _) in enumerate(placed)}

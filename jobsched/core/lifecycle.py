@@ -24,7 +24,7 @@ from jobsched.core.job import (
     ReplicaState,
     changed,
 )
-from jobsched.core.resources import NO_JOB, NodeName
+from jobsched.core.resources import NO_JOB, JobId, NodeName
 from jobsched.spec.job import JobSpec, RestartScope, restart_policy
 
 Q, S, R, X = Phase.QUEUED, Phase.STARTING, Phase.RUNNING, Phase.STOPPING
@@ -115,8 +115,13 @@ def _fold(job: Job | None, event: ev.JobEvent) -> Job:
     return changed(job, version=job.version + 1, **changes)
 
 
+_NEW: Final = Job(JobId(""), "", "", JobSpec.model_construct(), 0)
+"""What every job begins as."""
+
+
 def _submitted(e: ev.JobSubmitted) -> Job:
-    return Job(
+    return changed(
+        _NEW,
         id=e.job_id,
         name=e.name,
         owner=e.owner,

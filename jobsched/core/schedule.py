@@ -7,7 +7,7 @@ Cost follows what may have changed: a line whose head did not fit is not looked 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -167,31 +167,16 @@ def schedule(cluster: Cluster, now_ms: int, policy: Policy) -> Plan:
         policy = replace(policy, ordering=multifactor(cluster, now_ms, policy.factors))
     if policy.backfill is not None:
         drop_stale(cluster)
-    with cluster.trial():
-        run = Pass(cluster, now_ms, policy)
-        freed = cluster.ledger.freed
-        hungry = [cluster.jobs[job_id] for job_id, tried in cluster.growing.items() if tried != freed]
-        hungry.sort(key=_by_claim)
-        run.examined = len(hungry)
-        for job in hungry:
-            if below_minimum(job):
-                grow(run, job)
-        moving: list[Decision] = []
-        if policy.replan is not None:
-            _replan(run, policy.replan)
-        else:
-            start_nominated(run)
-            start_waiting(run)
-            run.decisions += evictions(run.evicted, now_ms)
-            if policy.defragmentation is not None and not run.evicted:
-                moving = defragment(run, policy.defragmentation)
-        run.decisions += moving
-        if policy.elastic is not None and not run.evicted and not moving:
-            run.decisions += resize(run, policy.elastic)
-        if len(run.decisions) < policy.batch:
-            for job in hungry:
-                if not below_minimum(job):
-                    grow(run, job)
+    freed = cluster.ledger.freed
+    hungry = [cluster.jobs[job_id] for job_id, tried in cluster.growing.items() if tried != freed]
+    hungry.sort(key=_by_claim)
+    if policy.replan is None:
+        _ripe(cluster, now_ms)
+    lines = list(_worth_a_try(cluster, policy)) if policy.replan is None else []
+    run = Pass(cluster, now_ms, policy, examined=len(hungry))
+    if hungry or lines or policy.replan is not None or cluster.nominated or _turns_to(cluster, now_ms, policy):
+        with cluster.trial():
+            _steps(run, hungry, lines)
     if policy.replan is None:
         instants = [*cluster.ripening.values(), *([cluster.window_ms] if cluster.window_ms and cluster.lines else [])]
         if policy.elastic is not None and cluster.elastic:
@@ -200,6 +185,36 @@ def schedule(cluster: Cluster, now_ms: int, policy: Policy) -> Plan:
             instants.append(cluster.tidy_ms)
         cluster.next_pass_ms = min(instants, default=0)
     return Plan(tuple(run.decisions), run.examined)
+
+
+def _steps(run: Pass, hungry: Sequence[Job], lines: Sequence[Line]) -> None:
+    """Inside a trial, steps 2 to 5 of a pass."""
+    policy = run.policy
+    for job in hungry:
+        if below_minimum(job):
+            grow(run, job)
+    moving: list[Decision] = []
+    if policy.replan is not None:
+        _replan(run, policy.replan)
+    else:
+        start_nominated(run)
+        start_waiting(run, lines)
+        run.decisions += evictions(run.evicted, run.now_ms)
+        if policy.defragmentation is not None and not run.evicted:
+            moving = defragment(run, policy.defragmentation)
+    run.decisions += moving
+    if policy.elastic is not None and not run.evicted and not moving:
+        run.decisions += resize(run, policy.elastic)
+    if len(run.decisions) < policy.batch:
+        for job in hungry:
+            if not below_minimum(job):
+                grow(run, job)
+
+
+def _turns_to(cluster: Cluster, now_ms: int, policy: Policy) -> bool:
+    """Whether it is time for what is done now and then."""
+    sizes = policy.elastic is not None and bool(cluster.elastic) and now_ms >= cluster.resize_ms
+    return sizes or (policy.defragmentation is not None and bool(cluster.lines) and now_ms >= cluster.tidy_ms)
 
 
 def _turn_windows(cluster: Cluster, now_ms: int) -> None:
@@ -238,11 +253,10 @@ def below_minimum(job: Job) -> bool:
 # ---- waiting jobs ----
 
 
-def start_waiting(run: Pass) -> None:
-    """Start waiting jobs, best first."""
+def start_waiting(run: Pass, lines: Iterable[Line]) -> None:
+    """Start the jobs of these lines, best first."""
     cluster, policy = run.cluster, run.policy
-    _ripe(cluster, run.now_ms)
-    heads = Heads(run)
+    heads = Heads(run, lines)
     claims = list(cluster.reservations.values())
     looks = BEHIND
     while len(run.decisions) < policy.batch and (line := heads.pop()) is not None:
@@ -253,7 +267,9 @@ def start_waiting(run: Pass) -> None:
         shape = admit(cluster, job, run.now_ms)
         key = policy.ordering(line.key, Place(cluster.rank(job, cluster.estimates), job.submitted_at_ms, job.id))
         near = isinstance(shape, Shape) and _might_fit(run, shape)
-        others = in_the_way(cluster, job, key, claims if near else [c for c in claims if c.queue], run.now_ms)
+        others: list[Reservation] = []
+        if claims:
+            others = in_the_way(cluster, job, key, claims if near else [c for c in claims if c.queue], run.now_ms)
         barred = any(claim.limits(job) for claim in others)
         if near and not barred and isinstance(shape, Shape) and _start(run, job, shape, others):
             heads.push(line)
@@ -372,7 +388,7 @@ class Heads:
     A queue is put in anew whenever its share or its best line changes; older entries are skipped. O(log queues).
     """
 
-    def __init__(self, run: Pass) -> None:
+    def __init__(self, run: Pass, lines: Iterable[Line]) -> None:
         self._cluster, self._policy, self._settled = run.cluster, run.policy, run.settled
         self._capacity, self._now_ms = run.cluster.capacity(), run.now_ms
         self._next: dict[int, int] = {}
@@ -380,7 +396,7 @@ class Heads:
         self._serial: dict[int, int] = {}
         self._lines: dict[str, list[tuple[OrderKey, int, Line]]] = {}
         """Queue (or "": all queues) -> heap of its lines."""
-        for serial, line in enumerate(_worth_a_try(run.cluster, run.policy)):
+        for serial, line in enumerate(lines):
             self._serial[id(line)] = serial
             at = self._next[id(line)] = self._first(line, 0)
             if at < len(line.places):

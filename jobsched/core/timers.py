@@ -13,6 +13,8 @@ from jobsched.core.resources import JobId
 
 START_AGAIN_MS = 5_000
 """A start that was ordered but not seen is ordered again after this long; orders are idempotent."""
+OVERDUE_MS = 500
+"""What is overdue is looked at again after so long."""
 
 
 @dataclass(slots=True)
@@ -63,20 +65,24 @@ def deadline(job: Job, sight: Sight, now_ms: int, senses: Senses) -> int | None:
     if job.suspected_since_ms:
         since = job.suspected_since_ms
         instants.append(since + SUSPICION_MS if now_ms < since + SUSPICION_MS else since + STACKS_WAIT_MS)
+    tells = bool(sight.step_at_ms) and not job.suspected_since_ms
+    absents = bool(sight.absent_at_ms) and not senses.absence_is_final
     for replica in job.replicas.values():
+        state = replica.state
+        if state is not ReplicaState.BOUND and not tells and not absents:
+            continue
         key = launch_key(job.id, job.attempt, replica.role, replica.index, replica.restart)
-        if replica.state is ReplicaState.BOUND and key not in sight.replicas:
+        if state is ReplicaState.BOUND and key not in sight.replicas:
             ordered = sight.ordered_at_ms.get(key)
             instants.append(replica.not_before_ms if ordered is None else ordered + START_AGAIN_MS)
-        stepped = sight.step_at_ms.get(key)
-        if stepped is not None and replica.state is ReplicaState.RUNNING and not job.suspected_since_ms:
+        if tells and state is ReplicaState.RUNNING and (stepped := sight.step_at_ms.get(key)) is not None:
             if spec.hang_timeout:
                 instants.append(stepped + spec.hang_timeout)
             if spec.heartbeat_timeout:
                 instants.append(max(sight.beat_at_ms.get(key, stepped), stepped) + spec.heartbeat_timeout)
-        if key in sight.absent_at_ms and not senses.absence_is_final:
+        if absents and key in sight.absent_at_ms:
             instants.append(sight.absent_at_ms[key] + senses.lost_after_ms)
     if job.phase is Phase.STOPPING:
         instants.append(now_ms + SETTLE_MS)
-    overdue = now_ms + 500
-    return max(min(instants), overdue) if instants and min(instants) <= now_ms else min(instants, default=None)
+    soonest = min(instants, default=None)
+    return now_ms + OVERDUE_MS if soonest is not None and soonest <= now_ms else soonest

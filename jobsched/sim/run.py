@@ -15,7 +15,7 @@ from jobsched.controller.loop import Controller
 from jobsched.core import events as ev
 from jobsched.core.accounting import Accounts, Summary
 from jobsched.core.job import FailureClass, Job, Phase
-from jobsched.core.launch import Launch, LaunchKey, parse_key
+from jobsched.core.launch import Launch, LaunchKey
 from jobsched.core.observation import Progress
 from jobsched.core.policies.backfill import Backfill
 from jobsched.core.policies.elasticity import Elasticity
@@ -97,7 +97,7 @@ class Player:
 
     def script(self, launch: Launch) -> Script:
         """Told to the engine when a replica starts."""
-        job_id = parse_key(launch.key).job_id
+        job_id = JobId(launch.contract.job_id)
         run = self._runs.get(job_id)
         job = self._store.job(job_id)
         assert job is not None
@@ -109,9 +109,9 @@ class Player:
             start_ms += rules.restart_ms if job.attempt > 1 else 0
             run = self._runs[job_id] = _Run(job.attempt, now, self._seats(job), start_ms, now)
         run.keys.append(launch.key)
-        left = run.pause_ms + self.course(job_id).left_ms(run.seats) - run.ran_ms(self._clock.now_ms())
-        run_ms = max(1, round(left)) if left < FOREVER_MS else FOREVER_MS
         course, rules = self.course(job_id), self.workload.rules
+        left = run.pause_ms + course.left_ms(run.seats) - run.ran_ms(self._clock.now_ms())
+        run_ms = max(1, round(left)) if left < FOREVER_MS else FOREVER_MS
         if not (rules.progress and isinstance(course, SteadyCourse) and course.work.steps and len(run.keys) == 1):
             return Script(run_ms=run_ms, kill_ms=rules.kill_ms)
 

@@ -43,8 +43,9 @@ class MemoryStore:
         assert_fenced(events, fence)
         with self._lock:
             check_fence(fence, self._lease.fence)
-            touched = {job_id: self._now.jobs.get(job_id) for job_id in map(job_id_of, events) if job_id is not None}
-            end = self._now.seq
+            jobs, end = self._now.jobs, self._now.seq
+            ids = dict.fromkeys(map(job_id_of, events))
+            before = [(job_id, jobs.get(job_id)) for job_id in ids if job_id is not None]
             appended = self._now.append(events, expected or {})
             for stored in appended.stored:
                 if stored.seq > end:
@@ -52,8 +53,8 @@ class MemoryStore:
                     self._log.append(stored)
                     if (job_id := job_id_of(stored.event)) is not None:
                         self._history[job_id].append(stored)
-            for job_id, before in touched.items():
-                self._refile(before, self._now.jobs.get(job_id))
+            for job_id, was in before:
+                self._refile(was, jobs.get(job_id))
             return appended
 
     def _refile(self, before: Job | None, after: Job | None) -> None:
@@ -61,9 +62,10 @@ class MemoryStore:
             return
         if before is None:
             insort(self._order, (after.submitted_at_ms, after.id))
-        else:
+            self._phases[after.phase] += 1
+        elif before.phase is not after.phase:
             self._phases[before.phase] -= 1
-        self._phases[after.phase] += 1
+            self._phases[after.phase] += 1
         if after.phase.terminal:
             self._live.pop(after.id, None)
         else:
@@ -71,7 +73,8 @@ class MemoryStore:
 
     def read(self, after: int, limit: int = 10_000) -> Sequence[Stored]:
         with self._lock:
-            return tuple(self._log[max(0, after) : max(0, after) + limit])
+            after = max(0, after)
+            return self._log[after : after + limit]
 
     def history(self, job_id: JobId, after: int = 0, limit: int = 10_000) -> Sequence[Stored]:
         with self._lock:
