@@ -247,8 +247,8 @@ class Controller:
     def tick(self) -> int:
         """One round; returns for how many milliseconds nothing needs to be done unless something happens.
 
-        Only this thread changes the state, and only under the lock; store and backend are called without it, so that
-        readers wait for computing, never for a disk or an engine.
+        Only this thread changes the state, and only under the lock; what merely reads it, like judge and converge,
+        needs none. Store and backend are called without it: readers wait for computing, never for a disk or an engine.
         """
         now = self._clock.now_ms()
         self._wake.clear()
@@ -327,23 +327,23 @@ class Controller:
             self._senses = replace(self._senses, blind=not self._senses.blind)
         with self._lock:
             seen_jobs, seen_nodes = self._fold(state, observations, now)
-            if self._looks < self._looks_wanted:
-                cluster.touched.update(dict.fromkeys(sorted(seen_jobs)))
-                return frozenset(seen_jobs)
-            events = judge_nodes(cluster, sight, seen_nodes, now, self._senses)
-        self._append(state, events, fence, news)
+        if self._looks < self._looks_wanted:
+            cluster.touched.update(dict.fromkeys(sorted(seen_jobs)))
+            return frozenset(seen_jobs)
+        if seen_nodes:
+            self._append(state, judge_nodes(cluster, sight, seen_nodes, now, self._senses), fence, news)
         state.nodes_known = True
-        with self._lock:
-            look = self._to_look_at(state, seen_jobs, now)
-        everyone, settled = dict(look), set[JobId]()
+        look = self._to_look_at(state, seen_jobs, now)
+        everyone = dict(look)
+        settled: set[JobId] = set()
         for _ in range(JUDGE_ROUNDS):
-            with self._lock:
-                cluster.touched.clear()
-                found = judge(cluster, sight, [job_id for job_id in look if job_id not in settled], now, self._senses)
-                samples = state.sampler.samples(cluster, sight, look, now)
-                for sample in samples:
-                    cluster.reported(sample.job_id, sample.step, sample.total, now)
+            cluster.touched.clear()
+            found = judge(cluster, sight, [job_id for job_id in look if job_id not in settled], now, self._senses)
+            samples = state.sampler.samples(cluster, sight, look, now)
             if samples:
+                with self._lock:
+                    for sample in samples:
+                        cluster.reported(sample.job_id, sample.step, sample.total, now)
                 self._store.add_samples(samples)
             if not found:
                 break
@@ -363,21 +363,22 @@ class Controller:
             with self._lock:
                 asked = provisioning.provision(cluster, now)
             self._append(state, asked, fence, news)
-        with self._lock:
-            everyone |= cluster.touched
-            cluster.touched.clear()
-            actions = converge(cluster, sight, everyone, now, self._addresses)
+        everyone |= cluster.touched
+        cluster.touched.clear()
+        actions = converge(cluster, sight, everyone, now, self._addresses)
         if not self._leader.holds(self._clock.now_ms()):
             raise StaleFence("the lease ran out between deciding and acting", hint="another server may lead by now")
         try:
-            actuate(self._backend, actions, sight, now, self._secret)
+            if actions:
+                actuate(self._backend, actions, sight, now, self._secret)
             self._demand(cluster)
         except Unreachable as error:
             self.health.backend_error = error.message
             log.warning("backend unreachable; its replicas are left as they are", error=error.message)
             cluster.touched.update(everyone)
-        with self._lock:
-            self._arm(state, everyone, now)
+        if everyone:
+            with self._lock:
+                self._arm(state, everyone, now)
         if len(plan.decisions) >= self._policy.batch:
             self._wake.set()
         if now - self._noted[0] >= self._recall_every_ms or cluster.seq - self._noted[1] >= RECALL_EVENTS:

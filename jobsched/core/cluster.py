@@ -218,7 +218,7 @@ class Cluster:
     _widest: dict[GpuClass, int] = field(default_factory=dict)
     _charged: dict[tuple[JobId, ReplicaId], Amounts] = field(default_factory=dict)
     """What each bound replica counts for in its queue; its GPUs' kind may be forgotten before it ends."""
-    _place: dict[JobId, tuple[LineKey, Place]] = field(default_factory=dict)
+    _place: dict[JobId, tuple[Line, Place]] = field(default_factory=dict)
     _crowd_of: dict[JobId, PoolKey] = field(default_factory=dict)
     _shape: dict[JobId, Shape] = field(default_factory=dict)
     _shapes: dict[Shape, Shape] = field(default_factory=dict)
@@ -393,7 +393,7 @@ class Cluster:
         if after.phase is Phase.QUEUED:
             self._join_line(after)
         if enters:
-            if after.phase.active and elastic_role(after.spec):
+            if after.phase.active and self._shape[job_id].elastic and elastic_role(after.spec):
                 self.elastic[job_id] = None
             else:
                 self.elastic.pop(job_id, None)
@@ -440,7 +440,7 @@ class Cluster:
         leaves = after.outcome.for_job if phase is Phase.STOPPING and after.outcome is not None else None
         if runs and before is not None and before.replicas is after.replicas:
             return
-        if runs and has_surplus(after):
+        if runs and self.shape(after).elastic and has_surplus(after):
             self.surplus.setdefault(queue, {})[job_id] = None
         elif queue in self.surplus:
             self.surplus[queue].pop(job_id, None)
@@ -575,14 +575,14 @@ class Cluster:
         insort(line.places, place)
         if line.hindered_at >= 0:
             line.blocked_at = -1  # it may be over sooner than those before it
-        self._place[job.id] = (key, place)
+        self._place[job.id] = (line, place)
 
     def _leave_line(self, job: Job) -> None:
         found = self._place.pop(job.id, None)
         if found is None:
             return
-        key, place = found
-        line = self.lines[key]
+        line, place = found
+        key = line.key
         del line.places[bisect_left(line.places, place)]
         self.stuck.pop(key.queue, None)
         if not line.places:
@@ -723,7 +723,7 @@ class Cluster:
     def line_of(self, job_id: JobId) -> Line | None:
         """The line that a job waits in; None when it may not start (held, backoff, dependency) or runs."""
         found = self._place.get(job_id)
-        return None if found is None else self.lines[found[0]]
+        return None if found is None else found[0]
 
     def pool(self, shape: Shape) -> Pool:
         """Nodes that something of this shape may be bound on at all: usable, with its labels, without taints or

@@ -68,7 +68,10 @@ def judge(
     for job_id in job_ids:
         job = cluster.jobs.get(job_id)
         if job is not None:
-            found += _Court(cluster, sight, job, now_ms, senses).sit()
+            court = _Court(cluster, sight, job, now_ms, senses)
+            for event in court.rules():
+                found.append(event)
+                court.job = evolve_job(court.job, event)
     return found
 
 
@@ -105,14 +108,8 @@ class _Court:
     now_ms: int
     senses: Senses
 
-    def sit(self) -> list[ev.JobEvent]:
-        found: list[ev.JobEvent] = []
-        for event in self._rules():
-            found.append(event)
-            self.job = evolve_job(self.job, event)
-        return found
-
-    def _rules(self) -> Iterator[ev.JobEvent]:
+    def rules(self) -> Iterator[ev.JobEvent]:
+        """What each rule finds, in turn; whoever asks applies it to `job` before the next."""
         if self.job.phase is Phase.QUEUED:
             yield from self._queued()
             return

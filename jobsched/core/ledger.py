@@ -197,7 +197,7 @@ class Ledger:
             return
         self.free_gpu_milli -= sum(space.gpu_free.values())
         for cls, count in (*space.whole.items(), (ANY, space.whole_total)):
-            self._leave_bucket(cls, count, name)
+            self._leave_bucket(self._whole[cls], count, name)
         for gpu, free in space.gpu_free.items():
             if 0 < free < WHOLE_GPU:
                 _remove(self._shared[space.gpu_class[gpu]], (free, name, gpu))
@@ -308,32 +308,37 @@ class Ledger:
             return
         space._levels.clear()
         space._state = None
+        name, gpu_free, gpu_class = space.node.name, space.gpu_free, space.gpu_class
         gained: dict[GpuClass, int] = {}
+        """Wholly free devices."""
         for share in binding.gpus:
-            before = space.gpu_free.get(share.gpu)
+            gpu = share.gpu
+            before = gpu_free.get(gpu)
             if before is None:
                 continue
-            after = before - sign * share.milli
-            cls = space.gpu_class[share.gpu]
-            space.gpu_free[share.gpu] = after
+            after = gpu_free[gpu] = before - sign * share.milli
+            cls = gpu_class[gpu]
             self.free_gpu_milli += after - before
-            gained[cls] = gained.get(cls, 0) + (after == WHOLE_GPU) - (before == WHOLE_GPU)
-            if 0 < before < WHOLE_GPU:
-                _remove(self._shared[cls], (before, space.node.name, share.gpu))
-            if 0 < after < WHOLE_GPU:
-                insort(self._shared.setdefault(cls, []), (after, space.node.name, share.gpu))
+            if before == WHOLE_GPU:
+                gained[cls] = gained.get(cls, 0) - 1
+            elif before > 0:
+                _remove(self._shared[cls], (before, name, gpu))
+            if after == WHOLE_GPU:
+                gained[cls] = gained.get(cls, 0) + 1
+            elif after > 0:
+                insort(self._shared.setdefault(cls, []), (after, name, gpu))
         total = 0
         for cls, gain in gained.items():
             if gain:
                 count = space.whole[cls]
                 space.whole[cls] = count + gain
-                self._move(cls, count, count + gain, space.node.name)
+                self._move(cls, count, count + gain, name)
                 total += gain
         if total:
-            self._move(ANY, space.whole_total, space.whole_total + total, space.node.name)
+            self._move(ANY, space.whole_total, space.whole_total + total, name)
             space.whole_total += total
-            for name, level in self._levels.items():
-                level.free[domain(space.node, name)] += total
+            for level_name, level in self._levels.items():
+                level.free[domain(space.node, level_name)] += total
 
     @contextmanager
     def trial(self) -> Iterator[Ledger]:
@@ -515,18 +520,21 @@ class Ledger:
     # ---- index ----
 
     def _move(self, cls: GpuClass, before: int, after: int, name: NodeName) -> None:
-        self._leave_bucket(cls, before, name)
-        bucket = self._whole[cls].get(after)
+        buckets = self._whole[cls]
+        self._leave_bucket(buckets, before, name)
+        bucket = buckets.get(after)
         if bucket is None:
-            self._whole[cls][after] = [name]
+            buckets[after] = [name]
         else:
             insort(bucket, name)
 
-    def _leave_bucket(self, cls: GpuClass, count: int, name: NodeName) -> None:
-        bucket = self._whole[cls][count]
-        _remove(bucket, name)
-        if not bucket:
-            del self._whole[cls][count]
+    @staticmethod
+    def _leave_bucket(buckets: dict[int, list[NodeName]], count: int, name: NodeName) -> None:
+        bucket = buckets[count]
+        if len(bucket) == 1 and bucket[0] == name:
+            del buckets[count]
+        else:
+            _remove(bucket, name)
 
 
 @dataclass(frozen=True, slots=True)

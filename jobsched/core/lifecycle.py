@@ -112,7 +112,8 @@ def _fold(job: Job | None, event: ev.JobEvent) -> Job:
         replicas = cast(Mapping[ReplicaId, Replica], changes["replicas"])
         held = sum([share.milli for r in replicas.values() if r.binding is not None for share in r.binding.gpus])
         changes |= {"gpu_milli_ms": job.gpu_time(event.at_ms), "gpu_milli": held, "gpu_since_ms": event.at_ms}
-    return changed(job, version=job.version + 1, **changes)
+    changes["version"] = job.version + 1
+    return changed(job, changes)
 
 
 _NEW: Final = Job(JobId(""), "", "", JobSpec.model_construct(), 0)

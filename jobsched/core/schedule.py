@@ -38,6 +38,7 @@ from jobsched.core.pools import NodePool
 from jobsched.core.resources import JobId
 from jobsched.spec.job import RestartScope, restart_policy
 
+NOTHING_TO_DO = Plan()
 BEHIND = 50
 """Jobs looked at in a pass behind those that only a reservation keeps from starting."""
 VAIN = 2
@@ -157,7 +158,7 @@ def schedule(cluster: Cluster, now_ms: int, policy: Policy) -> Plan:
     cluster.unpark(now_ms)
     if policy.pass_every_ms and now_ms % policy.pass_every_ms:
         cluster.next_pass_ms = now_ms - now_ms % policy.pass_every_ms + policy.pass_every_ms if cluster.jobs else 0
-        return Plan()
+        return NOTHING_TO_DO
     _turn_windows(cluster, now_ms)
     if policy.fair is not None:
         cluster.quotas.age(now_ms, policy.fair.half_life_ms, policy.fair.entry_ms)
@@ -173,10 +174,12 @@ def schedule(cluster: Cluster, now_ms: int, policy: Policy) -> Plan:
     if policy.replan is None:
         _ripe(cluster, now_ms)
     lines = list(_worth_a_try(cluster, policy)) if policy.replan is None else []
-    run = Pass(cluster, now_ms, policy, examined=len(hungry))
+    plan = NOTHING_TO_DO
     if hungry or lines or policy.replan is not None or cluster.nominated or _turns_to(cluster, now_ms, policy):
         with cluster.trial():
+            run = Pass(cluster, now_ms, policy, examined=len(hungry))
             _steps(run, hungry, lines)
+        plan = Plan(tuple(run.decisions), run.examined)
     if policy.replan is None:
         instants = [*cluster.ripening.values(), *([cluster.window_ms] if cluster.window_ms and cluster.lines else [])]
         if policy.elastic is not None and cluster.elastic:
@@ -184,7 +187,7 @@ def schedule(cluster: Cluster, now_ms: int, policy: Policy) -> Plan:
         if policy.defragmentation is not None and cluster.lines:
             instants.append(cluster.tidy_ms)
         cluster.next_pass_ms = min(instants, default=0)
-    return Plan(tuple(run.decisions), run.examined)
+    return plan
 
 
 def _steps(run: Pass, hungry: Sequence[Job], lines: Sequence[Line]) -> None:

@@ -20,6 +20,7 @@ def shape_of(spec: JobSpec, wanted: dict[str, int] | None = None) -> Shape:
         node_labels=tuple(sorted(spec.placement.nodes.items())),
         tolerate=tuple(sorted(spec.placement.tolerate)),
         avoid=tuple(sorted(spec.placement.avoid)),
+        elastic=any(role.replicas.elastic for role in spec.roles.values()),
     )
 
 

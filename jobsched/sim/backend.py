@@ -106,14 +106,15 @@ class SimBackend:
         while (at := self._next_due_ms()) is not None and at <= now:
             self._changed[heapq.heappop(self._due)[1]] = None
         full, self._full = self._full, False
-        keys = self._replicas if full else [k for k in self._changed if k in self._replicas]
-        names = self._nodes if full else [n for n in self._nodes_changed if n in self._nodes]
+        have, nodes = self._replicas, self._nodes
+        keys = list(have) if full else [k for k in self._changed if k in have]
+        names = list(nodes) if full else [n for n in self._nodes_changed if n in nodes]
         observation = Observation(
             full=full,
-            nodes=tuple(self._nodes[name] for name in names),
-            replicas=tuple(self._report(self._replicas[key], now) for key in keys),
-            gone=() if full else tuple(k for k in self._gone if k not in self._replicas),
-            gone_nodes=() if full else tuple(n for n in self._nodes_changed if n not in self._nodes),
+            nodes=tuple([nodes[name] for name in names]),
+            replicas=tuple([self._report(have[key], now) for key in keys]),
+            gone=() if full else tuple([k for k in self._gone if k not in have]),
+            gone_nodes=() if full else tuple([n for n in self._nodes_changed if n not in nodes]),
         )
         self._changed.clear()
         self._gone.clear()

@@ -24,11 +24,15 @@ Amounts = tuple[tuple[str, int], ...]
 HOUR_MS = 3_600_000
 
 
-@lru_cache(65_536)
 def amounts_of(role: RoleShape, kind: str, gpu_milli: int) -> Amounts:
     """What one replica of a role takes when its GPUs are of `kind`."""
+    return _amounts(role.cpu_milli, role.memory_bytes, kind, gpu_milli)
+
+
+@lru_cache(65_536)
+def _amounts(cpu_milli: int, memory_bytes: int, kind: str, gpu_milli: int) -> Amounts:
     gpus = ((GPUS, gpu_milli), *(((kind, gpu_milli),) if kind else ())) if gpu_milli else ()
-    return (*gpus, (CPU, role.cpu_milli), (MEMORY, role.memory_bytes))
+    return (*gpus, (CPU, cpu_milli), (MEMORY, memory_bytes))
 
 
 @dataclass(frozen=True, slots=True)
