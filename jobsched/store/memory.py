@@ -74,7 +74,7 @@ class MemoryStore:
     def read(self, after: int, limit: int = 10_000) -> Sequence[Stored]:
         with self._lock:
             after = max(0, after)
-            return self._log[after : after + limit]
+            return tuple(self._log[after : after + limit])
 
     def history(self, job_id: JobId, after: int = 0, limit: int = 10_000) -> Sequence[Stored]:
         with self._lock:

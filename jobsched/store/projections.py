@@ -138,6 +138,7 @@ class Projections:
         for place, event in enumerate(events):
             job_id = ev.job_id_of(event)
             if job_id is None:
+                assert isinstance(event, ev.ClusterEvent), f"not an event: {event!r}"
                 continue
             request = request_of(event)
             if request is not None and (request in self.requests or request in fresh):
