@@ -5,8 +5,8 @@ still run count for every bucket they have passed, so that long jobs teach befor
 > same GPUs > same family > same name > same campaign); each level starts from the one above as if it had seen some jobs
 like that, so a family with few ends leans on its parents. A family is what a user runs again and again: queue, owner,
 image, programs, GPUs. A campaign is a run of submissions of one family with short gaps: siblings of a sweep run alike.
-Jobs that say how long they expect to run have tables of their own, in parts of that time: what is learned there is how
-far such guesses are off. Reported progress, where a job tells its total, replaces all of that; and where its like do,
+Where jobs say how long they expect to run, tables of that habit (all jobs > same owner) hold the run times in parts of
+what was expected: how far such guesses are off. What is known of such a job is the product of both. Reported progress, where a job tells its total, replaces all of that; and where its like do,
 a job is worth a short run to hear it.
 
 `Cluster` folds job events into its `Estimates`; orderings, backfill and answers ask. Learned from the past only.
@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from heapq import nlargest
 from itertools import takewhile
+from math import log2
 
 from jobsched.core.job import Job, Phase
 from jobsched.core.resources import JobId
@@ -37,15 +38,23 @@ PRIOR_HAZARD = 0.5
 Balter & Downey 1997 measured of Unix processes)."""
 TRUST = (2.0, 10.0, 5.0, 3.0, 3.0)
 """As if so many jobs like the level above had been seen, for all jobs, same GPUs, family, name, campaign."""
+HABIT_TRUST = (2.0, 10.0)
+"""The same for guesses: of all jobs, of the same owner."""
+NEVER = 1e-9
+"""No run time is impossible."""
 CAMPAIGN_GAP_MS = 600_000
 REPORT_AFTER_MS = 60_000
 """A reported rate counts once it was measured over so long."""
 PROBE_MS = 2 * REPORT_AFTER_MS
 """A job that is likely to report is let run so long to hear it."""
-EXPECTED_MS = BASE_MS << 3
-"""Where tables of jobs that guess their run time have the guess: room for an eighth of it and less."""
+CENTRE = 8
+EXPECTED_MS = BASE_MS << CENTRE
+"""Where tables of guessed run times have the guess: room for a 256th of it and less."""
+GUESS_STEPS = 4
+"""Guesses are told apart in so many steps per doubling."""
 REFRESH = 16
-"""Tables of families that saw nothing themselves follow their parents after so many ends."""
+"""Curves follow a table that saw more once it grew by such a part; those of families that saw nothing themselves follow
+their parents after so many ends."""
 
 Key = tuple[object, ...]
 
@@ -57,8 +66,9 @@ class Tally:
     entered: list[int] = field(default_factory=lambda: [0] * BUCKETS)
     ended: list[int] = field(default_factory=lambda: [0] * BUCKETS)
     version: int = 0
-    made: tuple[int, Curve] | None = field(default=None, repr=False)
-    """The curve of jobs whose last level this is, and what it was made from, here and at the levels above."""
+    made: dict[int, tuple[object, Curve]] = field(default_factory=dict, repr=False)
+    """The curves of jobs whose last level this is by what they guess (0: nothing), and what each was made from, here
+    and at the levels above."""
     number: int = 0
     """Of a campaign: counts up."""
     told: int = 0
@@ -160,6 +170,10 @@ class _Known:
     """A live job: its levels, widest first, and how many buckets it has passed."""
 
     levels: tuple[Tally, ...]
+    habits: tuple[Tally, ...] = ()
+    """The same for its guess; none: it did not guess."""
+    guess: int = 0
+    """The guess, in steps."""
     passed: int = 0
     told: bool = False
 
@@ -251,19 +265,24 @@ class Estimates:
         """A job came."""
         if job.id not in self._live:
             passed, campaign = self._recalled.pop(job.id, (0, None))
-            self._live[job.id] = _Known(self._levels(job, campaign), passed)
+            levels = self._levels(job, campaign)
+            known = self._live[job.id] = _Known(levels, passed=passed)
+            if guess_ms := job.spec.expected:
+                known.habits = self._tables((("guess",), ("guess", job.spec.queue, job.owner)))
+                known.guess = max(1, round(GUESS_STEPS * log2(max(2, guess_ms))))
 
     def _levels(self, job: Job, campaign: Tally | None) -> tuple[Tally, ...]:
-        guesses = bool(job.spec.expected)
-        family = (guesses, *family_of(job))
+        family = family_of(job)
         name = _COUNTER.sub("", str(job.spec.name)) if job.spec.name else ""
         if campaign is None:
             campaign = self._campaign(family, job)
-        keys: tuple[Key, ...] = ((guesses,), (guesses, family[-1]), family, (*family, name))
+        return (*self._tables(((), (family[-1],), family, (*family, name))), campaign)
+
+    def _tables(self, keys: Sequence[Key]) -> tuple[Tally, ...]:
         tallies = self._tallies
         if not self._learns:
-            return (*(tallies.get(key) or Tally() for key in keys), campaign)
-        return (*[tallies.get(key) or tallies.setdefault(key, Tally()) for key in keys], campaign)
+            return tuple([tallies.get(key) or Tally() for key in keys])
+        return tuple([tallies.get(key) or tallies.setdefault(key, Tally()) for key in keys])
 
     def _campaign(self, family: Key, job: Job) -> Tally:
         last_ms, campaign = self._campaigns.get(family, (0, None))
@@ -274,16 +293,19 @@ class Estimates:
             self._campaigns[family] = (max(last_ms, job.submitted_at_ms), campaign)
         return campaign
 
-
     def ran(self, job: Job, for_ms: int) -> None:
         """A live job has run so long and goes on."""
         known = self._live.get(job.id)
         if known is None or not self._learns:
             return
-        bucket = bucket_of(_in_parts(job, for_ms))
+        bucket = bucket_of(for_ms)
         if bucket > known.passed:
             for tally in known.levels:
                 tally.add(known.passed, bucket, ends=False)
+            if known.habits:
+                first, last = _parts(job, EDGES_MS[known.passed]), _parts(job, EDGES_MS[bucket])
+                for tally in known.habits:
+                    tally.add(first, last, ends=False)
             known.passed = bucket
 
     def ended(self, job: Job) -> None:
@@ -294,10 +316,12 @@ class Estimates:
         self._over.pop(job.id, None)
         known = self._live.pop(job.id, None)
         if known is not None and job.ran_ms > 0:
-            bucket, silent = bucket_of(_in_parts(job, job.ran_ms)), not known.told and job.ran_ms >= PROBE_MS
+            bucket, silent = bucket_of(job.ran_ms), not known.told and job.ran_ms >= PROBE_MS
             for tally in known.levels:
                 tally.add(known.passed, bucket, ends=True)
                 tally.silent += silent
+            for tally in known.habits:
+                tally.add(_parts(job, EDGES_MS[known.passed]), _parts(job, job.ran_ms), ends=True)
             self._ends += 1
 
     def learn(self, jobs: Iterable[Job]) -> None:
@@ -329,7 +353,7 @@ class Estimates:
         known = self._live.get(job.id)
         if known is None or self.reported_left_ms(job, 0) is not None:
             return ()
-        return (known.levels[-1].number, bucket_of(_in_parts(job, job.ran_ms)))
+        return (known.levels[-1].number, known.guess, bucket_of(job.ran_ms))
 
     def will_report(self, job: Job) -> bool:
         """Whether the job's like usually report how far they are of how much."""
@@ -342,18 +366,19 @@ class Estimates:
     def curve(self, job: Job) -> Curve:
         """What is known of this job's run time."""
         known = self._live.get(job.id)
-        levels = known.levels if known is not None else (self._tallies.get((False,), Tally()),)
-        last = levels[-1]
-        stamp = sum([tally.version for tally in levels[2:]]) + self._ends // REFRESH
-        if last.made is not None and last.made[0] == stamp:
-            return last.made[1]
-        hazard = [PRIOR_HAZARD] * BUCKETS
-        for tally, trust in zip(levels, TRUST, strict=False):
-            if tally.version:
-                ended, entered = tally.ended, tally.entered
-                hazard = [(ended[k] + trust * hazard[k]) / (entered[k] + trust) for k in range(BUCKETS)]
+        levels = known.levels if known is not None else (self._tallies.get(()) or Tally(),)
+        habits, guess = (known.habits, known.guess) if known is not None else ((), 0)
+        made = levels[-1].made
+        stamp = (sum([tally.version for tally in (*levels[2:], *habits[1:])]), self._ends // REFRESH)
+        found = made.get(guess)
+        if found is not None and found[0] == stamp:
+            return found[1]
+        hazard = _nested(levels, TRUST, _PRIOR)
+        if guess:
+            of_all, of_guess = _nested(levels[:1], TRUST, _PRIOR), _nested(habits, HABIT_TRUST, _HABIT_PRIOR)
+            hazard = _product(hazard, of_all, of_guess, guess)
         curve = Curve(tuple(hazard), sum(levels[2].ended) if len(levels) > 2 else 0)
-        last.made = stamp, curve
+        made[guess] = stamp, curve
         return curve
 
     def reported_left_ms(self, job: Job, now_ms: int) -> int | None:
@@ -369,12 +394,13 @@ class Estimates:
         """Ends per millisecond when a job that ran so long is given the best quantum, and the run time at which that
         is over (0: never). One that runs keeps what it promised when it was let in until that quantum is over."""
         curve = self.curve(job)
-        bucket = bucket_of(_in_parts(job, ran))
-        begun = bucket_of(_in_parts(job, job.ran_ms)) if job.phase is not Phase.QUEUED else bucket
-        best = max((k for k in range(begun, bucket + 1) if curve.until[k] > bucket), key=lambda k: curve.rate[k])
-        until, rate, guess = curve.until[best], curve.rate[best], job.spec.expected
-        until_ms = EDGES_MS[until] if until < BUCKETS else 0
-        return (rate * EXPECTED_MS / guess, -(-until_ms * guess // EXPECTED_MS)) if guess else (rate, until_ms)
+        rates, ends, bucket = curve.rate, curve.until, bucket_of(ran)
+        best = bucket
+        if job.phase is not Phase.QUEUED:
+            for k in range(bucket_of(job.ran_ms), bucket):
+                if ends[k] > bucket and rates[k] >= rates[best]:
+                    best = k
+        return rates[best], EDGES_MS[ends[best]] if ends[best] < BUCKETS else 0
 
     def left_ms(self, job: Job, now_ms: int, quantile: float = 0.5) -> int:
         """Time to the end: by reported progress, else by that quantile of its family, else by its time limit; never
@@ -383,11 +409,9 @@ class Estimates:
         ran = ran_ms(job, now_ms)
         left = self.reported_left_ms(job, now_ms)
         if left is None:
-            curve, guess = self.curve(job), job.spec.expected
-            if not curve.seen and (limit or guess):
-                left = (min(limit, guess) if limit and guess else limit or guess) - ran
-            else:
-                left = _in_ms(job, curve.left_ms(_in_parts(job, ran), quantile))
+            curve = self.curve(job)
+            tells_nothing = limit and not curve.seen and not job.spec.expected
+            left = limit - ran if tells_nothing else curve.left_ms(ran, quantile)
         return max(1, min(left, limit - ran) if limit else left)
 
     def over_ms(self, job: Job, now_ms: int) -> int:
@@ -407,7 +431,7 @@ class Estimates:
 
     def mean_left_ms(self, job: Job) -> int:
         """Expected run time of one that has not run, never longer than its time limit."""
-        mean = _in_ms(job, self.curve(job).mean_left_ms(_in_parts(job, job.ran_ms)))
+        mean = self.curve(job).mean_left_ms(job.ran_ms)
         return min(mean, job.spec.time_limit) if job.spec.time_limit else mean
 
     def seen(self, job: Job) -> int:
@@ -424,13 +448,69 @@ def _tuples(key: Sequence[object]) -> Key:
     return tuple(_tuples(part) if isinstance(part, (list, tuple)) else part for part in key)
 
 
-def _in_parts(job: Job, ms: int) -> int:
-    """A run time in the measure of the job's tables."""
-    return ms * EXPECTED_MS // job.spec.expected if job.spec.expected else ms
+def _parts(job: Job, ms: int) -> int:
+    """The bucket of a run time in the tables of guessed ones."""
+    return bucket_of(ms * EXPECTED_MS // job.spec.expected)
 
 
-def _in_ms(job: Job, parts: int) -> int:
-    return parts * job.spec.expected // EXPECTED_MS if job.spec.expected else parts
+def _nested(levels: Sequence[Tally], trusts: Sequence[float], prior: Sequence[float]) -> Sequence[float]:
+    """Hazards of the last level, each starting from the one above."""
+    hazard = prior
+    for tally, trust in zip(levels, trusts, strict=False):
+        if tally.version:
+            ended, entered = tally.ended, tally.entered
+            hazard = [(ended[k] + trust * hazard[k]) / (entered[k] + trust) for k in range(BUCKETS)]
+    return hazard
+
+
+def _survival(hazard: Sequence[float]) -> list[float]:
+    """The share that enters each bucket; none is left after the last."""
+    survive = [1.0]
+    for h in hazard[:-1]:
+        survive.append(survive[-1] * (1 - h))
+    return [*survive, 0.0]
+
+
+def _product(
+    hazard: Sequence[float], of_all: Sequence[float], of_guess: Sequence[float], guess: int
+) -> Sequence[float]:
+    """Hazards of a job by its levels, of all jobs, and by its guess in parts of that -> of a job of which both are
+    known: what the guess says, times what its like are beyond all jobs (Bayes, where how far a guess is off does not
+    depend on who makes it)."""
+    like, everybody, guessed = _survival(hazard), _survival(of_all), _survival(of_guess)
+    shift = CENTRE + log2(BASE_MS) - guess / GUESS_STEPS
+
+    def later(k: int) -> float:
+        """The share of such guesses after which a job runs on to bucket `k`."""
+        at = k + shift
+        if k == 0 or at >= BUCKETS:
+            return 0.0 if k else 1.0
+        if at <= 1:  # the first bucket begins at nothing
+            return 1.0 + 2 ** (at - 1) * (guessed[1] - 1.0)
+        whole = int(at)
+        return guessed[whole] + (at - whole) * (guessed[whole + 1] - guessed[whole])
+
+    left = [later(k) for k in range(BUCKETS)] + [0.0]
+    mass = [
+        (left[k] - left[k + 1] + NEVER) * (like[k] - like[k + 1] + NEVER) / (everybody[k] - everybody[k + 1] + NEVER)
+        for k in range(BUCKETS)
+    ]
+    rest, found = 0.0, []
+    for each in reversed(mass):
+        rest += each
+        found.append(each / rest)
+    found.reverse()
+    return [*found[:-1], hazard[-1]]
+
+
+def _decaying() -> tuple[float, ...]:
+    """Hazards of guesses before any was seen: half of what is off is off by less than twice, either way."""
+    mass = [2.0 ** -min(abs(k - CENTRE), abs(k - CENTRE - 1)) for k in range(BUCKETS)]
+    return tuple([mass[k] / sum(mass[k:]) for k in range(BUCKETS - 1)] + [PRIOR_HAZARD])
+
+
+_PRIOR = (PRIOR_HAZARD,) * BUCKETS
+_HABIT_PRIOR = _decaying()
 
 
 def _gittins(hazard: Sequence[float]) -> tuple[tuple[float, ...], tuple[int, ...]]:

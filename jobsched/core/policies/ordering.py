@@ -215,7 +215,7 @@ def learned(cluster: Cluster, runnable: Sequence[Job], now_ms: int) -> list[Turn
     """Outlook -> what each such job costs that never ran: there may be thousands of them."""
     for job in runnable:
         running, until_ms = job.phase is not Phase.QUEUED, 0
-        if running or job.ran_ms or job.wanted or job.spec.expected:
+        if running or job.ran_ms or job.wanted:
             ran = ran_ms(job, now_ms)
             cost, until_ran = _cost(estimates, job, ran, now_ms)
             if running:
