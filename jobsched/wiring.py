@@ -33,9 +33,17 @@ from jobsched.core.policies.defragmentation import Defragmentation
 from jobsched.core.policies.elasticity import Elasticity
 from jobsched.core.policies.fairness import FairShare
 from jobsched.core.policies.health import Health
-from jobsched.core.policies.ordering import Factors, expected_service, learned, left_told, outlook, patient
+from jobsched.core.policies.ordering import (
+    Factors,
+    expected_service,
+    learned,
+    learned_heads,
+    left_told,
+    outlook,
+    patient,
+)
 from jobsched.core.policies.placement import Score
-from jobsched.core.policies.preemption import Replan, first
+from jobsched.core.policies.preemption import Replan
 from jobsched.core.policies.victims import Preemption, Scope
 from jobsched.core.pools import NodePool
 from jobsched.core.schedule import Policy
@@ -249,7 +257,7 @@ def _policy(config: PolicyConfig, pools: Sequence[spec.NodePool]) -> Policy:
         ),
         rank=left_told if learns else expected_service if config.ordering == "service" else equal_rank,
         alike=outlook if learns else all_alike,
-        replan=Replan(patient(learned, min_run_ms), heads=first) if learns else None,
+        replan=Replan(patient(learned, min_run_ms), heads=learned_heads) if learns else None,
         fair=FairShare(config.fair_half_life) if config.fair else None,
         backfill=BACKFILL[config.backfill],
         preemption=None if (how := config.preemption) is None else Preemption(

@@ -136,8 +136,8 @@ class Cluster:
     """Jobs that may start now."""
     lines_of: dict[str, dict[LineKey, Line]] = field(default_factory=dict)
     """The same by queue; queues without waiting jobs are absent."""
-    lines_in: dict[PoolKey, dict[LineKey, Line]] = field(default_factory=dict)
-    """The same by where their jobs may run."""
+    lines_in: dict[PoolKey, dict[LineKey, dict[LineKey, Line]]] = field(default_factory=dict)
+    """The same by where their jobs may run, those that differ in nothing but their outlook together."""
     stuck: dict[str, Line] = field(default_factory=dict)
     """Queue whose first line was found not to fit, where that stops the whole queue; forgotten when a job comes or
     goes."""
@@ -568,7 +568,8 @@ class Cluster:
         line = self.lines.get(key)
         if line is None:
             line = self.lines[key] = self.lines_of.setdefault(key.queue, {})[key] = Line(key)
-            self.lines_in.setdefault(pool, {})[key] = line
+            akin = self.lines_in.setdefault(pool, {})
+            akin.setdefault(replace(key, outlook=()), {})[key] = line
         self.stuck.pop(key.queue, None)
         self.joined += 1
         place = Place(self.rank(job, self.estimates), job.submitted_at_ms, job.id)
@@ -590,10 +591,12 @@ class Cluster:
             del self.lines_of[key.queue][key]
             if not self.lines_of[key.queue]:
                 del self.lines_of[key.queue]
-            pool = self._crowd_of[job.id]
-            del self.lines_in[pool][key]
-            if not self.lines_in[pool]:
-                del self.lines_in[pool]
+            pool, akin = self._crowd_of[job.id], replace(key, outlook=())
+            del self.lines_in[pool][akin][key]
+            if not self.lines_in[pool][akin]:
+                del self.lines_in[pool][akin]
+                if not self.lines_in[pool]:
+                    del self.lines_in[pool]
 
     def unpark(self, now_ms: int) -> None:
         """Queued jobs whose backoff is over join their lines. Cost: those jobs."""

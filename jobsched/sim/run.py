@@ -29,6 +29,7 @@ from jobsched.core.policies.ordering import (
     in_time_heads,
     knapsack,
     learned,
+    learned_heads,
     least_attained,
     left_told,
     outlook,
@@ -372,7 +373,7 @@ def _in_time(sim: Simulation) -> Policy:
 
 def _learned(sim: Simulation) -> Policy:
     rules = sim.workload.rules
-    how = Replan(learned, rules.repack, settle=rules.settle, heads=first)
+    how = Replan(learned, rules.repack, settle=rules.settle, heads=learned_heads)
     return _policy(sim, replan=how, rank=left_told, alike=outlook)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jobsched.core.cluster import Place
+from jobsched.core.cluster import Line, LineKey, Place
 from jobsched.core.job import Job, Phase
 from jobsched.core.launch import parse_key
 from jobsched.core.observation import Progress
@@ -112,5 +112,6 @@ def test_deadlines_go_first_when_it_is_now_or_never(due_s: int, first: str) -> N
     turns = in_time(told, lambda job_id: due[job_id])(world.cluster, jobs, now)
     assert names[turns[0].job.id] == first
     places = [Place(told(job), job.submitted_at_ms, job.id) for job in jobs]
-    heads = in_time_heads(lambda job_id: due[job_id])(places, 1, now)
+    lines = [Line(LineKey("default", 0, world.cluster.shape(jobs[0])), places)]
+    heads = in_time_heads(lambda job_id: due[job_id])(world.cluster, lines, 1, now)
     assert names[JobId(next(iter(heads)))] in (first, "due")

@@ -6,8 +6,8 @@ still run count for every bucket they have passed, so that long jobs teach befor
 like that, so a family with few ends leans on its parents. A family is what a user runs again and again: queue, owner,
 image, programs, GPUs. A campaign is a run of submissions of one family with short gaps: siblings of a sweep run alike.
 Where jobs say how long they expect to run, tables of that habit (all jobs > same owner) hold the run times in parts of
-what was expected: how far such guesses are off. What is known of such a job is the product of both. Reported progress, where a job tells its total, replaces all of that; and where its like do,
-a job is worth a short run to hear it.
+what was expected: how far such guesses are off. What is known of such a job is the product of both. Reported progress,
+where a job tells its total, replaces all of that; and where its like do, a job is worth a short run to hear it.
 
 `Cluster` folds job events into its `Estimates`; orderings, backfill and answers ask. Learned from the past only.
 Sources: Gittins 1979 for the index (as in Tiresias, NSDI'19); Kaplan & Meier 1958; Helios (SC'21) and 3Sigma
@@ -53,8 +53,7 @@ EXPECTED_MS = BASE_MS << CENTRE
 GUESS_STEPS = 4
 """Guesses are told apart in so many steps per doubling."""
 REFRESH = 16
-"""Curves follow a table that saw more once it grew by such a part; those of families that saw nothing themselves follow
-their parents after so many ends."""
+"""Curves follow a table once it saw so much more: a 16th."""
 
 Key = tuple[object, ...]
 
@@ -66,7 +65,11 @@ class Tally:
     entered: list[int] = field(default_factory=lambda: [0] * BUCKETS)
     ended: list[int] = field(default_factory=lambda: [0] * BUCKETS)
     version: int = 0
-    made: dict[int, tuple[object, Curve]] = field(default_factory=dict, repr=False)
+    edition: int = 0
+    """Counts up when enough was seen to look at it again."""
+    due: int = 0
+    """The version at which it does."""
+    made: dict[int, tuple[int, Curve]] = field(default_factory=dict, repr=False)
     """The curves of jobs whose last level this is by what they guess (0: nothing), and what each was made from, here
     and at the levels above."""
     number: int = 0
@@ -79,6 +82,9 @@ class Tally:
     def add(self, first: int, bucket: int, ends: bool) -> None:
         """A job has passed buckets `first`..`bucket`-1, and ended in `bucket` or not."""
         self.version += 1
+        if self.version >= self.due:
+            self.edition += 1
+            self.due = self.version + max(1, self.version // REFRESH)
         for k in range(first, bucket + ends):
             self.entered[k] += 1
         if ends:
@@ -156,7 +162,6 @@ class Noted:
     families: tuple[tuple[Key, int, int], ...] = ()
     """Family, its last submission, the place of the campaign that was of."""
     live: tuple[tuple[JobId, int, int], ...] = ()
-    ends: int = 0
     reports: tuple[tuple[Key, int, int], ...] = ()
     """How many jobs of a level told how far they are of how much, and how many did not."""
 
@@ -206,7 +211,6 @@ class Estimates:
     _campaigns: dict[Key, tuple[int, Tally]] = field(default_factory=dict)
     """Family -> (its last submission, the campaign that was of)."""
     _reports: dict[JobId, _Report] = field(default_factory=dict)
-    _ends: int = 0
     _begun: int = 0
     """Campaigns so far."""
     _learns: bool = True
@@ -234,7 +238,6 @@ class Estimates:
             tuple((tuple(t.entered), tuple(t.ended)) if t.version else ((), ()) for t in campaigns.values()),
             tuple((family, last_ms, place[id(tally)]) for family, last_ms, tally in going),
             tuple((job_id, known.passed, place[id(known.levels[-1])]) for job_id, known in taught.items()),
-            self._ends,
             tuple((key, tally.told, tally.silent) for key, tally in most if tally.told or tally.silent),
         )
 
@@ -249,7 +252,7 @@ class Estimates:
         for number, campaign in enumerate(campaigns):
             campaign.number = number
         families = {_tuples(family): (last_ms, campaigns[at]) for family, last_ms, at in noted.families}
-        found = cls(tallies, {}, families, {}, noted.ends, len(campaigns))
+        found = cls(tallies, {}, families, {}, len(campaigns))
         found._recalled = {job_id: (passed, campaigns[at]) for job_id, passed, at in noted.live}
         return found
 
@@ -257,7 +260,7 @@ class Estimates:
         """What is known of these jobs and of whatever is like them, for copies of a cluster: nothing that happens there
         is learned from. O(jobs named)."""
         live = {job_id: self._live[job_id] for job_id in job_ids if job_id in self._live}
-        return Estimates(self._tallies, live, self._campaigns, self._reports, self._ends, self._begun, _learns=False)
+        return Estimates(self._tallies, live, self._campaigns, self._reports, self._begun, _learns=False)
 
     # ---- learning ----
 
@@ -322,7 +325,6 @@ class Estimates:
                 tally.silent += silent
             for tally in known.habits:
                 tally.add(_parts(job, EDGES_MS[known.passed]), _parts(job, job.ran_ms), ends=True)
-            self._ends += 1
 
     def learn(self, jobs: Iterable[Job]) -> None:
         """What ended before a leader began, oldest first."""
@@ -369,7 +371,7 @@ class Estimates:
         levels = known.levels if known is not None else (self._tallies.get(()) or Tally(),)
         habits, guess = (known.habits, known.guess) if known is not None else ((), 0)
         made = levels[-1].made
-        stamp = (sum([tally.version for tally in (*levels[2:], *habits[1:])]), self._ends // REFRESH)
+        stamp = sum([tally.edition for tally in (*levels, *habits)])
         found = made.get(guess)
         if found is not None and found[0] == stamp:
             return found[1]

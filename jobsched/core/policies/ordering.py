@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import ceil, exp2
 from operator import itemgetter
 
-from jobsched.core.cluster import Cluster, LineKey, Place
+from jobsched.core.cluster import Cluster, Line, LineKey, Place
 from jobsched.core.job import Job, Phase
 from jobsched.core.policies.estimate import PROBE_MS, Estimates, ran_ms
 from jobsched.core.policies.fairness import SCALE, dominant
@@ -158,9 +158,9 @@ def in_time_heads(due_ms: Callable[[JobId], int]) -> Heads:
     """Whom of a line `in_time` needs to see, where `Policy.rank` is what is left: as many of each urgency as could run.
     O(line)."""
 
-    def heads(places: Sequence[Place], most: int, now_ms: int) -> Iterable[JobId]:
+    def heads(cluster: Cluster, lines: Sequence[Line], most: int, now_ms: int) -> Iterable[JobId]:
         found: tuple[list[JobId], ...] = ([], [], [])
-        for left, _, job_id in places:
+        for left, _, job_id in [place for line in lines for place in line.places]:
             same = found[_urgency(max(1, left), due_ms(job_id), now_ms)]
             if len(same) < most:
                 same.append(job_id)
@@ -211,25 +211,34 @@ def learned(cluster: Cluster, runnable: Sequence[Job], now_ms: int) -> list[Turn
         if job.phase is not Phase.QUEUED:
             estimates.ran(job, ran_ms(job, now_ms))
     rows: list[tuple[int, float, bool, int, str, Turn]] = []
-    fresh: dict[tuple[int, ...], float] = {}
-    """Outlook -> what each such job costs that never ran: there may be thousands of them."""
     for job in runnable:
-        running, until_ms = job.phase is not Phase.QUEUED, 0
-        if running or job.ran_ms or job.wanted:
-            ran = ran_ms(job, now_ms)
-            cost, until_ran = _cost(estimates, job, ran, now_ms)
-            if running:
-                cost /= FIRM if until_ran else FIRM_TOLD
-                until_ms = now_ms + max(1, until_ran - ran) if until_ran else 0
-        else:
-            outlook = estimates.outlook(job)
-            known = fresh.get(outlook)
-            if known is None:
-                known = fresh[outlook] = _cost(estimates, job, 0, now_ms)[0]
-            cost = known
+        running, until_ms, ran = job.phase is not Phase.QUEUED, 0, ran_ms(job, now_ms)
+        cost, until_ran = _cost(estimates, job, ran, now_ms)
+        if running:
+            cost /= FIRM if until_ran else FIRM_TOLD
+            until_ms = now_ms + max(1, until_ran - ran) if until_ran else 0
         rows.append((-job.priority, cost, not running, job.submitted_at_ms, job.id, Turn(job, 0, until_ms)))
     rows.sort()  # ids differ, so turns are never compared
     return [row[5] for row in rows]
+
+
+def learned_heads(cluster: Cluster, lines: Sequence[Line], most: int, now_ms: int) -> Iterable[JobId]:
+    """Whom of like lines `learned` needs to see, where `Policy.alike` is `outlook`: those of the best lines, as many as
+    could run; and as many of those that told something of their own. O(lines)."""
+    estimates, rows = cluster.estimates, []
+    for line in lines:
+        if line.key.outlook:
+            job = cluster.jobs[line.places[0].job_id]
+            rows.append((_cost(estimates, job, job.ran_ms, now_ms)[0], *line.places[0], line))
+        else:
+            yield from [place.job_id for place in line.places[:most]]
+    rows.sort(key=itemgetter(0, 1, 2, 3))
+    for row in rows:
+        for place in row[-1].places[:most]:
+            yield place.job_id
+        most -= len(row[-1].places)
+        if most <= 0:
+            break
 
 
 def _cost(estimates: Estimates, job: Job, ran: int, now_ms: int) -> tuple[float, int]:

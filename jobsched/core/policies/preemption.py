@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from jobsched.core import events as ev
-from jobsched.core.cluster import Cluster, Place, Standing
+from jobsched.core.cluster import Cluster, Line, Standing
 from jobsched.core.job import Binding, Cause, FailureClass, Job, Outcome, Phase, Reason, RoleShape, Shape
 from jobsched.core.plan import Decision
 from jobsched.core.policies.parts import PoolKey
@@ -29,13 +29,14 @@ class Turn(NamedTuple):
     until_ms: int = 0
 
 
-Heads = Callable[[Sequence[Place], int, int], Iterable[JobId]]
-"""(a line's places, how many of them could run at once if nobody else did, now) -> those worth looking at."""
+Heads = Callable[[Cluster, Sequence[Line], int, int], Iterable[JobId]]
+"""(cluster, lines that differ in nothing but their outlook, how many of their jobs could run at once if nobody else
+did, now) -> those worth looking at."""
 
 
-def first(places: Sequence[Place], most: int, now_ms: int) -> Iterable[JobId]:
-    """As many as could run."""
-    return [place.job_id for place in places[:most]]
+def first(cluster: Cluster, lines: Sequence[Line], most: int, now_ms: int) -> Iterable[JobId]:
+    """Of each line as many as could run."""
+    return [place.job_id for line in lines for place in line.places[:most]]
 
 
 Order = Callable[[Cluster, Sequence[Job], int], list[Turn]]
@@ -100,10 +101,10 @@ def replan(
 
 
 def _heads(cluster: Cluster, pool: PoolKey, gpu_milli: int, heads: Heads, now_ms: int) -> Iterator[JobId]:
-    for key, line in cluster.lines_in.get(pool, {}).items():
+    for key, lines in cluster.lines_in.get(pool, {}).items():
         least = sum([role.min * role.gpu_milli for role in key.shape.roles])
-        most = gpu_milli // least if least else len(line.places)
-        yield from heads(line.places, most, now_ms)
+        most = gpu_milli // least if least else len(cluster.jobs)
+        yield from heads(cluster, tuple(lines.values()), most, now_ms)
 
 
 def _replan_part(
