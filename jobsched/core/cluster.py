@@ -484,7 +484,7 @@ class Cluster:
                 self.crowds[key].active.pop(job_id, None)
             else:
                 self.crowds[key].active[job_id] = None
-                if phase is Phase.STOPPING and _same_wishes(before, after):
+                if phase is not Phase.RUNNING and _same_wishes(before, after):
                     return  # its turn may end by itself only while it runs
         elif phase is not Phase.QUEUED and _same_wishes(before, after):
             return

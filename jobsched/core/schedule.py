@@ -230,11 +230,16 @@ def _turn_windows(cluster: Cluster, now_ms: int) -> None:
 def _replan(run: Pass, how: Replan) -> None:
     """Quotas and array limits count from nothing: whoever stands first gets them first."""
     cluster, now_ms, policy = run.cluster, run.now_ms, run.policy
+
+    def booked(job: Job, bindings: tuple[Binding, ...]) -> None:
+        if job.array_id or cluster.quotas.account(job.spec.queue).bounded:
+            cluster.charge(job, bindings, starts=True)
+
     with cluster.quotas.blank():
         decisions, examined = replan(
             cluster, now_ms, how, policy.score,
             admit=lambda job: admit(cluster, job, now_ms),
-            booked=lambda job, bindings: cluster.charge(job, bindings, starts=True),
+            booked=booked,
         )  # fmt: skip
     run.decisions += decisions
     run.examined += examined

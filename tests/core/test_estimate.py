@@ -85,7 +85,7 @@ def test_the_index_falls_with_age_when_nothing_is_known() -> None:
     estimates = Estimates()
     job = a_job()
     estimates.submitted(job)
-    rate = estimates.curve(job).rate
+    rate = estimates.curve(job).index[0]
     assert all(young >= old for young, old in pairwise(rate))
     assert rate[0] > 100 * rate[-1]
 
@@ -94,7 +94,7 @@ def test_a_job_near_the_usual_end_is_worth_more_than_a_fresh_one() -> None:
     estimates = taught(*[40 * HOUR_MS] * 50)
     job = a_job(at_ms=10**9)
     estimates.submitted(job)
-    rate = estimates.curve(job).rate
+    rate = estimates.curve(job).index[0]
     assert rate[bucket_of(35 * HOUR_MS)] > 2 * rate[0]
 
 
@@ -103,10 +103,10 @@ def test_siblings_that_still_run_teach_before_they_end() -> None:
     siblings = [a_job(at_ms=10**9) for _ in range(10)]
     for job in siblings:
         estimates.submitted(job)
-    before = estimates.curve(siblings[0]).rate[0]
+    before = estimates.curve(siblings[0]).index[0][0]
     for job in siblings[1:]:
         estimates.ran(job, 20 * HOUR_MS)
-    assert estimates.curve(siblings[0]).rate[0] < before / 2
+    assert estimates.curve(siblings[0]).index[0][0] < before / 2
 
 
 def test_families_tell_users_and_programs_apart_but_not_a_sweeps_arguments() -> None:

@@ -99,19 +99,14 @@ class Curve:
     seen: int
     """Ended jobs of its own family."""
     _index: tuple[tuple[float, ...], tuple[int, ...]] | None = field(default=None, repr=False)
-    """Reckoned when first asked for."""
 
     @property
-    def rate(self) -> tuple[float, ...]:
-        """From each bucket, ends per millisecond when it runs on for the best quantum."""
-        self._index = self._index or _gittins(self.hazard)
-        return self._index[0]
-
-    @property
-    def until(self) -> tuple[int, ...]:
-        """The bucket before which that quantum ends."""
-        self._index = self._index or _gittins(self.hazard)
-        return self._index[1]
+    def index(self) -> tuple[tuple[float, ...], tuple[int, ...]]:
+        """From each bucket, ends per millisecond when it runs on for the best quantum; and the bucket before which that
+        quantum ends. Reckoned when first asked for."""
+        if self._index is None:
+            self._index = _gittins(self.hazard)
+        return self._index
 
     def left_ms(self, ran_ms: int, quantile: float) -> int:
         """Such a share of the jobs that ran so long end within this time; linear within a bucket."""
@@ -361,7 +356,7 @@ class Estimates:
         """Whether the job's like usually report how far they are of how much."""
         known = self._live.get(job.id)
         likely = 0.0
-        for tally in known.levels if known is not None else ():
+        for tally in known.levels if known is not None and known.levels[0].told else ():
             likely = (tally.told + likely) / (tally.told + tally.silent + 1)
         return likely > 0.5
 
@@ -395,8 +390,7 @@ class Estimates:
     def promise(self, job: Job, ran: int) -> tuple[float, int]:
         """Ends per millisecond when a job that ran so long is given the best quantum, and the run time at which that
         is over (0: never). One that runs keeps what it promised when it was let in until that quantum is over."""
-        curve = self.curve(job)
-        rates, ends, bucket = curve.rate, curve.until, bucket_of(ran)
+        (rates, ends), bucket = self.curve(job).index, bucket_of(ran)
         best = bucket
         if job.phase is not Phase.QUEUED:
             for k in range(bucket_of(job.ran_ms), bucket):
@@ -541,8 +535,8 @@ def gpus_milli(job: Job) -> int:
     """GPUs that the job wants, in thousandths."""
     gpus, wanted = 0, job.wanted
     for name, role in job.spec.roles.items():
-        if role.gpu is not None:
-            gpus += role.gpu.milli * wanted.get(name, role.replicas.prefer)
+        if (gpu := role.gpu) is not None:
+            gpus += gpu.milli * (wanted.get(name, role.replicas.prefer) if wanted else role.replicas.prefer)
     return gpus
 
 

@@ -13,7 +13,7 @@ from operator import itemgetter
 
 from jobsched.core.cluster import Cluster, Line, LineKey, Place
 from jobsched.core.job import Job, Phase
-from jobsched.core.policies.estimate import PROBE_MS, Estimates, ran_ms
+from jobsched.core.policies.estimate import PROBE_MS, Estimates, gpus_milli, ran_ms
 from jobsched.core.policies.fairness import SCALE, dominant
 from jobsched.core.policies.preemption import Heads, Order, Turn
 from jobsched.core.resources import WHOLE_GPU, JobId
@@ -79,20 +79,15 @@ ORDERINGS: dict[str, Ordering] = {"priority": priority, "fifo": fifo}
 """Policies by the name that a server config chooses."""
 
 
-def gpus_asked(job: Job) -> int:
-    """GPUs that the job wants, in thousandths."""
-    return sum(role.gpu.milli * job.wanted_count(name) for name, role in job.spec.roles.items() if role.gpu)
-
-
 def gpu_time(told: Told) -> Told:
     """Rank by GPU-seconds instead of seconds: a job that holds eight GPUs delays eight others."""
-    return lambda job: told(job) * max(1, gpus_asked(job)) // WHOLE_GPU
+    return lambda job: told(job) * max(1, gpus_milli(job)) // WHOLE_GPU
 
 
 def expected_service(job: Job, estimates: Estimates) -> int:
     """Rank by the GPU time that jobs of the family take on average, without preemption: quasi-shortest service first
     (QSSF, Helios SC'21), learned from the past."""
-    return estimates.mean_left_ms(job) * max(1, gpus_asked(job)) // WHOLE_GPU
+    return estimates.mean_left_ms(job) * max(1, gpus_milli(job)) // WHOLE_GPU
 
 
 def shortest(told: Told) -> Order:
@@ -119,7 +114,7 @@ def least_attained(thresholds_gpu_s: Sequence[int], whole_seconds: bool = True) 
             level = standing.level if standing else 0
             until_ms = 0
             if job.first_placed_at_ms:
-                gpus = max(1, gpus_asked(job)) / WHOLE_GPU
+                gpus = max(1, gpus_milli(job)) / WHOLE_GPU
                 ran_ms = job.gpu_time(now_ms) / WHOLE_GPU / gpus
                 limits = [1_000 * (ceil(t / gpus) if whole_seconds else t / gpus) for t in thresholds_gpu_s]
                 while level < len(limits) and ran_ms >= limits[level]:
@@ -147,7 +142,7 @@ def in_time(told: Told, due_ms: Callable[[JobId], int]) -> Order:
             left = max(1, told(job))
             ran = now_ms - job.attempt_started_at_ms if job.phase is not Phase.QUEUED else 0
             level = _urgency(left, due_ms(job.id), now_ms, ran)
-            rows.append((level, left * max(1, gpus_asked(job)), job.submitted_at_ms, job.id, job))
+            rows.append((level, left * max(1, gpus_milli(job)), job.submitted_at_ms, job.id, job))
         rows.sort(key=itemgetter(0, 1, 2, 3))
         return [Turn(row[4], 0) for row in rows]
 
@@ -182,7 +177,7 @@ def finish_time_fairness(told: Told) -> Order:
 
     def order(cluster: Cluster, runnable: Sequence[Job], now_ms: int) -> list[Turn]:
         capacity = max(1, cluster.capacity()[GPUS])
-        asked = sum(gpus_asked(job) for job in runnable)
+        asked = sum(gpus_milli(job) for job in runnable)
         crowding = max(1.0, asked / capacity)
         rows = []
         for job in runnable:
@@ -244,7 +239,7 @@ def learned_heads(cluster: Cluster, lines: Sequence[Line], most: int, now_ms: in
 def _cost(estimates: Estimates, job: Job, ran: int, now_ms: int) -> tuple[float, int]:
     """GPUs (in thousandths) over ends per millisecond that the job promises, and the run time at which that changes (0:
     never). A job of a kind that reports its progress is as good as one that ends when that is known."""
-    gpus = max(1, gpus_asked(job))
+    gpus = max(1, gpus_milli(job))
     left = estimates.reported_left_ms(job, now_ms)
     if left is not None:
         return gpus * left, 0
@@ -292,7 +287,7 @@ def knapsack(told: Told) -> Order:
         sizes: dict[int, list[tuple[int, int, str, Job]]] = {}
         for job in runnable:
             left = max(1, told(job))
-            sizes.setdefault(max(1, ceil(gpus_asked(job) / WHOLE_GPU)), []).append(
+            sizes.setdefault(max(1, ceil(gpus_milli(job) / WHOLE_GPU)), []).append(
                 (left, job.submitted_at_ms, job.id, job)
             )
         room = cluster.capacity()[GPUS] // WHOLE_GPU
