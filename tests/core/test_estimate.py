@@ -160,3 +160,47 @@ def test_quantiles_are_positive_from_every_age(quantile: float) -> None:
     for edge in EDGES_MS:
         assert estimates.curve(job).left_ms(edge, quantile) >= 0
         assert estimates.curve(job).mean_left_ms(edge) > 0
+
+
+def guessed(runs: list[tuple[int, int]], owner: str = "me") -> Estimates:
+    """Estimates that saw jobs of these (guess, run time)."""
+    estimates = Estimates()
+    for n, (guess_ms, run_ms) in enumerate(runs):
+        end(estimates, a_job(owner=owner, at_ms=n * 10 * HOUR_MS, expected=f"{guess_ms // 1_000}s"), run_ms)
+    return estimates
+
+
+def expecting(estimates: Estimates, guess_ms: int, owner: str = "me") -> Job:
+    job = a_job(owner=owner, at_ms=10**10, expected=f"{guess_ms // 1_000}s")
+    estimates.submitted(job)
+    return job
+
+
+@pytest.mark.parametrize("guess_ms", [5 * MINUTE_MS, HOUR_MS, 30 * HOUR_MS])
+def test_a_guess_is_believed_before_anything_was_seen(guess_ms: int) -> None:
+    estimates = Estimates()
+    left = estimates.left_ms(expecting(estimates, guess_ms), 0)
+    assert 0.7 * guess_ms < left < 1.4 * guess_ms
+
+
+def test_who_always_guesses_ten_times_too_much_is_known_for_it() -> None:
+    estimates = guessed([(10 * HOUR_MS << n % 4, HOUR_MS << n % 4) for n in range(60)])
+    left = estimates.left_ms(expecting(estimates, 40 * HOUR_MS), 0)
+    assert 2 * HOUR_MS < left < 8 * HOUR_MS
+
+
+def test_a_wild_guess_does_not_hide_what_the_like_do() -> None:
+    """Guesses of all kinds of jobs are off by any factor; jobs of this user always run for twenty hours."""
+    estimates = guessed([(HOUR_MS << n % 9, HOUR_MS << 8 - n % 9) for n in range(90)], owner="others")
+    for n in range(30):
+        end(estimates, a_job(at_ms=n * 10 * HOUR_MS, expected="20h"), 20 * HOUR_MS)
+    assert 10 * HOUR_MS < estimates.left_ms(expecting(estimates, 1_000 * HOUR_MS), 0) < 40 * HOUR_MS
+    assert 10 * HOUR_MS < estimates.left_ms(expecting(estimates, HOUR_MS), 0) < 40 * HOUR_MS
+
+
+def test_one_that_runs_on_past_its_guess_is_expected_to_run_longer() -> None:
+    estimates = guessed([(HOUR_MS, HOUR_MS)] * 40 + [(HOUR_MS, 20 * HOUR_MS)] * 10)
+    job = expecting(estimates, HOUR_MS)
+    curve = estimates.curve(job)
+    assert curve.left_ms(0, 0.5) < 2 * HOUR_MS
+    assert curve.left_ms(5 * HOUR_MS, 0.5) > 5 * HOUR_MS

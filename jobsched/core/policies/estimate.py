@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from heapq import nlargest
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from math import log2
 
 from jobsched.core.job import Job, Phase
@@ -47,9 +47,9 @@ REPORT_AFTER_MS = 60_000
 """A reported rate counts once it was measured over so long."""
 PROBE_MS = 2 * REPORT_AFTER_MS
 """A job that is likely to report is let run so long to hear it."""
-CENTRE = 8
-EXPECTED_MS = BASE_MS << CENTRE
-"""Where tables of guessed run times have the guess: room for a 256th of it and less."""
+CENTRE = 8.5
+EXPECTED_MS = round(BASE_MS * 2**CENTRE)
+"""Where tables of guessed run times have the guess: in the middle of a bucket, with room for a 256th of it and less."""
 GUESS_STEPS = 4
 """Guesses are told apart in so many steps per doubling."""
 REFRESH = 16
@@ -487,10 +487,9 @@ def _product(
         return guessed[whole] + (at - whole) * (guessed[whole + 1] - guessed[whole])
 
     left = [later(k) for k in range(BUCKETS)] + [0.0]
-    mass = [
-        (left[k] - left[k + 1] + NEVER) * (like[k] - like[k + 1] + NEVER) / (everybody[k] - everybody[k + 1] + NEVER)
-        for k in range(BUCKETS)
-    ]
+    # who ends late in a bucket could have ended in the next
+    like, everybody = _smooth(like), _smooth(everybody)
+    mass = [(left[k] - left[k + 1] + NEVER) * (like[k] + NEVER) / (everybody[k] + NEVER) for k in range(BUCKETS)]
     rest, found = 0.0, []
     for each in reversed(mass):
         rest += each
@@ -499,9 +498,15 @@ def _product(
     return [*found[:-1], hazard[-1]]
 
 
+def _smooth(survive: Sequence[float]) -> list[float]:
+    """The share that ends in each bucket or near it."""
+    ends = [0.0, *(early - late for early, late in pairwise(survive)), 0.0]
+    return [(ends[k - 1] + 2 * ends[k] + ends[k + 1]) / 4 for k in range(1, BUCKETS + 1)]
+
+
 def _decaying() -> tuple[float, ...]:
     """Hazards of guesses before any was seen: half of what is off is off by less than twice, either way."""
-    mass = [2.0 ** -min(abs(k - CENTRE), abs(k - CENTRE - 1)) for k in range(BUCKETS)]
+    mass = [2.0 ** -abs(k - CENTRE - 0.5) for k in range(BUCKETS)]
     return tuple([mass[k] / sum(mass[k:]) for k in range(BUCKETS - 1)] + [PRIOR_HAZARD])
 
 
