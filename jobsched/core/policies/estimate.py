@@ -29,11 +29,12 @@ from jobsched.core.job import Job, Phase
 from jobsched.core.resources import JobId
 
 BASE_MS = 60_000
-EDGES_MS = (0, *(BASE_MS << k for k in range(17)))
-"""Where buckets of run time begin: 0, 1 min, 2 min, … 45 days; the last is open."""
+PER_DOUBLING = 2
+EDGES_MS = (0, *(round(BASE_MS * 2 ** (k / PER_DOUBLING)) for k in range(16 * PER_DOUBLING + 1)))
+"""Where buckets of run time begin: 0, 1 min, 85 s, 2 min, … 45 days; the last is open."""
 BUCKETS = len(EDGES_MS)
 _ENDS_MS = (*EDGES_MS[1:], 2 * EDGES_MS[-1])
-PRIOR_HAZARD = 0.5
+PRIOR_HAZARD = 1 - 0.5 ** (1 / PER_DOUBLING)
 """Before anything was seen: half of those that ran so long end before they have run twice as long (Pareto, as Harchol-
 Balter & Downey 1997 measured of Unix processes)."""
 TRUST = (2.0, 10.0, 5.0, 3.0, 3.0)
@@ -47,8 +48,8 @@ REPORT_AFTER_MS = 60_000
 """A reported rate counts once it was measured over so long."""
 PROBE_MS = 2 * REPORT_AFTER_MS
 """A job that is likely to report is let run so long to hear it."""
-CENTRE = 8.5
-EXPECTED_MS = round(BASE_MS * 2**CENTRE)
+CENTRE = 8 * PER_DOUBLING + 0.5
+EXPECTED_MS = round(BASE_MS * 2 ** (CENTRE / PER_DOUBLING))
 """Where tables of guessed run times have the guess: in the middle of a bucket, with room for a 256th of it and less."""
 GUESS_STEPS = 4
 """Guesses are told apart in so many steps per doubling."""
@@ -474,7 +475,7 @@ def _product(
     known: what the guess says, times what its like are beyond all jobs (Bayes, where how far a guess is off does not
     depend on who makes it)."""
     like, everybody, guessed = _survival(hazard), _survival(of_all), _survival(of_guess)
-    shift = CENTRE + log2(BASE_MS) - guess / GUESS_STEPS
+    shift = CENTRE + PER_DOUBLING * (log2(BASE_MS) - guess / GUESS_STEPS)
 
     def later(k: int) -> float:
         """The share of such guesses after which a job runs on to bucket `k`."""
@@ -482,7 +483,7 @@ def _product(
         if k == 0 or at >= BUCKETS:
             return 0.0 if k else 1.0
         if at <= 1:  # the first bucket begins at nothing
-            return 1.0 + 2 ** (at - 1) * (guessed[1] - 1.0)
+            return 1.0 + 2 ** ((at - 1) / PER_DOUBLING) * (guessed[1] - 1.0)
         whole = int(at)
         return guessed[whole] + (at - whole) * (guessed[whole + 1] - guessed[whole])
 
@@ -506,11 +507,11 @@ def _smooth(survive: Sequence[float]) -> list[float]:
 
 def _decaying() -> tuple[float, ...]:
     """Hazards of guesses before any was seen: half of what is off is off by less than twice, either way."""
-    mass = [2.0 ** -abs(k - CENTRE - 0.5) for k in range(BUCKETS)]
+    mass = [2.0 ** (-abs(k - CENTRE - 0.5) / PER_DOUBLING) for k in range(BUCKETS)]
     return tuple([mass[k] / sum(mass[k:]) for k in range(BUCKETS - 1)] + [PRIOR_HAZARD])
 
 
-_PRIOR = (PRIOR_HAZARD,) * BUCKETS
+_PRIOR = (0.5, *(PRIOR_HAZARD,) * (BUCKETS - 1))
 _HABIT_PRIOR = _decaying()
 
 
