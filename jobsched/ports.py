@@ -7,7 +7,6 @@ implementation, the in-memory ones and the simulator included, inherits it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal, Protocol, runtime_checkable
 
@@ -19,6 +18,7 @@ from jobsched.core.observation import Incident, Observation
 from jobsched.core.pools import Demand
 from jobsched.core.recall import Recall
 from jobsched.core.resources import JobId, NodeName
+from jobsched.core.values import dataclass
 from jobsched.spec.queue import QueueSpec
 
 

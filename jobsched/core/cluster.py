@@ -11,7 +11,7 @@ import heapq
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import NamedTuple
 
 from jobsched.core import events as ev
@@ -31,6 +31,7 @@ from jobsched.core.pools import NodePool
 from jobsched.core.resources import NOTHING, WHOLE_GPU, JobId, NodeName
 from jobsched.core.shape import elastic_role, shape_of_job
 from jobsched.core.suspicion import BY, PREFLIGHT_LABEL, Accusation, Checked, Suspicion, accusation, against_node
+from jobsched.core.values import dataclass
 from jobsched.spec.job import JobSpec
 from jobsched.spec.queue import CPU, GPUS, MEMORY, QueueSpec
 

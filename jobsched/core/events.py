@@ -8,7 +8,7 @@ told apart by `kind`; fields may be added with defaults, never renamed or remove
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
@@ -16,6 +16,7 @@ from pydantic import Field, TypeAdapter
 from jobsched.core.job import Binding, Cause, Outcome, Phase, Reason, ReplicaId
 from jobsched.core.node import Node
 from jobsched.core.resources import NO_JOB, GpuId, JobId, NodeName
+from jobsched.core.values import dataclass
 from jobsched.spec.job import JobSpec
 from jobsched.spec.queue import QueueSpec
 

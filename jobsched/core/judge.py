@@ -8,7 +8,7 @@ only after its lease (the timeout) expired and a second, independent sign agrees
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from jobsched.core import events as ev
 from jobsched.core.cluster import Cluster
@@ -29,6 +29,7 @@ from jobsched.core.launch import LaunchKey, launch_key
 from jobsched.core.lifecycle import COUNTED, evolve_job
 from jobsched.core.observation import ReplicaReport, Seen, Sight
 from jobsched.core.resources import JobId, NodeName
+from jobsched.core.values import dataclass
 from jobsched.spec.job import SERVING_ROLES, RestartScope, restart_policy, training_roles
 
 SUSPICION_MS = 1_000

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import NewType
 
 from jobsched.contract import ReplicaEnv
 from jobsched.core.resources import GpuShare, JobId, NodeName
+from jobsched.core.values import dataclass
 from jobsched.spec.pod import PodOverlay
 
 LaunchKey = NewType("LaunchKey", str)

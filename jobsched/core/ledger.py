@@ -15,12 +15,13 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TypeVar
 
 from jobsched.core.job import Binding, RoleShape, Shape
 from jobsched.core.node import Node, domain, kind_matches
 from jobsched.core.resources import WHOLE_GPU, GpuId, GpuShare, NodeName, Resources
+from jobsched.core.values import dataclass
 
 GpuClass = tuple[str, int]
 """(kind, memory in bytes)"""

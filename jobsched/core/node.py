@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from jobsched.core.resources import NOTHING, GpuId, GpuShare, NodeName, Resources
+from jobsched.core.values import dataclass
 
 
 @dataclass(frozen=True, slots=True)

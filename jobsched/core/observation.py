@@ -6,13 +6,14 @@ that from the server's own clock.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import StrEnum
 
 from jobsched.core.job import Reason
 from jobsched.core.launch import LaunchKey
 from jobsched.core.node import Node
 from jobsched.core.resources import JobId, NodeName
+from jobsched.core.values import dataclass
 
 
 class Seen(StrEnum):

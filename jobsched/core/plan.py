@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from jobsched.core import events as ev
 from jobsched.core.job import Binding, Job, RoleShape
 from jobsched.core.resources import JobId
+from jobsched.core.values import dataclass
 
 Decision = ev.AttemptPlaced | ev.ReplicasBound | ev.ReplicasReleased | ev.AttemptStopping
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NewType
+
+from jobsched.core.values import dataclass
 
 GpuId = NewType("GpuId", str)
 NodeName = NewType("NodeName", str)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 from jobsched.core.job import Reason
 from jobsched.core.launch import Launch, LaunchKey
@@ -16,6 +15,7 @@ from jobsched.core.node import Node
 from jobsched.core.observation import Observation, Progress, ReplicaReport, Seen
 from jobsched.core.pools import Demand, NodePool
 from jobsched.core.resources import NodeName
+from jobsched.core.values import dataclass
 from jobsched.errors import BackendUnreachable
 from jobsched.ports import Addressing, Capabilities, Clock, LogChunk
 

@@ -12,7 +12,7 @@ different shapes may be in each other's way: when greedy placement falls short a
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import StrEnum
 from itertools import permutations
 
@@ -22,6 +22,7 @@ from jobsched.core.ledger import ANY, Fit, GpuClass, Short
 from jobsched.core.node import domain
 from jobsched.core.policies.ranking import NodeScore, best
 from jobsched.core.resources import WHOLE_GPU, GpuShare, NodeName
+from jobsched.core.values import dataclass
 
 SEARCH_NODES = 64
 SEARCH_STEPS = 1_000
