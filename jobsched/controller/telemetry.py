@@ -101,8 +101,10 @@ class Sampler:
             if job is None or not job.phase.active:
                 self._last.pop(job_id, None)
                 continue
+            if not sight.beat_at_ms:
+                continue  # nobody says anything: the common case must be cheap
             if not any(r.progress for key in sight.by_job.get(job_id, ()) if (r := sight.replicas.get(key))):
-                continue  # says nothing: the common case must be cheap
+                continue
             progress = progress_of(job, sight, now_ms)
             if progress.step < 0:
                 continue

@@ -163,14 +163,18 @@ class _Court:
         if job.stop_wish is not Reason.NONE:
             yield self._stopping(Phase.QUEUED, Cause(job.stop_wish))
             return
-        draining = {name for name, cordon in self.cluster.cordoned.items() if cordon.drain}
-        if draining and (drained := draining & {r.binding.node for r in job.replicas.values() if r.binding}):
+        if self.cluster.cordoned and (drained := self._drained()):
             cause = Cause(Reason.MOVED, FailureClass.PREEMPTED, f"node {min(drained)} is being drained")
             yield self._stopping(Phase.QUEUED, cause)
             return
         surplus = [rid for role in job.wanted for rid in self._surplus(role)]
         if surplus:
             yield ev.ReplicasReleased(now, job.id, job.attempt, tuple(surplus))
+
+    def _drained(self) -> set[NodeName]:
+        """Nodes of the job that are to be emptied."""
+        draining = {name for name, cordon in self.cluster.cordoned.items() if cordon.drain}
+        return draining & {r.binding.node for r in self.job.replicas.values() if r.binding}
 
     def _surplus(self, role: str) -> list[ReplicaId]:
         """Replicas above the wanted count, highest index first out; only of roles that shrink in place."""
@@ -198,13 +202,15 @@ class _Court:
 
     def _checkpoints(self, seen: Seeing) -> Iterator[ev.JobEvent]:
         job = self.job
-        saved = (job.checkpoint.attempt, job.checkpoint.step) if job.checkpoint else (0, -1)
         best: tuple[int, str] | None = None
         for report in seen.values():
             progress = report.progress
             if progress and progress.saved_step >= 0 and (best is None or progress.saved_step > best[0]):
                 best = (progress.saved_step, progress.saved_path)
-        if best is not None and (job.attempt, best[0]) > saved:
+        if best is None:
+            return
+        saved = (job.checkpoint.attempt, job.checkpoint.step) if job.checkpoint else (0, -1)
+        if (job.attempt, best[0]) > saved:
             yield ev.CheckpointSaved(self.now_ms, job.id, job.attempt, *best)
             if job.failures or job.infra_failures:
                 yield ev.FailuresForgiven(self.now_ms, job.id)
@@ -266,12 +272,13 @@ class _Court:
 
     def _absent(self, seen: Seeing) -> Iterator[ev.JobEvent]:
         """Replicas that ran and are no longer there, or whose node is lost."""
+        placed = [(rid, r) for rid, r in self.job.replicas.items() if r.state.desired and r.binding is not None]
+        if not placed or (not self.cluster.lost and all(rid in seen for rid, _ in placed)):
+            return
         on_lost_node: list[Replica] = []
         vanished: list[Replica] = []
-        for rid, replica in self.job.replicas.items():
-            if not replica.state.desired or replica.binding is None:
-                continue
-            if replica.binding.node in self.cluster.lost:
+        for rid, replica in placed:
+            if replica.binding is not None and replica.binding.node in self.cluster.lost:
                 on_lost_node.append(replica)
             elif replica.state is ReplicaState.RUNNING and rid not in seen and self._really_absent(replica):
                 vanished.append(replica)

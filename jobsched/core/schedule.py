@@ -620,6 +620,8 @@ def defragment(run: Pass, how: Defragmentation) -> list[Decision]:
 
 def _ripe(cluster: Cluster, now_ms: int) -> None:
     """Lines that were left alone because a victim was still protected, which it is no longer, are worth a try."""
+    if not cluster.ripening:
+        return
     for key, ready_ms in list(cluster.ripening.items()):
         line = cluster.lines.get(key)
         if line is None or ready_ms <= now_ms:

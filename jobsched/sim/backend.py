@@ -134,9 +134,11 @@ class SimBackend:
             ends = now if script.failure is not Reason.NONE else min(running + script.run_ms, FOREVER_MS)
             self._replicas[launch.key] = _Replica(launch, script, running, ends, script.exit_code)
             self._changed[launch.key] = None
-            for instant in (running, *[running + after_ms for after_ms in script.reports_ms]):
-                if now < instant < ends:
-                    heapq.heappush(self._due, (instant, launch.key, False))
+            if now < running < ends:
+                heapq.heappush(self._due, (running, launch.key, False))
+            for after_ms in script.reports_ms:
+                if now < running + after_ms < ends:
+                    heapq.heappush(self._due, (running + after_ms, launch.key, False))
             if now < ends < FOREVER_MS:
                 heapq.heappush(self._due, (ends, launch.key, True))
 
@@ -259,8 +261,10 @@ class SimBackend:
         """When there will be something to observe; None: never, unless somebody acts."""
         if self._full or self._changed or self._vanished or self._nodes_changed:
             return self._clock.now_ms()
-        coming = [at for entries in self._coming.values() for at, _ in entries if at < FOREVER_MS]
         due = self._next_due_ms()
+        if not self._coming:
+            return due
+        coming = [at for entries in self._coming.values() for at, _ in entries if at < FOREVER_MS]
         return min(coming if due is None else [*coming, due], default=None)
 
     def ends_now(self) -> bool:
@@ -310,12 +314,11 @@ class SimBackend:
 
     def _report(self, replica: _Replica, now: int) -> ReplicaReport:
         launch, script = replica.launch, replica.script
-        ended = replica.ends_at_ms <= now
-        state = Seen.EXITED if ended else Seen.RUNNING if replica.running_at_ms <= now else Seen.STARTING
+        ended, begun = replica.ends_at_ms <= now, replica.running_at_ms <= now
         progress = replica.told
-        if script.progress is not None and replica.running_at_ms <= now and not ended:
+        if script.progress is not None and begun and not ended:
             progress = replica.told = script.progress()
-        if script.step_ms and replica.running_at_ms <= now:
+        if script.step_ms and begun:
             until = min(now, replica.ends_at_ms, replica.hung_at_ms)
             age = now - until + (until - replica.running_at_ms) % script.step_ms
             progress = Progress(self._step(replica, until), step_age_ms=age, saved_step=replica.saved_step)
@@ -324,7 +327,7 @@ class SimBackend:
         return ReplicaReport(
             key=launch.key,
             node=launch.node,
-            state=state,
+            state=Seen.EXITED if ended else Seen.RUNNING if begun else Seen.STARTING,
             exit_code=replica.exit_code if ended else None,
             signal=replica.signal if ended else None,
             failure=script.failure if ended else Reason.NONE,

@@ -302,7 +302,7 @@ class Simulation:
     def submit(self, now: int) -> bool:
         """Submit what is due; whether anything was."""
         events: list[ev.Event] = []
-        while self._coming and START_MS + self._coming[-1].at_ms <= now:
+        while (due_ms := self.next_arrival_ms()) is not None and due_ms <= now:
             a = self._coming.pop()
             events.append(ev.JobSubmitted(now, a.job_id, a.spec.name or str(a.job_id), a.owner, a.spec))
         if events:

@@ -32,7 +32,8 @@ class MemoryStore:
         self._live: dict[JobId, Job] = {}
         self._order: list[tuple[int, JobId]] = []
         """(submitted_at_ms, id) of every job, sorted: the order of listings."""
-        self._phases: Counter[str] = Counter()
+        self._ended: Counter[str] = Counter()
+        """Jobs that are over, by phase."""
         self._samples: dict[JobId, deque[Sample]] = {}
         self._recall: Recall | None = None
         self._lease = Lease("", 0, 0)
@@ -62,12 +63,9 @@ class MemoryStore:
             return
         if before is None:
             insort(self._order, (after.submitted_at_ms, after.id))
-            self._phases[after.phase] += 1
-        elif before.phase is not after.phase:
-            self._phases[before.phase] -= 1
-            self._phases[after.phase] += 1
         if after.phase.terminal:
             self._live.pop(after.id, None)
+            self._ended[after.phase] += 1
         else:
             self._live[after.id] = after
 
@@ -110,7 +108,7 @@ class MemoryStore:
     def count(self, by: Literal["phase", "queue"] = "phase") -> Mapping[str, int]:
         with self._lock:
             if by == "phase":
-                return dict(+self._phases)
+                return dict(Counter(job.phase for job in self._live.values()) + self._ended)
             return dict(Counter(job.spec.queue for job in self._live.values()))
 
     def usage(self, since_ms: int, now_ms: int) -> Sequence[Usage]:

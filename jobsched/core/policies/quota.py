@@ -274,12 +274,18 @@ class Quotas:
         if self._undo is not None:
             self._undo.append((queue, owner, amounts, sign))
         else:
-            for each in account.path:
-                if each.spec is not None and each.spec.budget is not None:
-                    each.spent_milli_ms, each.spent_at_ms = each.spent(at_ms), at_ms
+            if self._windows:
+                for each in account.path:
+                    if each.spec is not None and each.spec.budget is not None:
+                        each.spent_milli_ms, each.spent_at_ms = each.spent(at_ms), at_ms
             if self.half_life_ms:
                 self._remember(account, amounts, sign, at_ms)
-            held = self._booked.setdefault(queue, {}).setdefault(owner, {})
+            users = self._booked.get(queue)
+            if users is None:
+                users = self._booked[queue] = {}
+            held = users.get(owner)
+            if held is None:
+                held = users[owner] = {}
             for resource, amount in amounts:
                 held[resource] = held.get(resource, 0) + sign * amount
         self._add(account, owner, amounts, sign)
@@ -418,7 +424,7 @@ class Quotas:
 
     def next_window_ms(self, now_ms: int) -> int:
         """When the next budget window begins that may let a queue start again; 0: none."""
-        return min([now_ms - now_ms % window + window for window in self._windows], default=0)
+        return min([now_ms - now_ms % window + window for window in self._windows]) if self._windows else 0
 
 
 def _use(account: Account, key: str, change: int) -> None:
