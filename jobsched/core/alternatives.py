@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 
 from jobsched.core.cluster import Cluster
 from jobsched.core.explain import could_ever_fit
-from jobsched.core.job import Job, Shape, changed
+from jobsched.core.job import Job, Shape
 from jobsched.core.node import kind_matches
 from jobsched.core.policies.admission import admit
 from jobsched.core.policies.backfill import Guard, in_the_way
 from jobsched.core.policies.placement import Gang, place_gang
 from jobsched.core.resources import WHOLE_GPU, JobId
+from jobsched.core.values import changed
 from jobsched.spec.job import GpuRequest, JobSpec, Replicas, RoleSpec
 
 NOBODY = JobId("")

@@ -12,7 +12,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import field, replace
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 from jobsched.core import events as ev
 from jobsched.core.job import Asked, Binding, Job, Phase, Replica, ReplicaId, ReplicaState, RoleShape, Shape
@@ -234,6 +234,17 @@ class Cluster:
         """Apply one event. The only way in."""
         if seq:
             self.seq = seq
+        if isinstance(event, ev.ClusterEvent):
+            self._evolve_nodes(event)
+            return
+        if isinstance(event, ev.CapacityWithdrawn) and event.late:
+            self.late[event.pool] = (self.late.get(event.pool, (0, 0))[0] + 1, event.at_ms)
+        before = self.jobs.get(event.job_id)
+        if (accused := accusation(before, event)) is not None:
+            self._accuse(*accused)
+        self._replace_job(before, evolve_job(before, event), event.at_ms)
+
+    def _evolve_nodes(self, event: ev.ClusterEvent) -> None:
         match event:
             case ev.NodeSeen(node=node):
                 for held in against_node(self.nodes.get(node.name), event):
@@ -262,12 +273,7 @@ class Cluster:
                 self._put_queue(queue)
                 self.ledger.unblock()
             case _:
-                if isinstance(event, ev.CapacityWithdrawn) and event.late:
-                    self.late[event.pool] = (self.late.get(event.pool, (0, 0))[0] + 1, event.at_ms)
-                before = self.jobs.get(event.job_id)
-                if (accused := accusation(before, event)) is not None:
-                    self._accuse(*accused)
-                self._replace_job(before, evolve_job(before, event), event.at_ms)
+                assert_never(event)
 
     @classmethod
     def of(
@@ -359,15 +365,15 @@ class Cluster:
         if before is not None and not before.phase.active:
             self._leave_line(before)
         moves = bool(after.replicas) if before is None else before.replicas is not after.replicas
-        if moves:
-            self._rebind(before, after, at_ms)
+        rebinds = moves and self._rebind(before, after, at_ms)
         if enters and after.array_id:
             self._count_array(before, after)
         if after.owner == BY and (checked := after.labels.get(PREFLIGHT_LABEL)) is not None:
             self._note_check(NodeName(checked), after, at_ms)
-        if moves or enters or (before is not None and (
-            before.outcome is not after.outcome or before.priority != after.priority
-        )):  # fmt: skip
+        if (
+            enters or before is None or before.outcome is not after.outcome or before.priority != after.priority
+            or (moves and self._shape[job_id].elastic)
+        ):  # fmt: skip
             self._note_leaving(before, after)
         if after.asked is not None and not after.phase.terminal:
             self.asking[job_id] = after.asked
@@ -398,7 +404,7 @@ class Cluster:
                 self.elastic[job_id] = None
             else:
                 self.elastic.pop(job_id, None)
-        if enters or moves or respecified:
+        if enters or rebinds or respecified:
             if after.phase is Phase.RUNNING and self.lacking(after):
                 self.growing[job_id] = -1
             else:
@@ -517,20 +523,21 @@ class Cluster:
             self.ended.pop(next(iter(self.ended)))
         self.touched.update(dict.fromkeys(self.dependents.pop(job.id, ())))
 
-    def _rebind(self, before: Job | None, after: Job, at_ms: int) -> None:
-        """Keep ledger, node index and queue usage true when a job's replicas change."""
+    def _rebind(self, before: Job | None, after: Job, at_ms: int) -> bool:
+        """Keep ledger, node index and queue usage true when a job's replicas change; whether any has another place."""
         old = before.replicas if before is not None else {}
         new = after.replicas
         left = [(rid, r) for rid, r in old.items() if r.binding is not None and _binding(new.get(rid)) is not r.binding]
         came = [(rid, r) for rid, r in new.items() if r.binding is not None and _binding(old.get(rid)) is not r.binding]
         if not left and not came:
-            return
+            return False
         roles = {role.role: role for role in self.shape(after).roles}
         for rid, replica in left:
             assert before is not None
             self._book(before, rid, replica, roles[replica.role], -1, at_ms)
         for rid, replica in came:
             self._book(after, rid, replica, roles[replica.role], +1, at_ms)
+        return True
 
     def _book(self, job: Job, rid: ReplicaId, replica: Replica, role: RoleShape, sign: int, at_ms: int) -> None:
         binding, key = replica.binding, (job.id, rid)

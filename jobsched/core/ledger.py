@@ -5,8 +5,8 @@
 checkpoint/rollback of KAI-Scheduler's statement.go).
 
 Indexes: GPU class (kind, memory) -> count of wholly free devices -> sorted node names, where class `ANY` holds every
-node by its free devices of all kinds, for replicas without GPUs; a class with shared devices also keeps (free
-thousandths, node, gpu) in order; a topology level that someone asked for keeps the free devices of each of its domains.
+node by its free devices of all kinds, once there are replicas without GPUs; a class with shared devices also keeps
+(free thousandths, node, gpu) in order; a topology level that someone asked for keeps the free devices of each domain.
 `changes` names the nodes that were touched, for rankings that keep up (`policies/ranking.py`).
 """
 
@@ -179,8 +179,10 @@ class Ledger:
         space.whole_total = sum(space.whole.values())
         self.free_gpu_milli += sum(space.gpu_free.values())
         self.spaces[node.name] = space
-        for cls, count in (*space.whole.items(), (ANY, space.whole_total)):
-            insort(self._whole.setdefault(cls, {}).setdefault(count, []), node.name)
+        for cls in space.whole:
+            self._whole.setdefault(cls, {})
+        for cls, count in self._counts(space):
+            insort(self._whole[cls].setdefault(count, []), node.name)
         for gpu, free in space.gpu_free.items():
             if 0 < free < WHOLE_GPU:
                 insort(self._shared.setdefault(space.gpu_class[gpu], []), (free, node.name, gpu))
@@ -197,7 +199,7 @@ class Ledger:
         if space is None:
             return
         self.free_gpu_milli -= sum(space.gpu_free.values())
-        for cls, count in (*space.whole.items(), (ANY, space.whole_total)):
+        for cls, count in self._counts(space):
             self._leave_bucket(self._whole[cls], count, name)
         for gpu, free in space.gpu_free.items():
             if 0 < free < WHOLE_GPU:
@@ -297,12 +299,12 @@ class Ledger:
         space.cpu_milli -= sign * role.cpu_milli
         space.memory_bytes -= sign * role.memory_bytes
         space.bound += sign
-        if sign > 0:
-            space.ports_used.update(binding.ports)
-            if binding.ports:
+        if binding.ports:
+            if sign > 0:
+                space.ports_used.update(binding.ports)
                 space.next_port = max(binding.ports) + 1
-        else:
-            space.ports_used.difference_update(binding.ports)
+            else:
+                space.ports_used.difference_update(binding.ports)
         space.notes.clear()
         self.note_change(binding.node)
         if not binding.gpus:
@@ -336,7 +338,8 @@ class Ledger:
                 self._move(cls, count, count + gain, name)
                 total += gain
         if total:
-            self._move(ANY, space.whole_total, space.whole_total + total, name)
+            if ANY in self._whole:
+                self._move(ANY, space.whole_total, space.whole_total + total, name)
             space.whole_total += total
             for level_name, level in self._levels.items():
                 level.free[domain(space.node, level_name)] += total
@@ -424,7 +427,7 @@ class Ledger:
                 return None
             free, name, holds = min(found, key=lambda entry: (-entry[2], entry[0], entry[1]))
             return Fit(name, holds, WHOLE_GPU)
-        buckets = self._whole.get(cls if per else ANY, {})
+        buckets = self._buckets(cls if per else ANY)
         order = sorted(buckets)
         for free in order:
             if free >= per * wanted:
@@ -461,7 +464,7 @@ class Ledger:
                 if (best is None or key < best) and space.capacity(role, cls, 1):
                     best = key
             return None if best is None else Fit(best[1], self.spaces[best[1]].capacity(role, cls, wanted), WHOLE_GPU)
-        buckets = self._whole.get(cls if per else ANY, {})
+        buckets = self._buckets(cls if per else ANY)
         for free in sorted(buckets, reverse=True):
             if free < per:
                 break
@@ -489,7 +492,7 @@ class Ledger:
 
     def by_free(self, among: Collection[NodeName], at_least: int) -> Iterator[NodeName]:
         """Nodes with so many wholly free GPUs of whatever kind, fullest first."""
-        buckets = self._whole.get(ANY, {})
+        buckets = self._buckets(ANY)
         for free in sorted(buckets):
             if free >= at_least:
                 for name in tuple(buckets.get(free, ())):
@@ -519,6 +522,20 @@ class Ledger:
         return Resources(space.cpu_milli, space.memory_bytes, sum(space.gpu_free.values()))
 
     # ---- index ----
+
+    def _buckets(self, cls: GpuClass) -> dict[int, list[NodeName]]:
+        """Nodes by how many of their GPUs of a class are free. For `ANY`, O(nodes) when first asked for, kept true from
+        then on."""
+        if cls == ANY and ANY not in self._whole:
+            found: dict[int, list[NodeName]] = {}
+            for name in sorted(self.spaces):
+                found.setdefault(self.spaces[name].whole_total, []).append(name)
+            self._whole[ANY] = found
+        return self._whole.get(cls, {})
+
+    def _counts(self, space: Space) -> list[tuple[GpuClass, int]]:
+        """In which buckets a node is."""
+        return [*space.whole.items(), *([(ANY, space.whole_total)] if ANY in self._whole else [])]
 
     def _move(self, cls: GpuClass, before: int, after: int, name: NodeName) -> None:
         buckets = self._whole[cls]

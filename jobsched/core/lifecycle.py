@@ -7,7 +7,6 @@ agree by construction. It never looks at other jobs, nodes or the time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from typing import Final, cast
 
 from jobsched.core import events as ev
@@ -22,9 +21,9 @@ from jobsched.core.job import (
     Replica,
     ReplicaId,
     ReplicaState,
-    changed,
 )
 from jobsched.core.resources import NO_JOB, JobId, NodeName
+from jobsched.core.values import changed
 from jobsched.spec.job import JobSpec, RestartScope, restart_policy
 
 Q, S, R, X = Phase.QUEUED, Phase.STARTING, Phase.RUNNING, Phase.STOPPING
@@ -236,7 +235,7 @@ def _capacity_withdrawn(job: Job, e: ev.CapacityWithdrawn) -> Changes:
 
 
 def _replicas_started(job: Job, e: ev.ReplicasStarted) -> Changes:
-    return _change(job, e.replicas, lambda r: replace(r, state=ReplicaState.RUNNING))
+    return _change(job, e.replicas, lambda r: changed(r, state=ReplicaState.RUNNING))
 
 
 def _attempt_started(job: Job, e: ev.AttemptStarted) -> Changes:
@@ -246,13 +245,13 @@ def _attempt_started(job: Job, e: ev.AttemptStarted) -> Changes:
 
 def _replica_exited(job: Job, e: ev.ReplicaExited) -> Changes:
     def exited(r: Replica) -> Replica:
-        return replace(r, state=ReplicaState.EXITED, exit_code=e.exit_code, signal=e.signal)
+        return changed(r, state=ReplicaState.EXITED, exit_code=e.exit_code, signal=e.signal)
 
     return _change(job, (ReplicaId(f"{e.role}/{e.index}"),), exited)
 
 
 def _replicas_lost(job: Job, e: ev.ReplicasLost) -> Changes:
-    return _change(job, e.replicas, lambda r: replace(r, state=ReplicaState.LOST))
+    return _change(job, e.replicas, lambda r: changed(r, state=ReplicaState.LOST))
 
 
 def _count_failure(job: Job, failure_class: FailureClass, at_ms: int) -> Changes:
@@ -278,7 +277,7 @@ def _replicas_restarted(job: Job, e: ev.ReplicasRestarted) -> Changes:
 
 
 def _replicas_unbound(job: Job, e: ev.ReplicasUnbound) -> Changes:
-    unbound = _change(job, e.replicas, lambda r: replace(r, state=ReplicaState.UNBOUND, binding=None))
+    unbound = _change(job, e.replicas, lambda r: changed(r, state=ReplicaState.UNBOUND, binding=None))
     return {**unbound, **_count_failure(job, e.cause.failure_class, e.at_ms), "cause": e.cause}
 
 
@@ -293,11 +292,11 @@ def _replicas_bound(job: Job, e: ev.ReplicasBound) -> Changes:
 
 
 def _replicas_released(job: Job, e: ev.ReplicasReleased) -> Changes:
-    return _change(job, e.replicas, lambda r: replace(r, state=ReplicaState.STOPPING, for_job=e.for_job))
+    return _change(job, e.replicas, lambda r: changed(r, state=ReplicaState.STOPPING, for_job=e.for_job))
 
 
 def _replicas_gone(job: Job, e: ev.ReplicasGone) -> Changes:
-    return _change(job, e.replicas, lambda r: replace(r, state=ReplicaState.GONE, binding=None, for_job=NO_JOB))
+    return _change(job, e.replicas, lambda r: changed(r, state=ReplicaState.GONE, binding=None, for_job=NO_JOB))
 
 
 def _hang_suspected(job: Job, e: ev.HangSuspected) -> Changes:

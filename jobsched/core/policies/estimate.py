@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from heapq import nlargest
-from itertools import pairwise, takewhile
+from itertools import accumulate, pairwise, takewhile
 from math import log2
 
 from jobsched.core.job import Job, Phase
@@ -63,7 +63,8 @@ Key = tuple[object, ...]
 class Tally:
     """What one level has seen: per bucket, jobs that entered it and jobs that ended in it."""
 
-    entered: list[int] = field(default_factory=lambda: [0] * BUCKETS)
+    steps: list[int] = field(default_factory=lambda: [0] * (BUCKETS + 1))
+    """How `entered` differs from the bucket before: however far a job came, it counts in two places."""
     ended: list[int] = field(default_factory=lambda: [0] * BUCKETS)
     version: int = 0
     edition: int = 0
@@ -86,10 +87,14 @@ class Tally:
         if self.version >= self.due:
             self.edition += 1
             self.due = self.version + max(1, self.version // REFRESH)
-        for k in range(first, bucket + ends):
-            self.entered[k] += 1
+        self.steps[first] += 1
+        self.steps[bucket + ends] -= 1
         if ends:
             self.ended[bucket] += 1
+
+    @property
+    def entered(self) -> list[int]:
+        return list(accumulate(self.steps[:-1]))
 
 
 @dataclass(slots=True, eq=False)
@@ -437,7 +442,10 @@ class Estimates:
 
 
 def _tally(entered: Sequence[int], ended: Sequence[int]) -> Tally:
-    return Tally(list(entered), list(ended), version=sum(entered)) if entered else Tally()
+    if not entered:
+        return Tally()
+    steps = [more - less for less, more in pairwise((0, *entered, 0))]
+    return Tally(steps, list(ended), version=sum(entered))
 
 
 def _tuples(key: Sequence[object]) -> Key:

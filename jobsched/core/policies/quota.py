@@ -20,7 +20,8 @@ from jobsched.core.resources import WHOLE_GPU
 from jobsched.spec.queue import CPU, GPUS, MEMORY, QueueSpec
 
 Amounts = tuple[tuple[str, int], ...]
-"""(resource, amount) of something booked: `gpus` and their kind in thousandths, `cpu` too, `memory` in bytes."""
+"""(resource, amount) of something booked: `gpus`, if any, first and their kind, in thousandths, `cpu` too, `memory` in
+bytes."""
 HOUR_MS = 3_600_000
 
 
@@ -218,7 +219,8 @@ class Quotas:
             account.past, account.past_at_ms = old.past, old.past_at_ms
         for queue, users in self._booked.items():
             for owner, held in users.items():
-                self._add(self._known(queue), owner, tuple(held.items()), 1)
+                amounts = sorted(held.items(), key=lambda item: item[0] != GPUS)
+                self._add(self._known(queue), owner, tuple(amounts), 1)
 
     def account(self, queue: str) -> Account:
         """The account of a queue, also of one that is not defined (jobs outlive queues)."""
@@ -305,14 +307,15 @@ class Quotas:
                 each.past[resource] = each.past.get(resource, 0.0) + amount * entry
 
     def _add(self, account: Account, owner: str, amounts: Amounts, sign: int) -> None:
-        for each in account.path:
+        path = account.path
+        for each in path:
             held = each.held
             for resource, amount in amounts:
                 held[resource] = held.get(resource, 0) + sign * amount
-        for resource, amount in amounts:
-            if resource == GPUS:
-                account.users[owner] = account.users.get(owner, 0) + sign * amount
-        root = account.path[-1]
+        resource, amount = amounts[0]
+        if resource == GPUS:
+            account.users[owner] = account.users.get(owner, 0) + sign * amount
+        root = path[-1]
         if root.nominal:
             for resource, amount in amounts:
                 for key in self.limits(root, resource):
