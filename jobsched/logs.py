@@ -87,7 +87,7 @@ class Roster:
             match event:
                 case ev.AttemptPlaced() | ev.ReplicasBound() | ev.ReplicasGone():
                     self._ranks = ranks(self.job)
-                case ev.ReplicasStarted() | ev.ReplicasLost():
+                case ev.ReplicasStarted() | ev.AttemptStarted() | ev.ReplicasLost():
                     for rid in event.replicas:
                         self._add(self.job.replicas[rid])
                 case ev.ReplicaExited():

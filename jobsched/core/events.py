@@ -177,6 +177,8 @@ class AttemptPlaced:
 
 @dataclass(frozen=True, slots=True)
 class ReplicasStarted:
+    """Some run, but not all yet; or one anew in place."""
+
     at_ms: int
     job_id: JobId
     attempt: int
@@ -186,11 +188,12 @@ class ReplicasStarted:
 
 @dataclass(frozen=True, slots=True)
 class AttemptStarted:
-    """STARTING -> RUNNING: every replica of the gang runs."""
+    """STARTING -> RUNNING: every replica of the gang runs, `replicas` as the last of them."""
 
     at_ms: int
     job_id: JobId
     attempt: int
+    replicas: tuple[ReplicaId, ...] = ()
     kind: Literal["AttemptStarted"] = "AttemptStarted"
 
 

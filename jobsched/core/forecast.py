@@ -157,9 +157,7 @@ class _Play:
 
     def _begin(self, job: Job) -> None:
         """A job that goes first runs."""
-        replicas = tuple(job.replicas)
-        self._twin.evolve(ev.ReplicasStarted(self._now_ms, job.id, job.attempt, replicas))
-        self._twin.evolve(ev.AttemptStarted(self._now_ms, job.id, job.attempt))
+        self._twin.evolve(ev.AttemptStarted(self._now_ms, job.id, job.attempt, tuple(job.replicas)))
         self._expect(self._twin.jobs[job.id])
 
     def _advance(self) -> bool:

@@ -219,10 +219,10 @@ class _Court:
         job = self.job
         bound = [rid for rid, r in job.replicas.items() if r.state is ReplicaState.BOUND]
         fresh = tuple([rid for rid in bound if rid in seen and self._ran(seen[rid])])
-        if fresh:
-            yield ev.ReplicasStarted(self.now_ms, job.id, job.attempt, fresh)
         if job.phase is Phase.STARTING and len(fresh) == len(bound):
-            yield ev.AttemptStarted(self.now_ms, job.id, job.attempt)
+            yield ev.AttemptStarted(self.now_ms, job.id, job.attempt, fresh)
+        elif fresh:
+            yield ev.ReplicasStarted(self.now_ms, job.id, job.attempt, fresh)
 
     @staticmethod
     def _ran(report: ReplicaReport) -> bool:

@@ -235,12 +235,17 @@ def _capacity_withdrawn(job: Job, e: ev.CapacityWithdrawn) -> Changes:
 
 
 def _replicas_started(job: Job, e: ev.ReplicasStarted) -> Changes:
-    return _change(job, e.replicas, lambda r: changed(r, state=ReplicaState.RUNNING))
+    return _change(job, e.replicas, _run)
+
+
+def _run(replica: Replica) -> Replica:
+    return changed(replica, state=ReplicaState.RUNNING)
 
 
 def _attempt_started(job: Job, e: ev.AttemptStarted) -> Changes:
+    changes = _change(job, e.replicas, _run) if e.replicas else {}
     first = job.first_started_at_ms or e.at_ms
-    return {**_enter(R, Reason.NONE, e.at_ms), "first_started_at_ms": first, "running_since_ms": e.at_ms}
+    return changes | {**_enter(R, Reason.NONE, e.at_ms), "first_started_at_ms": first, "running_since_ms": e.at_ms}
 
 
 def _replica_exited(job: Job, e: ev.ReplicaExited) -> Changes:

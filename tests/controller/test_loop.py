@@ -29,8 +29,7 @@ def test_a_job_runs_and_succeeds() -> None:
     job_id = world.submit()
     job = world.run_to_phase(job_id, Phase.SUCCEEDED)
     assert [type(e).__name__ for e in world.events(job_id)] == [
-        "JobSubmitted", "AttemptPlaced", "ReplicasStarted", "AttemptStarted", "ReplicaExited", "AttemptStopping",
-        "AttemptEnded",
+        "JobSubmitted", "AttemptPlaced", "AttemptStarted", "ReplicaExited", "AttemptStopping", "AttemptEnded",
     ]  # fmt: skip
     assert (job.attempt, job.restarts, job.reason) == (1, 0, Reason.COMPLETED)
     world.tick(3)
