@@ -438,7 +438,7 @@ class Cluster:
         queue, job_id, phase = after.spec.queue, after.id, after.phase
         runs = phase.runs
         if before is None or before.phase is not phase or before.priority != after.priority:
-            if before is not None:
+            if before is not None and before.phase.runs:
                 self._part(before)
             if runs:
                 self.active.setdefault(queue, {}).setdefault(after.priority, {})[job_id] = None
