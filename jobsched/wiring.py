@@ -35,15 +35,21 @@ from jobsched.core.policies.fairness import FairShare
 from jobsched.core.policies.health import Health
 from jobsched.core.policies.ordering import (
     Factors,
+    estimated,
     expected_service,
+    finish_time_fairness,
+    gpu_time,
     learned,
     learned_heads,
+    least_attained,
     left_told,
     outlook,
     patient,
+    shortest,
+    urgent,
 )
 from jobsched.core.policies.placement import Score
-from jobsched.core.policies.preemption import Replan
+from jobsched.core.policies.preemption import Replan, first
 from jobsched.core.policies.victims import Preemption, Scope
 from jobsched.core.pools import NodePool
 from jobsched.core.schedule import Policy
@@ -53,6 +59,8 @@ from jobsched.service import Service
 from jobsched.spec import server as spec
 from jobsched.spec.server import BackendConfig, GpuStock, LocalBackend, PolicyConfig, ServerConfig, VirtualNodes
 
+ATTAINED_GPU_S = (3_250, 7_200)
+"""GPU-seconds at which a job sinks a level (Tiresias-L, NSDI'19, as Muri and its authors run it)."""
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 FIRST_TICK_S = 5.0
 """Longest wait for the first look at the cluster before the server answers all the same."""
@@ -246,18 +254,34 @@ def _node_pool(pool: spec.NodePool) -> NodePool:
     )  # fmt: skip
 
 
+def _replan(config: PolicyConfig) -> Replan | None:
+    """Of orders that place all runnable jobs anew. In a line of one outlook all but `attained` go by what is left, then
+    by age, so that its first are enough to look at."""
+    min_run_ms = config.preemption.min_runtime if config.preemption is not None else None
+    match config.ordering:
+        case "learned":
+            return Replan(patient(learned, min_run_ms), heads=learned_heads)
+        case "shortest":
+            return Replan(patient(urgent(estimated(lambda told: shortest(gpu_time(told)))), min_run_ms), heads=first)
+        case "fairness":
+            return Replan(patient(urgent(estimated(finish_time_fairness)), min_run_ms), heads=first)
+        case "attained":
+            return Replan(patient(urgent(least_attained(ATTAINED_GPU_S)), min_run_ms), remember=True)
+        case _:
+            return None
+
+
 def _policy(config: PolicyConfig, pools: Sequence[spec.NodePool]) -> Policy:
     health = config.health
-    learns = config.ordering == "learned"
-    min_run_ms = config.preemption.min_runtime if config.preemption is not None else None
+    anew = _replan(config)
     return Policy(
         node_pools=tuple(_node_pool(pool) for pool in pools),
         factors=None if config.ordering != "multifactor" else Factors(
             (by := config.factors).priority, by.age, by.size, by.fair, by.age_full, config.fair_half_life
         ),
-        rank=left_told if learns else expected_service if config.ordering == "service" else equal_rank,
-        alike=outlook if learns else all_alike,
-        replan=Replan(patient(learned, min_run_ms), heads=learned_heads) if learns else None,
+        rank=left_told if anew else expected_service if config.ordering == "service" else equal_rank,
+        alike=outlook if anew else all_alike,
+        replan=anew,
         fair=FairShare(config.fair_half_life) if config.fair else None,
         backfill=BACKFILL[config.backfill],
         preemption=None if (how := config.preemption) is None else Preemption(

@@ -85,8 +85,8 @@ class _Run:
 class Player:
     """What each replica does and how far each job is: the engine's scripts, and the truth behind them."""
 
-    def __init__(self, workload: Workload, store: MemoryStore, clock: SimClock) -> None:
-        self.workload = workload
+    def __init__(self, workload: Workload, store: MemoryStore, clock: SimClock, reports: bool = False) -> None:
+        self.workload, self._reports = workload, reports
         self._store, self._clock = store, clock
         self._arrivals = {a.job_id: a for a in workload.arrivals}
         self._courses: dict[JobId, Course] = {}
@@ -113,7 +113,7 @@ class Player:
         course, rules = self.course(job_id), self.workload.rules
         left = run.pause_ms + course.left_ms(run.seats) - run.ran_ms(self._clock.now_ms())
         run_ms = max(1, round(left)) if left < FOREVER_MS else FOREVER_MS
-        if not (rules.progress and isinstance(course, SteadyCourse) and course.work.steps and len(run.keys) == 1):
+        if not (self._reports and isinstance(course, SteadyCourse) and course.work.steps and len(run.keys) == 1):
             return Script(run_ms=run_ms, kill_ms=rules.kill_ms)
 
         def progress() -> Progress | None:
@@ -218,6 +218,8 @@ class Result:
                 "seed": self.seed}  # fmt: skip
 
 
+HEARS = ("learned", "guessed")
+"""Policies under which jobs whose steps are known report how many they have made of how many."""
 Told = Callable[[Job], int]
 """What a policy may know of a job's time to its end, in milliseconds."""
 PolicyMaker = Callable[["Simulation"], Policy]
@@ -231,7 +233,7 @@ class Simulation:
         self.workload, self.name, self.seed = workload, name, seed
         self.clock = SimClock(START_MS)
         self.store = MemoryStore()
-        self.player = Player(workload, self.store, self.clock)
+        self.player: Player = Player(workload, self.store, self.clock, name in HEARS)
         self.engine = SimBackend(self.clock, workload.nodes, self.player.script)
         self.arrivals: dict[JobId, Arrival] = {a.job_id: a for a in workload.arrivals}
         self._coming = sorted(workload.arrivals, key=lambda a: (a.at_ms, a.job_id), reverse=True)
@@ -409,7 +411,7 @@ POLICIES: dict[str, PolicyMaker] = {
     "knapsack": _shortest(knapsack),
     "las": _preempting(_las, remember=True),
     "learned": _learned,
-    "reported": _learned,
+    "silent": _learned,
     "guessed": _learned,
     "in-time": _in_time,
     "themis": _preempting(lambda sim: finish_time_fairness(sim.player.left_ms)),
@@ -421,5 +423,6 @@ POLICIES: dict[str, PolicyMaker] = {
     "elastic": _elastic,
 }
 """Policies by the name that `jobsched simulate --policy` takes. Told true run times: sjf, qssf, srtf, srsf, knapsack,
-in-time, themis, kinds, blind. Learned from the past only: learned, service, easy, conservative; las goes by what a job
-had. reported hears besides what jobs report, guessed what their users expect."""
+in-time, themis, kinds, blind. Told nothing: learned goes by the past and by the progress that jobs report where the
+trace knows their steps; silent by the past alone; guessed besides by what users expect; service, easy and conservative
+by the past, las by what a job had."""

@@ -385,11 +385,10 @@ def _philly_for(name: str, policy: str) -> Workload:
 
 
 def read(fmt: str, name: str, policy: str) -> Workload:
-    """A trace (the format's first by default) as it is played under a policy: `reported` is about jobs that report
-    their progress, `guessed` about those that say how long they expect to run."""
+    """A trace (the format's first by default) as it is played under a policy: `guessed` is about jobs that say how long
+    they expect to run."""
     reader, first = FORMATS[fmt]
-    workload = reader(name or first, policy)
-    return replace(workload, rules=replace(workload.rules, progress=policy == "reported"))
+    return reader(name or first, policy)
 
 
 FORMATS: dict[str, tuple[Callable[[str, str], Workload], str]] = {

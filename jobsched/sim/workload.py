@@ -47,8 +47,6 @@ class Rules:
     """Preemptive passes start nobody before everything that was stopped is gone."""
     report_every_ms: int = 0
     """How often elastic jobs report their speed; only at multiples of it are their ends looked for. 0: never."""
-    progress: bool = False
-    """Jobs whose steps are known report how many they have made of how many."""
     score: Score = Score.PACK
     thresholds_gpu_s: tuple[int, ...] = (3_250, 7_200)
     """Of least attained service: GPU-seconds at which a job sinks a level."""

@@ -21,7 +21,7 @@ SRSF_S = {"trace1": 980_140.57, "trace3": 185_021.88, "trace1_pr": 1_801_859.995
 """Published averages (Muri, SIGCOMM'22)."""
 QSSF_S = 34_141.0
 """October of Philly with noisy estimates, by the simulator of Helios (SC'21)."""
-SMALL = ("muri-reported-trace3", "muri-learned-trace3", "muri-knapsack-trace3")
+SMALL = ("muri-learned-trace3", "muri-silent-trace3", "muri-knapsack-trace3")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Figure:
 FIGURES = {
     **{f"muri-knapsack-{name}": Figure("muri", name, "knapsack", peer) for name, peer in SRSF_S.items()},
     **{f"muri-{how}-{name}": Figure("muri", name, how, peer)
-       for how in ("reported", "learned") for name, peer in TIRESIAS_S.items()},
+       for how in ("learned", "silent") for name, peer in TIRESIAS_S.items()},
     **{f"philly-{how}": Figure("philly", "philly_2017-10", how, QSSF_S) for how in ("guessed", "learned")},
     **{f"gavel-kinds-{vc}": Figure("gavel", f"msr_seed0_{vc}", "kinds", peer="blind")
        for vc in ("0e4a51", "2869ce", "103959", "e13805")},

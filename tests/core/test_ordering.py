@@ -34,8 +34,9 @@ def phases(world: World, *job_ids: JobId) -> list[Phase]:
     return [world.job(job_id).phase for job_id in job_ids]
 
 
-def test_a_shorter_job_takes_the_place_of_a_longer_one_but_not_at_once() -> None:
-    world = a_world()
+@pytest.mark.parametrize("ordering", ["learned", "shortest"])
+def test_a_shorter_job_takes_the_place_of_a_longer_one_but_not_at_once(ordering: str) -> None:
+    world = a_world(ordering=ordering)
     long = world.submit(quiet(expected="10h"))
     world.tick(4)
     short = world.submit(quiet(expected="1m"))
@@ -45,8 +46,9 @@ def test_a_shorter_job_takes_the_place_of_a_longer_one_but_not_at_once() -> None
     assert phases(world, long, short) == [Phase.QUEUED, Phase.RUNNING]
 
 
-def test_nobody_stops_where_preemption_is_off_and_higher_priority_goes_first() -> None:
-    world = a_world(preemption=None)
+@pytest.mark.parametrize("ordering", ["learned", "shortest", "attained", "fairness"])
+def test_nobody_stops_where_preemption_is_off_and_higher_priority_goes_first(ordering: str) -> None:
+    world = a_world(ordering=ordering, preemption=None)
     long = world.submit(quiet(expected="10h"))
     world.tick(4)
     short, urgent = world.submit(quiet(expected="1m")), world.submit(quiet(expected="5h", priority=1))
@@ -55,6 +57,24 @@ def test_nobody_stops_where_preemption_is_off_and_higher_priority_goes_first() -
     world.engine.kill(world.key(long, "worker", 0))
     world.tick(4)
     assert phases(world, short, urgent) == [Phase.QUEUED, Phase.RUNNING]
+
+
+def test_who_had_much_makes_room_for_who_had_nothing() -> None:
+    world = a_world(ordering="attained")
+    first = world.submit(quiet())
+    world.tick(40, step_ms=30_000)
+    second = world.submit(quiet())
+    world.tick(20, step_ms=30_000)
+    assert phases(world, first, second) == [Phase.RUNNING, Phase.QUEUED]  # both had less than the first level
+    world.tick(100, step_ms=30_000)
+    assert phases(world, first, second) == [Phase.QUEUED, Phase.RUNNING]
+
+
+def test_two_take_turns_by_how_far_they_are_behind_their_fair_finish() -> None:
+    world = a_world(ordering="fairness")
+    jobs = [world.submit(quiet(expected=expected)) for expected in ("10h", "1h")]
+    world.tick(120, step_ms=60_000)
+    assert all(world.job(job_id).attempt > 1 for job_id in jobs)
 
 
 def test_two_like_jobs_change_places_only_when_one_outran_what_was_expected() -> None:

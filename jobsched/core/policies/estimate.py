@@ -37,7 +37,7 @@ _ENDS_MS = (*EDGES_MS[1:], 2 * EDGES_MS[-1])
 PRIOR_HAZARD = 1 - 0.5 ** (1 / PER_DOUBLING)
 """Before anything was seen: half of those that ran so long end before they have run twice as long (Pareto, as Harchol-
 Balter & Downey 1997 measured of Unix processes)."""
-TRUST = (2.0, 10.0, 5.0, 3.0, 3.0)
+TRUST = (2.0, 10.0, 5.0, 3.0, 1.5)
 """As if so many jobs like the level above had been seen, for all jobs, same GPUs, family, name, campaign."""
 HABIT_TRUST = (2.0, 10.0)
 """The same for guesses: of all jobs, of the same owner."""

@@ -6,6 +6,7 @@ a line; smaller goes first. Preemptive policies give an `Order` over all runnabl
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil, exp2
@@ -13,7 +14,7 @@ from operator import itemgetter
 
 from jobsched.core.cluster import Cluster, Line, LineKey, Place
 from jobsched.core.job import Job, Phase
-from jobsched.core.policies.estimate import PROBE_MS, Estimates, gpus_milli, ran_ms
+from jobsched.core.policies.estimate import EDGES_MS, PROBE_MS, Estimates, gpus_milli, ran_ms
 from jobsched.core.policies.fairness import SCALE, dominant
 from jobsched.core.policies.preemption import Heads, Order, Turn
 from jobsched.core.resources import WHOLE_GPU, JobId
@@ -73,10 +74,6 @@ def multifactor(cluster: Cluster, now_ms: int, how: Factors) -> Ordering:
         return (-round(1_000 * score), place.rank, place.submitted_at_ms, place.job_id)
 
     return order
-
-
-ORDERINGS: dict[str, Ordering] = {"priority": priority, "fifo": fifo}
-"""Policies by the name that a server config chooses."""
 
 
 def gpu_time(told: Told) -> Told:
@@ -171,6 +168,10 @@ def _urgency(left: int, due: int, now_ms: int, ran: int = 0) -> int:
     return 1 if not due or slack > left + ran else 0 if slack >= 0 else 2
 
 
+LEASE_MS = 1_200_000
+"""How long a running job keeps its place before the order is looked at again, where it follows the clock."""
+
+
 def finish_time_fairness(told: Told) -> Order:
     """Furthest behind its fair finish first: rho = (waited + ran + left) over what the job would take on its share of
     the cluster (Themis, NSDI'20)."""
@@ -185,7 +186,7 @@ def finish_time_fairness(told: Told) -> Order:
             alone = crowding * (ran_ms(job, now_ms) + left)
             rows.append((-(now_ms - job.submitted_at_ms + left) / alone, job.submitted_at_ms, job.id, job))
         rows.sort(key=itemgetter(0, 1, 2))
-        return [Turn(row[3], 0) for row in rows]
+        return [Turn(row[3], 0, now_ms + LEASE_MS if row[3].phase is not Phase.QUEUED else 0) for row in rows]
 
     return order
 
@@ -247,6 +248,39 @@ def _cost(estimates: Estimates, job: Job, ran: int, now_ms: int) -> tuple[float,
         return gpus * (PROBE_MS - ran), PROBE_MS
     rate, until_ran = estimates.promise(job, ran)
     return gpus / max(SURE_PER_MS, rate), until_ran
+
+
+def estimated(order_of: Callable[[Told], Order]) -> Order:
+    """The order of a policy that has to be told run times, by learned ones (`Estimates.left_ms`). Looked at again when
+    a running job has outrun one more bucket of those."""
+
+    def order(cluster: Cluster, runnable: Sequence[Job], now_ms: int) -> list[Turn]:
+        estimates = cluster.estimates
+        for job in runnable:
+            if job.phase is not Phase.QUEUED:
+                estimates.ran(job, ran_ms(job, now_ms))
+        turns = order_of(lambda job: estimates.left_ms(job, now_ms))(cluster, runnable, now_ms)
+        return [turn if turn.job.phase is Phase.QUEUED else _until_next_bucket(turn, now_ms) for turn in turns]
+
+    return order
+
+
+def _until_next_bucket(turn: Turn, now_ms: int) -> Turn:
+    ran = ran_ms(turn.job, now_ms)
+    edge = bisect_right(EDGES_MS, ran)
+    instants = [turn.until_ms] if turn.until_ms else []
+    if edge < len(EDGES_MS):
+        instants.append(now_ms + EDGES_MS[edge] - ran)
+    return turn._replace(until_ms=min(instants, default=0))
+
+
+def urgent(order: Order) -> Order:
+    """The same among equal priorities; higher ones go first."""
+
+    def by_priority(cluster: Cluster, runnable: Sequence[Job], now_ms: int) -> list[Turn]:
+        return sorted(order(cluster, runnable, now_ms), key=lambda turn: -turn.job.priority)
+
+    return by_priority
 
 
 def patient(order: Order, min_run_ms: int | None) -> Order:
