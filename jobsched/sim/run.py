@@ -20,11 +20,13 @@ from jobsched.core.observation import Progress
 from jobsched.core.policies.backfill import Backfill
 from jobsched.core.policies.elasticity import Elasticity
 from jobsched.core.policies.estimate import REPORT_AFTER_MS
+from jobsched.core.policies.kinds import Speed, by_kind
 from jobsched.core.policies.ordering import (
     expected_service,
     fifo,
     finish_time_fairness,
     gpu_time,
+    gpus_asked,
     in_time,
     in_time_heads,
     knapsack,
@@ -41,7 +43,7 @@ from jobsched.core.resources import WHOLE_GPU, JobId, NodeName
 from jobsched.core.schedule import Policy
 from jobsched.sim.backend import FOREVER_MS, Script, SimBackend
 from jobsched.sim.clock import SimClock
-from jobsched.sim.throughput import AdaptiveCourse, Course, Seats, SteadyCourse
+from jobsched.sim.throughput import AdaptiveCourse, Course, Seats, Steady, SteadyCourse
 from jobsched.sim.workload import Arrival, Workload
 from jobsched.store.memory import MemoryStore
 
@@ -52,6 +54,8 @@ LOSING = (FailureClass.USER, FailureClass.OOM, FailureClass.HANG, FailureClass.I
 """Ends that nobody could save before."""
 REPORTS_MS = (1_000, *(1_000 + (REPORT_AFTER_MS << 2 * k) for k in range(9)))
 """When a job that runs steadily reports: more often would tell nothing new."""
+MIN_RUN_MS = 60_000
+"""How long a job stays on a kind of GPU at least."""
 STUCK_TICKS = 10_000
 """So many ticks at one instant mean that the loop chases its own tail."""
 
@@ -158,6 +162,15 @@ class Player:
             return round(course.left_ms(self._seats(job)))
         return round(course.left_ms(run.seats)) - run.ran_ms(self._clock.now_ms())
 
+    def work_left_ms(self, job: Job) -> float:
+        """True work to the end: what is left of the time at speed 1."""
+        return self.left_ms(job) * self.speed(job, self._seats(job))
+
+    def speed(self, job: Job, seats: Seats) -> float:
+        """True speed on such seats."""
+        work = self._arrivals[job.id].work
+        return work.speed(seats) if isinstance(work, Steady) else 1.0
+
     def pause_everyone(self, engine: SimBackend) -> None:
         """Each running job makes no progress for its start cost, or since the last such pause if that is shorter."""
         now = self._clock.now_ms()
@@ -258,6 +271,12 @@ class Simulation:
     def told_ms(self, job: Job) -> int:
         """What the trace tells about a job's run time."""
         return self.arrivals[job.id].told_ms
+
+    def speed_on(self, job: Job, kind: str) -> float:
+        """The job's true speed when all its GPUs are of that kind, on as few nodes as there can be."""
+        widest = max(sum(gpu.kind == kind for gpu in node.gpus) for node in self.workload.nodes)
+        nodes = -(-gpus_asked(job) // (WHOLE_GPU * max(1, widest)))
+        return self.player.speed(job, ((kind, WHOLE_GPU),) * nodes)
 
     def due_ms(self, job_id: JobId) -> int:
         """The job's deadline; 0: it has none."""
@@ -379,6 +398,12 @@ def _learned(sim: Simulation) -> Policy:
     return _policy(sim, replan=how, rank=left_told, alike=outlook)
 
 
+def _by_kind(sim: Simulation, speed: Speed) -> Policy:
+    """Told the work that is left of each job, and its speed on each kind of GPU."""
+    order = by_kind(lambda cluster, job, now_ms: (max(1.0, sim.player.work_left_ms(job)), 0), speed, MIN_RUN_MS)
+    return _policy(sim, replan=Replan(order, settle=sim.workload.rules.settle))
+
+
 def _policy(sim: Simulation, **fields: object) -> Policy:
     rules = sim.workload.rules
     given: dict[str, object] = {
@@ -415,8 +440,8 @@ POLICIES: dict[str, PolicyMaker] = {
     "guessed": _learned,
     "in-time": _in_time,
     "themis": _preempting(lambda sim: finish_time_fairness(sim.player.left_ms)),
-    "kinds": _shortest(lambda told: shortest(gpu_time(told))),
-    "blind": _shortest(lambda told: shortest(gpu_time(told))),
+    "kinds": lambda sim: _by_kind(sim, sim.speed_on),
+    "blind": lambda sim: _by_kind(sim, lambda job, kind: 1.0),
     "service": lambda sim: _policy(sim, ordering=fifo, rank=expected_service),
     "easy": lambda sim: _policy(sim, ordering=fifo, backfill=Backfill(1)),
     "conservative": lambda sim: _policy(sim, ordering=fifo, backfill=Backfill(64)),

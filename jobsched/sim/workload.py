@@ -101,11 +101,11 @@ def make_nodes(text: str, kind: str = "gpu") -> tuple[Node, ...]:
 @cache
 def gang_spec(
     gpus: int, per_node: int, queue: str = "default", node_label: tuple[str, str] | None = None, kinds: str = "",
-    single: bool = False,
+    single: bool = False, program: str = "train",
 ) -> JobSpec:  # fmt: skip
     """A job of so many GPUs: replicas of one whole node each and one for the rest; `single`: one replica per GPU. Specs
-    are shared between like jobs."""
-    role: dict[str, object] = {"command": "train", "cpu": "1m"}
+    are shared between like jobs. `program`: what it pretends to run, by which like jobs are known."""
+    role: dict[str, object] = {"command": program, "cpu": "1m"}
     kind = kinds or "any"
     if single or gpus <= per_node:
         count, size = (gpus, 1) if single else (1, gpus)

@@ -8,7 +8,7 @@ what a victim holds is free only once its replicas are gone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from jobsched.core import events as ev
@@ -22,13 +22,18 @@ from jobsched.core.resources import JobId
 
 
 class Turn(NamedTuple):
-    """One runnable job in its place: lower level first. `until_ms`: when it changes by itself (0: never)."""
+    """One runnable job in its place: lower level first. `until_ms`: when it changes by itself (0: never). `kind`: the
+    GPUs that it should have ("": those that its spec prefers); one that runs on others moves. `gather`: so does one
+    that runs on more nodes than it would have to."""
 
     job: Job
     level: int
     until_ms: int = 0
+    kind: str = ""
+    gather: bool = False
 
 
+FOR_ANOTHER = "a job that goes first needs the place"
 Heads = Callable[[Cluster, Sequence[Line], int, int], Iterable[JobId]]
 """(cluster, lines that differ in nothing but their outlook, how many of their jobs could run at once if nobody else
 did, now) -> those worth looking at."""
@@ -124,7 +129,7 @@ def _replan_part(
     stays = {job_id for job_id in wanted if job_id in held}
     moves: set[JobId] = set()
     fresh = [turn.job for turn in turns if turn.job.id in wanted and turn.job.id not in held]
-    if how.repack and not _fits_beside(cluster, fresh, held, stays, wanted, score):
+    if not how.repack or not _fits_beside(cluster, fresh, held, stays, wanted, score):
         moves = {job_id for job_id in stays if set(wanted[job_id].bindings) != {b for b, _ in held[job_id]}}
         stays -= moves
     decisions: list[Decision] = []
@@ -132,7 +137,8 @@ def _replan_part(
         job = turn.job
         if job.id in held and job.id not in stays:
             reason = Reason.MOVED if job.id in moves else Reason.PREEMPTED
-            cause = Cause(reason, FailureClass.PREEMPTED, "a job that goes first needs the place")
+            text = f"it goes on elsewhere on {turn.kind}" if job.id in moves and turn.kind else FOR_ANOTHER
+            cause = Cause(reason, FailureClass.PREEMPTED, text)
             outcome = Outcome(Phase.QUEUED, reason, cause)
             decisions.append(ev.AttemptStopping(now_ms, job.id, job.attempt, outcome))
     leaving = bool(decisions) or any(job.phase is Phase.STOPPING for job in jobs)
@@ -173,14 +179,16 @@ def _choose(
         for binding, role in bookings:
             ledger.lend(binding, role)
     wanted: dict[JobId, _Wanted] = {}
-    too_big: set[int] = set()
+    too_big: set[tuple[int, str]] = set()
     for turn in turns:
-        asked = id(cluster.shape(turn.job))  # like jobs share their shape, and hashing one costs as much as placing it
+        # like jobs share their shape, and hashing one costs as much as placing it
+        asked = (id(cluster.shape(turn.job)), turn.kind)
         if asked in too_big:  # less and less is free
             continue
         shape = admit(turn.job)
         if isinstance(shape, Refused):
             continue
+        shape = of_kind(shape, turn.kind)
         gang = place_gang(cluster, shape, (), score)
         if isinstance(gang, Gang):
             wanted[turn.job.id] = _Wanted(shape, gang.bindings)
@@ -204,38 +212,70 @@ def _choose_beside(
         if cluster.jobs[job_id].phase is Phase.STOPPING:
             _lend(cluster, bookings)
     wanted: dict[JobId, _Wanted] = {}
-    too_big: set[int] = set()
+    too_big: set[tuple[int, str]] = set()
     last = [turn.job.id for turn in reversed(turns) if turn.job.id in held]
     """Who runs and still has its seats, worst first."""
+    kinds = {job_id: _kinds(cluster, held[job_id]) for job_id in last} if any(turn.kind for turn in turns) else {}
     lent: set[JobId] = set()
     for turn in turns:
-        job = turn.job
-        shape = cluster.shape(job)
-        if job.id in held:
-            if job.id in lent:
-                if not _sit_again(cluster, held[job.id]):
-                    continue
-            else:
-                last.pop()
-            bindings = tuple(binding for binding, _ in held[job.id])
-            wanted[job.id] = _Wanted(shape, bindings)
-            booked(job, bindings)
+        job, mine = turn.job, held.get(turn.job.id)
+        shape, gang = cluster.shape(job), None
+        if mine is not None and job.id not in lent:
+            last.pop()
+        if mine is None or (turn.kind and kinds[job.id] != (turn.kind,)):
+            asked = (id(shape), turn.kind)
+            admitted = admit(job) if asked not in too_big else None
+            if isinstance(admitted, Shape):
+                shape = of_kind(admitted, turn.kind)
+                near = [other for other in last if turn.kind in kinds[other]] if turn.kind else last
+                victims, gang = _fewest_victims(cluster, shape, near, held, score)
+                if gang is None:  # less and less is free, and fewer and fewer stand after
+                    too_big.add(asked)
+            if gang is not None:
+                leave = dict.fromkeys(near[:victims])
+                lent.update(leave)
+                last = [other for other in last if other not in leave] if leave else last
+                if mine is not None and job.id not in lent:
+                    _lend(cluster, mine)
+                wanted[job.id] = _Wanted(shape, gang.bindings)
+                booked(job, gang.bindings)
+                continue
+            if mine is None:
+                continue
+        gang = _gather(cluster, turn, mine, score) if turn.gather and job.id not in lent else None
+        if gang is None and job.id in lent and not _sit_again(cluster, mine):
             continue
-        if id(shape) in too_big:  # less and less is free, and fewer and fewer stand after
-            continue
-        admitted = admit(job)
-        if isinstance(admitted, Refused):
-            continue
-        victims, gang = _fewest_victims(cluster, admitted, last, held, score)
-        if gang is None:
-            too_big.add(id(shape))
-            continue
-        lent.update(last[:victims])
-        del last[:victims]
-        wanted[job.id] = _Wanted(admitted, gang.bindings)
-        booked(job, gang.bindings)
+        bindings = gang.bindings if gang is not None else tuple(binding for binding, _ in mine)
+        wanted[job.id] = _Wanted(cluster.shape(job), bindings)
+        booked(job, bindings)
     ledger.rollback(start)
     return wanted
+
+
+def _gather(cluster: Cluster, turn: Turn, mine: Sequence[tuple[Binding, RoleShape]], score: Score) -> Gang | None:
+    """Seats on fewer nodes than a job has, which it then takes instead of its own."""
+    nodes = len({binding.node for binding, _ in mine})
+    if nodes == 1:
+        return None
+    mark = cluster.ledger.mark()
+    _lend(cluster, mine)
+    gang = place_gang(cluster, of_kind(cluster.shape(turn.job), turn.kind), (), score)
+    if isinstance(gang, Gang) and len({binding.node for binding in gang.bindings}) < nodes:
+        return gang
+    cluster.ledger.rollback(mark)
+    return None
+
+
+def of_kind(shape: Shape, kind: str) -> Shape:
+    """The same gang on GPUs of one kind; "": as it is."""
+    if not kind:
+        return shape
+    roles = [replace(role, gpu_kinds=(kind,)) if role.gpu_milli else role for role in shape.roles]
+    return replace(shape, roles=tuple(roles))
+
+
+def _kinds(cluster: Cluster, bookings: Sequence[tuple[Binding, RoleShape]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys([cluster.kind_of(binding) for binding, _ in bookings if binding.gpus]))
 
 
 def _fewest_victims(
