@@ -19,14 +19,13 @@ from jobsched.core.launch import Launch, LaunchKey
 from jobsched.core.observation import Progress
 from jobsched.core.policies.backfill import Backfill
 from jobsched.core.policies.elasticity import Elasticity
-from jobsched.core.policies.estimate import REPORT_AFTER_MS
+from jobsched.core.policies.estimate import REPORT_AFTER_MS, gpus_milli
 from jobsched.core.policies.kinds import Speed, by_kind
 from jobsched.core.policies.ordering import (
     expected_service,
     fifo,
     finish_time_fairness,
     gpu_time,
-    gpus_asked,
     in_time,
     in_time_heads,
     knapsack,
@@ -275,7 +274,7 @@ class Simulation:
     def speed_on(self, job: Job, kind: str) -> float:
         """The job's true speed when all its GPUs are of that kind, on as few nodes as there can be."""
         widest = max(sum(gpu.kind == kind for gpu in node.gpus) for node in self.workload.nodes)
-        nodes = -(-gpus_asked(job) // (WHOLE_GPU * max(1, widest)))
+        nodes = -(-gpus_milli(job) // (WHOLE_GPU * max(1, widest)))
         return self.player.speed(job, ((kind, WHOLE_GPU),) * nodes)
 
     def due_ms(self, job_id: JobId) -> int:

@@ -285,10 +285,10 @@ GAVEL_KINDS = ("k80", "p100", "v100")
 
 
 def gavel(name: str = "msr_seed0_0e4a51", nodes: str = "3x4:v100+3x4:p100+3x4:k80") -> Workload:
-    """Gavel (OSDI'20): jobs of known steps on GPUs of three kinds, speeds from its measured throughputs. A job names the
-    kinds that it can run on at all (its type was measured there), the fastest first. What is wider than all GPUs of one
-    kind is dropped: Gavel never mixes kinds in a job. The command column is data and is not used. Being stopped costs a
-    job 30 s."""
+    """Gavel (OSDI'20): jobs of known steps on GPUs of three kinds, speeds from its measured throughputs. A job names
+    the kinds that it can run on at all (its type was measured there), the fastest first. What is wider than all GPUs of
+    one kind is dropped: Gavel never mixes kinds in a job. The command column is data and is not used. Being stopped
+    costs a job 30 s."""
     with gzip.open(find("gavel", "simulation_throughputs.json"), "rt") as file:
         table: dict[str, dict[str, dict[str, float]]] = json.load(file)
     cluster = make_nodes(nodes)

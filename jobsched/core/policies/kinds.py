@@ -1,11 +1,11 @@
 """On which kind of GPU each job should run, where kinds differ in speed and jobs in how much that means to them.
 
-An `Order` for `policies.preemption`: who goes first, and where. On unlike machines the sum of all times to completion is
-the sum over jobs of how long each takes where it is, times how many end no sooner on that machine, itself included (Horn
-1973; Bruno, Coffman & Sethi 1974). So jobs are given kinds from the last to the first: each goes where its own time,
-times those who already stand behind it there, is least. What is short goes to the fast GPUs while they are free; what
-gains little from them makes way once many wait; under load each kind does what it is best at, as the throughputs of
-Gavel (OSDI'20) and Sia (SOSP'23) have it, without a linear program in between.
+An `Order` for `policies.preemption`: who goes first, and where. On unlike machines the sum of all times to completion
+is the sum over jobs of how long each takes where it is, times how many end no sooner on that machine, itself included
+(Horn 1973; Bruno, Coffman & Sethi 1974). So jobs are given kinds from the last to the first: each goes where its own
+time, times those who already stand behind it there, is least. What is short goes to the fast GPUs while they are free;
+what gains little from them makes way once many wait; under load each kind does what it is best at, as the throughputs
+of Gavel (OSDI'20) and Sia (SOSP'23) have it, without a linear program in between.
 """
 
 from __future__ import annotations
@@ -70,17 +70,20 @@ class Choice(NamedTuple):
 
 def choose_kinds(choices: Sequence[Choice], capacity: Mapping[str, int]) -> dict[str, str]:
     """Job id -> kind. `capacity`: thousandths of GPUs of each kind. O(jobs * (kinds + log jobs))."""
-    ends = {kind: [0] for kind in capacity}
-    """Kind -> GPUs of the jobs chosen so far, added up: the last job of the line first."""
+    ends: dict[tuple[int, str], list[int]] = {}
+    """Priority and kind -> GPUs of the jobs chosen so far, added up: the last job of the line first. Nobody makes way
+    for lower priorities."""
     found: dict[str, str] = {}
     for choice in sorted(choices, key=Choice.least, reverse=True):
         costs = []
         for kind in (choice.here,) if choice.stays else choice.times:
-            line, room = ends[kind], capacity[kind] - choice.gpu_milli  # those in `room` run beside it
+            line = ends.setdefault((choice.key[0], kind), [0])
+            room = capacity[kind] - choice.gpu_milli  # for those that run beside it
             waiting = max(0, bisect_right(line, line[-1] - room) - 1)
             costs.append((choice.on(kind) * (1.0 + waiting * choice.gpu_milli / capacity[kind]), line[-1], kind))
         kind = min(costs)[2]
-        ends[kind].append(ends[kind][-1] + choice.gpu_milli)
+        line = ends[choice.key[0], kind]
+        line.append(line[-1] + choice.gpu_milli)
         found[choice.key[2]] = kind
     return found
 

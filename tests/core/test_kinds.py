@@ -1,0 +1,143 @@
+"""Which kind of GPU each job gets: by what it gains there, and by who waits behind it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+from random import Random
+
+import pytest
+
+from jobsched.core.events import AttemptPlaced, AttemptStopping
+from jobsched.core.job import Reason
+from jobsched.core.policies.kinds import Choice, choose_kinds, fill
+from jobsched.core.resources import WHOLE_GPU, JobId
+from jobsched.sim.run import POLICIES, Result, Simulation
+from jobsched.sim.throughput import Seats, Steady
+from jobsched.sim.workload import Arrival, Workload, gang_spec, make_nodes
+
+HOUR_MS = 3_600_000
+
+
+def a_choice(number: int, gpus: int = 1, here: str = "", priority: int = 0, **hours: float) -> Choice:
+    times = {kind: time * HOUR_MS for kind, time in hours.items()}
+    return Choice((-priority, number, f"{number:03}"), gpus * WHOLE_GPU, times, here)
+
+
+def chosen(*choices: Choice, **gpus: int) -> list[str]:
+    capacity = {kind: count * WHOLE_GPU for kind, count in gpus.items()}
+    found = choose_kinds(choices, capacity)
+    fill(choices, found, capacity)
+    return [found[choice.key[2]] for choice in choices]
+
+
+def test_while_there_is_room_everybody_gets_its_fastest_kind() -> None:
+    assert chosen(a_choice(0, fast=1, slow=4), a_choice(1, fast=4, slow=3), fast=2, slow=2) == ["fast", "slow"]
+
+
+def test_the_fast_gpu_goes_to_who_gains_most_from_it_when_both_are_alike_else() -> None:
+    little, much = a_choice(0, fast=2, slow=2.5), a_choice(1, fast=2, slow=20)
+    assert chosen(little, much, fast=1, slow=1) == ["slow", "fast"]
+    assert chosen(much, little, fast=1, slow=1) == ["fast", "slow"]
+
+
+def test_a_kind_that_a_job_cannot_use_is_never_chosen() -> None:
+    assert chosen(*(a_choice(n, fast=1) for n in range(3)), fast=1, slow=8) == ["fast"] * 3
+
+
+def test_a_running_job_stays_for_little_and_moves_for_much() -> None:
+    assert chosen(a_choice(0, here="slow", fast=1, slow=1.05), fast=1, slow=1) == ["slow"]
+    assert chosen(a_choice(0, here="slow", fast=1, slow=3), fast=1, slow=1) == ["fast"]
+
+
+def test_higher_priority_has_the_choice() -> None:
+    low, high = a_choice(0, fast=1, slow=8), a_choice(1, priority=1, fast=4, slow=5)
+    assert chosen(low, high, fast=1, slow=1) == ["slow", "fast"]
+
+
+def test_near_the_least_sum_of_completion_times() -> None:
+    """Single GPUs, one of each kind, all jobs there from the start: against every assignment there is."""
+    random = Random(7)
+    worst = 0.0
+    for _ in range(200):
+        choices = [
+            a_choice(n, a=random.uniform(1, 10), b=random.uniform(1, 10)) for n in range(random.randint(2, 7))
+        ]
+        kinds = [choose_kinds(choices, {"a": WHOLE_GPU, "b": WHOLE_GPU})[c.key[2]] for c in choices]
+        least = min(total_ms(choices, kinds) for kinds in product("ab", repeat=len(choices)))
+        worst = max(worst, total_ms(choices, kinds) / least)
+    assert worst < 1.35
+
+
+def total_ms(choices: list[Choice], kinds: tuple[str, ...] | list[str]) -> float:
+    total = 0.0
+    for kind in "ab":
+        at_ms = 0.0
+        for time in sorted(c.times[kind] for c, on in zip(choices, kinds, strict=True) if on == kind):
+            at_ms += time
+            total += at_ms
+    return total
+
+
+# ---- through the real loop ----
+
+
+def speeds(**by_kind: float) -> object:
+    def speed(seats: Seats) -> float:
+        return min(by_kind.get(kind, 1.0) for kind, _ in seats)
+
+    return speed
+
+
+def a_job(number: int, at_s: float, hours: float, gpus: int = 1, **by_kind: float) -> Arrival:
+    kinds = "|".join(sorted(by_kind))
+    work = Steady(hours * HOUR_MS, 0, speeds(**by_kind))  # type: ignore[arg-type]
+    return Arrival(round(at_s * 1_000), JobId(f"{number:03}"), gang_spec(gpus, 4, kinds=kinds, single=True), work)
+
+
+def run(policy: str, *arrivals: Arrival, nodes: str = "1x1:fast+1x1:slow") -> Result:
+    return Simulation(Workload("test", arrivals, make_nodes(nodes)), POLICIES[policy], policy).run()
+
+
+def test_a_job_that_gains_little_moves_away_for_one_that_gains_much_and_both_end_sooner() -> None:
+    jobs = (a_job(0, 0, 2, fast=1, slow=0.9), a_job(1, 60, 4, fast=1, slow=0.1))
+    informed = run("kinds", *jobs)
+    moved = [e.event for e in informed.store.read(0, 1 << 30) if isinstance(e.event, AttemptStopping)]
+    assert [e.job_id for e in moved if e.outcome.reason is Reason.MOVED] == ["000"]
+    assert informed.accounts.jobs[JobId("001")].jct_ms == pytest.approx(4 * HOUR_MS, rel=0.01)
+
+
+def test_who_knows_the_kinds_is_much_better_than_who_does_not() -> None:
+    """Must-show row 6 in small: job types of three sorts, as Gavel's are, on as many GPUs of three kinds."""
+    random = Random(3)
+    sorts = ((1.0, 0.75, 0.15), (1.0, 0.8, 0.5), (0.6, 1.0, 0.5))
+    arrivals, at_s = [], 0.0
+    for number in range(150):
+        at_s += random.expovariate(1 / 2_000)
+        a, b, c = random.choice(sorts)
+        hours = min(20.0, random.lognormvariate(0.3, 1.2))
+        arrivals.append(a_job(number, at_s, hours, random.choice((1, 1, 1, 2, 4)), a=a, b=b, c=c))
+    informed, blind = (run(policy, *arrivals, nodes="1x4:a+1x4:b+1x4:c") for policy in ("kinds", "blind"))
+    assert blind.summary.avg_jct_s > 1.5 * informed.summary.avg_jct_s
+
+
+def test_a_gang_gathers_on_one_node_once_there_is_room() -> None:
+    """Two GPUs on two nodes, until the jobs beside it end."""
+    arrivals = (a_job(0, 0, 0.3, fast=1), a_job(1, 0, 0.3, fast=1), a_job(2, 1, 5, gpus=2, fast=1))
+    nodes = "2x2:fast"
+    packed = run("kinds", *arrivals, nodes=nodes)
+    placed = [e.event for e in packed.store.read(0, 1 << 30) if isinstance(e.event, AttemptPlaced)]
+    assert {b.node for b in [e for e in placed if e.job_id == "002"][-1].bindings} == {"n0001"}
+
+
+def test_like_jobs_do_not_chase_each_other() -> None:
+    arrivals = tuple(a_job(n, n, 3, gpus=2, fast=1, slow=0.3) for n in range(6))
+    result = run("kinds", *arrivals, nodes="1x4:fast+1x4:slow")
+    assert result.summary.ended == 6
+    assert result.summary.preemptions <= 6
+
+
+def test_what_fits_no_kind_by_itself_runs_on_several() -> None:
+    wide = replace(a_job(0, 0, 1, gpus=4, fast=1, slow=0.5))
+    result = run("kinds", wide, nodes="1x2:fast+1x2:slow")
+    assert result.accounts.jobs[JobId("000")].jct_ms == pytest.approx(2 * HOUR_MS, rel=0.01)
