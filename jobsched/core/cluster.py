@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import field, replace
@@ -159,7 +160,7 @@ class Cluster:
     """Jobs changed since the controller last converged them."""
     on_node: dict[NodeName, dict[tuple[JobId, ReplicaId], tuple[Binding, RoleShape]]] = field(default_factory=dict)
     dependents: dict[JobId, list[JobId]] = field(default_factory=dict)
-    ended: dict[JobId, bool] = field(default_factory=dict)
+    ended: OrderedDict[JobId, bool] = field(default_factory=OrderedDict)
     """Recently ended job -> whether it succeeded; what jobs that wait for it are told."""
     node_pools: tuple[NodePool, ...] = ()
     """Nodes that do not exist yet and can be had; from the configuration."""
@@ -292,7 +293,7 @@ class Cluster:
     ) -> Cluster:
         """From a store's projections; equal to folding the log up to `seq`. `past`: jobs that ended, oldest first, to
         learn run times from; `estimates`: what was learned already."""
-        cluster = cls(seq=seq, cordoned=dict(cordoned), ended=dict(ended), rank=rank, alike=alike)
+        cluster = cls(seq=seq, cordoned=dict(cordoned), ended=OrderedDict(ended), rank=rank, alike=alike)
         cluster.estimates = estimates or cluster.estimates
         cluster.estimates.learn(past)
         for queue in queues:
@@ -370,7 +371,10 @@ class Cluster:
             self._count_array(before, after)
         if after.owner == BY and (checked := after.labels.get(PREFLIGHT_LABEL)) is not None:
             self._note_check(NodeName(checked), after, at_ms)
-        if (
+        if not after.phase.active and (before is None or not before.phase.active):
+            if after.phase.terminal:
+                self.nominated.pop(job_id, None)
+        elif (
             enters or before is None or before.outcome is not after.outcome or before.priority != after.priority
             or (moves and self._shape[job_id].elastic)
         ):  # fmt: skip
@@ -520,8 +524,9 @@ class Cluster:
     def _remember_end(self, job: Job) -> None:
         self.ended[job.id] = job.phase is Phase.SUCCEEDED
         if len(self.ended) > ENDED_KEPT:
-            self.ended.pop(next(iter(self.ended)))
-        self.touched.update(dict.fromkeys(self.dependents.pop(job.id, ())))
+            self.ended.popitem(last=False)
+        for dependent in self.dependents.pop(job.id, ()):
+            self.touched[dependent] = None
 
     def _rebind(self, before: Job | None, after: Job, at_ms: int) -> bool:
         """Keep ledger, node index and queue usage true when a job's replicas change; whether any has another place."""

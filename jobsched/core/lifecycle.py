@@ -22,7 +22,7 @@ from jobsched.core.job import (
     ReplicaId,
     ReplicaState,
 )
-from jobsched.core.resources import NO_JOB, JobId, NodeName
+from jobsched.core.resources import NO_JOB, NodeName
 from jobsched.core.values import changed
 from jobsched.spec.job import JobSpec, RestartScope, restart_policy
 
@@ -115,13 +115,8 @@ def _fold(job: Job | None, event: ev.JobEvent) -> Job:
     return changed(job, changes)
 
 
-_NEW: Final = Job(JobId(""), "", "", JobSpec.model_construct(), 0)
-"""What every job begins as."""
-
-
 def _submitted(e: ev.JobSubmitted) -> Job:
-    return changed(
-        _NEW,
+    return Job(
         id=e.job_id,
         name=e.name,
         owner=e.owner,

@@ -24,6 +24,7 @@ from jobsched.core.policies.backfill import (
     reserve,
     reserve_limit,
     seats_free,
+    soonest,
 )
 from jobsched.core.policies.defragmentation import Defragmentation, decisions_of, find_way
 from jobsched.core.policies.elasticity import WAITING, Elasticity, rebalance, start_gang
@@ -103,11 +104,23 @@ class Pass:
     """Devices that are kept for somebody once those who hold them have left."""
     guard: Guard = field(init=False)
     """Keeps reserved seats free."""
+    _ends: list[tuple[int, JobId]] | None = None
     sought: int = 0
     """Searches for seats that are too far off to tell."""
 
     def __post_init__(self) -> None:
         self.guard = Guard(self.cluster)
+
+    def ends(self) -> list[tuple[int, JobId]]:
+        """When those that run are likely to end; reckoned when first asked for."""
+        if self._ends is None:
+            self._ends = soonest(self.cluster, self.now_ms)
+        return self._ends
+
+    def key(self, line: Line, job: Job) -> OrderKey:
+        """Where a job of a line stands in the policy's order."""
+        rank = self.cluster.rank(job, self.cluster.estimates)
+        return self.policy.ordering(line.key, Place(rank, job.submitted_at_ms, job.id))
 
     def start(self, job: Job, shape: Shape) -> bool:
         """Place a waiting job's gang, if it fits."""
@@ -173,7 +186,7 @@ def schedule(cluster: Cluster, now_ms: int, policy: Policy) -> Plan:
     hungry.sort(key=_by_claim)
     if policy.replan is None:
         _ripe(cluster, now_ms)
-    lines = list(_worth_a_try(cluster, policy)) if policy.replan is None else []
+    lines = list(_worth_a_try(cluster, policy, now_ms)) if policy.replan is None else []
     plan = NOTHING_TO_DO
     if hungry or lines or policy.replan is not None or cluster.nominated or _turns_to(cluster, now_ms, policy):
         with cluster.trial():
@@ -273,11 +286,10 @@ def start_waiting(run: Pass, lines: Iterable[Line]) -> None:
         job = heads.job(line)
         run.examined += 1
         shape = admit(cluster, job, run.now_ms)
-        key = policy.ordering(line.key, Place(cluster.rank(job, cluster.estimates), job.submitted_at_ms, job.id))
+        key = partial(run.key, line, job)
         near = isinstance(shape, Shape) and _might_fit(run, shape)
-        others: list[Reservation] = []
-        if claims:
-            others = in_the_way(cluster, job, key, claims if near else [c for c in claims if c.queue], run.now_ms)
+        felt = claims if near else [claim for claim in claims if claim.queue]
+        others = in_the_way(cluster, job, key(), felt, run.now_ms) if felt else []
         barred = any(claim.limits(job) for claim in others)
         if near and not barred and isinstance(shape, Shape) and _start(run, job, shape, others):
             heads.push(line)
@@ -290,7 +302,7 @@ def start_waiting(run: Pass, lines: Iterable[Line]) -> None:
             line.blocked_at = cluster.ledger.freed_for(line.key.shape.node_labels)
             line.hindered_at = cluster.claims_made if others else -1
             if near and others and looks > 0:  # who stands behind it may be over sooner
-                looked, found = heads.seek(line, looks, partial(_freer, run, key, claims, len(others)))
+                looked, found = heads.seek(line, looks, partial(_freer, run, key(), claims, len(others)))
                 looks -= looked
                 if found:
                     if policy.backfill is not None and job.id not in run.settled:
@@ -328,8 +340,7 @@ def _freer(run: Pass, key: OrderKey, claims: Sequence[Reservation], than: int, j
 
 def _might_fit(run: Pass, shape: Shape) -> bool:
     """Whether there are enough GPUs for a gang if none are kept free for others."""
-    need = sum([role.min * role.gpu_milli for role in shape.roles])
-    return need <= run.cluster.ledger.free_gpu_milli + run.guard.milli
+    return shape.least_gpu_milli <= run.cluster.ledger.free_gpu_milli + run.guard.milli
 
 
 def _sit_down(run: Pass, job: Job, shape: Shape, claim: Reservation) -> bool:
@@ -343,17 +354,19 @@ def _sit_down(run: Pass, job: Job, shape: Shape, claim: Reservation) -> bool:
 
 
 def _reserve(
-    run: Pass, how: Backfill, job: Job, shape: Shape, key: OrderKey, claims: list[Reservation]
+    run: Pass, how: Backfill, job: Job, shape: Shape, key: Callable[[], OrderKey], claims: list[Reservation]
 ) -> None:
     """A reservation for a job that does not fit, unless it has one that is not overdue or others have them all."""
     mine = run.cluster.reservations.get(job.id)
+    if mine is not None and mine.seats and mine.at_ms > run.now_ms:
+        return
     others = [claim for claim in claims if claim.seats and claim is not mine]
-    if (mine is not None and mine.seats and mine.at_ms > run.now_ms) or len(others) >= how.depth:
+    if len(others) >= how.depth:
         return
     if run.sought >= how.depth + VAIN or run.cluster.far_off.get(job.id, 0) > run.now_ms:
         return
     run.guard.let_go()
-    found = reserve(run.cluster, job, shape, key, others, run.now_ms, run.policy.score)
+    found = reserve(run.cluster, job, shape, key(), others, run.ends(), run.now_ms, run.policy.score)
     if isinstance(found, int):
         run.sought += 1
         run.cluster.far_off[job.id] = found
@@ -365,7 +378,7 @@ def _reserve(
 
 
 def _claim_limit(
-    run: Pass, how: Backfill, job: Job, refused: Refused, key: OrderKey, claims: list[Reservation]
+    run: Pass, how: Backfill, job: Job, refused: Refused, key: Callable[[], OrderKey], claims: list[Reservation]
 ) -> None:
     """A claim on the limit that has kept a job waiting for a while, unless another job has one on it."""
     mine = run.cluster.reservations.get(job.id)
@@ -376,7 +389,7 @@ def _claim_limit(
         or any(claim.limits(job) for claim in claims)
     ):
         return
-    _keep(run, job, reserve_limit(run.cluster, job, refused, key, run.now_ms), claims)
+    _keep(run, job, reserve_limit(run.cluster, job, refused, key(), run.ends(), run.now_ms), claims)
 
 
 def _keep(run: Pass, job: Job, found: Reservation | None, claims: list[Reservation]) -> None:
@@ -475,8 +488,11 @@ class Heads:
             self._put(queue)
 
 
-def _worth_a_try(cluster: Cluster, policy: Policy) -> Iterator[Line]:
-    """Lines whose head may fit now. O(lines); with `strict`, O(queues) while nothing changes."""
+def _worth_a_try(cluster: Cluster, policy: Policy, now_ms: int) -> Iterator[Line]:
+    """Lines whose head may fit now, or may get something else from this pass. O(lines); with `strict`, O(queues) while
+    nothing changes."""
+    free = cluster.ledger.free_gpu_milli
+    sated = not policy.strict and _reserved(cluster, policy, now_ms)
     for queue, lines in cluster.lines_of.items():
         first = cluster.stuck.get(queue)
         if first is not None:
@@ -488,9 +504,31 @@ def _worth_a_try(cluster: Cluster, policy: Policy) -> Iterator[Line]:
             if not _may_fit(cluster, first):
                 cluster.stuck[queue] = first
                 continue
+        sated_here = sated and not cluster.quotas.account(queue).bounded
+        claimants: dict[int, bool] = {}
+        """Priority -> whether its jobs may make others leave."""
         for line in lines.values():
-            if policy.strict or _may_fit(cluster, line):
+            if policy.strict:
                 yield line
+            elif _may_fit(cluster, line):
+                if sated_here and line.key.shape.least_gpu_milli > free:
+                    level = line.key.priority
+                    if level not in claimants:
+                        how = policy.preemption
+                        claimants[level] = how is not None and may_claim(cluster, how, line.key)
+                    if not claimants[level]:
+                        line.blocked_at = cluster.ledger.freed_for(line.key.shape.node_labels)
+                        line.hindered_at = -1
+                        continue
+                yield line
+
+
+def _reserved(cluster: Cluster, policy: Policy, now_ms: int) -> bool:
+    """Whether the pass has no reservation to give: there are none, or all are held."""
+    if policy.backfill is None:
+        return True
+    held = sum([1 for claim in cluster.reservations.values() if claim.seats and claim.at_ms > now_ms])
+    return held >= policy.backfill.depth
 
 
 def _may_fit(cluster: Cluster, line: Line) -> bool:

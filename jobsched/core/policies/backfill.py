@@ -45,11 +45,11 @@ class Backfill:
 def soonest(cluster: Cluster, now_ms: int) -> list[tuple[int, JobId]]:
     """When the first `SOONEST` of the jobs that hold seats are likely to give them back. O(active jobs), but most of
     them are as they were estimated a while ago."""
-    jobs, over_ms = cluster.jobs, cluster.estimates.over_ms
+    jobs = cluster.jobs
     ends = [(now_ms, job_id) for job_id in cluster.leaving if jobs[job_id].phase is Phase.STOPPING]
     for levels in cluster.active.values():
         for members in levels.values():
-            ends += [(over_ms(jobs[job_id], now_ms), job_id) for job_id in members]
+            ends += cluster.estimates.over_ms([jobs[job_id] for job_id in members], now_ms)
     return heapq.nsmallest(SOONEST, ends)
 
 
@@ -74,13 +74,14 @@ def reserve(
     shape: Shape,
     key: OrderKey,
     claims: Sequence[Reservation],
+    ends: Sequence[tuple[int, JobId]],
     now_ms: int,
     score: Choice = Score.AUTO,
 ) -> Reservation | int:
     """The earliest seats for a gang that does not fit now, beside the claims of those before it; when they are too far
-    off to tell, the instant at which it is worth another look. Must run inside `cluster.trial()`; leaves the ledger as
-    it was. O(active jobs + seats lent + log(those) placements), with claims O(running * placements)."""
-    ends = soonest(cluster, now_ms)
+    off to tell, the instant at which it is worth another look. `ends`: who ends soonest. Must run inside
+    `cluster.trial()`; leaves the ledger as it was. O(seats lent + log(those) placements), with claims O(running *
+    placements)."""
     ahead = [claim for claim in claims if claim.job_id != job.id]
     if ahead:
         found = _beside(cluster, job, shape, ends, ahead, now_ms, score)
@@ -94,10 +95,11 @@ def reserve(
     return Reservation(job.id, at_ms, seats, key, gang.coordinator_port, cluster.pools_moved)
 
 
-def reserve_limit(cluster: Cluster, job: Job, refused: Refused, key: OrderKey, now_ms: int) -> Reservation | None:
+def reserve_limit(
+    cluster: Cluster, job: Job, refused: Refused, key: OrderKey, ends: Sequence[tuple[int, JobId]], now_ms: int
+) -> Reservation | None:
     """When the limit that keeps a job waiting is expected to let it pass, as others end; None when that is too far off
     to tell. Must run inside `cluster.trial()`; leaves it as it was. O(log(running) * lent seats)."""
-    ends = soonest(cluster, now_ms)
     mark = cluster.mark()
 
     def passes(count: int) -> bool:
@@ -127,7 +129,7 @@ def _first(
     """After as few ends as possible: the more are over, the more fits. Tries 1, 2, 4, … of them, then halves the last
     step."""
     ledger = cluster.ledger
-    need = sum(role.min * role.gpu_milli for role in shape.roles)
+    need = shape.least_gpu_milli
     marks = [ledger.mark()]
     """Before each of the ends that are lent."""
 

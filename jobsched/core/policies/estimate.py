@@ -416,14 +416,17 @@ class Estimates:
             left = limit - ran if tells_nothing else curve.left_ms(ran, quantile)
         return max(1, min(left, limit - ran) if limit else left)
 
-    def over_ms(self, job: Job, now_ms: int) -> int:
-        """When an active job is likely to end. Not reckoned anew before an eighth of the time left is over: cheap for
+    def over_ms(self, jobs: Iterable[Job], now_ms: int) -> list[tuple[int, JobId]]:
+        """When active jobs are likely to end. Not reckoned anew before an eighth of the time left is over: cheap for
         many at once."""
-        found = self._over.get(job.id)
-        if found is None or found[0] != job.attempt or now_ms >= found[2]:
-            left = self.left_ms(job, now_ms)
-            found = self._over[job.id] = (job.attempt, now_ms + left, now_ms + max(1, left // 8))
-        return found[1]
+        known, found = self._over, []
+        for job in jobs:
+            end = known.get(job.id)
+            if end is None or end[0] != job.attempt or now_ms >= end[2]:
+                left = self.left_ms(job, now_ms)
+                end = known[job.id] = (job.attempt, now_ms + left, now_ms + max(1, left // 8))
+            found.append((end[1], job.id))
+        return found
 
     def source(self, job: Job, now_ms: int) -> str:
         """What `left_ms` goes by: reported "progress", run times of "like" jobs, the time "limit"; "": it guesses."""

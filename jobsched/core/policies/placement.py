@@ -68,7 +68,7 @@ def place_gang(
     if known is not None and not count:
         return known[1]
     best_short: Short | None = None
-    if not count and sum([role.min * role.gpu_milli for role in shape.roles]) > ledger.free_gpu_milli:
+    if not count and shape.least_gpu_milli > ledger.free_gpu_milli:
         return Short(shape.roles[0], 0)
     how = _resolve(cluster, score)
     for among in _candidates(cluster, shape, avoid):
