@@ -425,6 +425,8 @@ class Heads:
                 group.append((run.policy.ordering(line.key, line.places[at]), serial, line))
         for group in self._lines.values():
             heapq.heapify(group)
+        self._turns: dict[str, tuple[int, Shape, Turn]] = {}
+        """Queue -> its turn when so much was booked in its tree, for a head of such a shape."""
         self._queues: list[tuple[Turn, str]] = []
         for queue in self._lines:
             self._put(queue)
@@ -438,9 +440,13 @@ class Heads:
     def _turn(self, queue: str) -> Turn:
         if self._policy.fair is None:
             return ()
-        account = self._cluster.quotas.account(queue)
-        needs = least_needs(self._cluster, account, self._lines[queue][0][2].key.shape)
-        return turn(account, self._capacity, needs, self._policy.fair, self._now_ms)
+        account, shape = self._cluster.quotas.account(queue), self._lines[queue][0][2].key.shape
+        known = self._turns.get(queue)
+        if known is None or known[0] != account.root.booked or known[1] is not shape:
+            needs = least_needs(self._cluster, account, shape)
+            found = turn(account, self._capacity, needs, self._policy.fair, self._now_ms)
+            known = self._turns[queue] = (account.root.booked, shape, found)
+        return known[2]
 
     def _put(self, queue: str) -> None:
         if self._lines[queue]:

@@ -1,8 +1,9 @@
 """The scheduling cycle at size: must-show row 8 of the brain.
 
-`python -m tests.benchmarks.cycle`: N nodes of 8 GPUs, W waiting gangs of 1-64 GPUs (half in replicas of one GPU, half
-in whole nodes and a rest) of 4 queues and 3 priorities. Measured on a `Cluster` that folds events as the controller's
-does, with EASY backfill as servers have it: the cold passes that fill the empty cluster, in bindings per second of
+`python -m tests.benchmarks.cycle [easy|server] …`: N nodes of 8 GPUs, W waiting gangs of 1-64 GPUs (half in replicas of
+one GPU, half in whole nodes and a rest) of 4 queues and 3 priorities. Measured on a `Cluster` that folds events as the
+controller's does, with EASY backfill alone (`easy`) or with all that a server does by default (`server`: fair turns,
+preemption, elasticity, defragmentation too): the cold passes that fill the empty cluster, in bindings per second of
 `schedule`; then ticks in each of which 1 % of the running jobs end, 1 % of the waiting ones are cancelled and as many
 are submitted anew: the time to fold these events (about 2 % of the jobs change), the pass with the folding of its
 decisions, and both. Times are CPU time. One JSON line a figure; the ratio is to the smallest size, 1 is no growth.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from dataclasses import dataclass
 from functools import cache
@@ -29,12 +31,14 @@ from jobsched.core.schedule import Policy, schedule
 from jobsched.sim.workload import gang_spec, make_node
 from jobsched.spec.job import JobSpec
 from jobsched.spec.queue import QueueSpec
+from jobsched.spec.server import PolicyConfig
+from jobsched.wiring import _policy as server_policy
 
 NODES = (1_000, 5_000, 10_000)
 WAITING = (10_000, 100_000)
 QUEUES = 4
 TICKS = 100
-POLICY = Policy(backfill=Backfill())
+POLICIES = {"easy": Policy(backfill=Backfill()), "server": server_policy(PolicyConfig(), ())}
 COMPLETED = Outcome(Phase.SUCCEEDED, Reason.COMPLETED)
 CANCELLED = Cause(Reason.CANCELLED)
 
@@ -74,7 +78,8 @@ class Figures:
 
 
 class Bench:
-    def __init__(self, nodes: int, waiting: int) -> None:
+    def __init__(self, nodes: int, waiting: int, policy: str = "easy") -> None:
+        self.policy = POLICIES[policy]
         self.random = Random(7)
         self.cluster = Cluster()
         self.now_ms = 1_000
@@ -85,6 +90,7 @@ class Bench:
             self.cluster.evolve(ev.NodeSeen(0, self.node(index)))
         self.waiting: list[JobId] = []
         self.running: list[JobId] = []
+        self.stopping: list[ev.AttemptStopping] = []
         self.target = waiting
 
     @staticmethod
@@ -106,20 +112,29 @@ class Bench:
 
     def run_pass(self) -> int:
         """Schedule and fold; returns the bindings made."""
-        plan = schedule(self.cluster, self.now_ms, POLICY)
+        plan = schedule(self.cluster, self.now_ms, self.policy)
         bindings = 0
         for decision in plan.decisions:
             self.cluster.evolve(decision)
+            if isinstance(decision, ev.AttemptStopping):
+                self.stopping.append(decision)
+                continue
             assert isinstance(decision, ev.AttemptPlaced)
             bindings += len(decision.bindings)
-            self.cluster.evolve(ev.AttemptStarted(self.now_ms, decision.job_id, decision.attempt))
+            started = tuple(binding.id for binding in decision.bindings)
+            self.cluster.evolve(ev.AttemptStarted(self.now_ms, decision.job_id, decision.attempt, started))
             self.running.append(decision.job_id)
         self.cluster.touched.clear()
         return bindings
 
     def changes(self) -> list[ev.JobEvent]:
-        """1 % of the running end, 1 % of the waiting are cancelled; as many are submitted."""
+        """1 % of the running end, 1 % of the waiting are cancelled; as many are submitted. Who had to leave, left."""
         found: list[ev.JobEvent] = []
+        for event in self.stopping:
+            found.append(ev.AttemptEnded(self.now_ms, event.job_id, event.attempt, event.outcome.phase))
+            self.waiting.append(event.job_id)
+            self.running.remove(event.job_id)
+        self.stopping.clear()
         for _ in range(max(1, len(self.running) // 100)):
             job = self.cluster.jobs[drawn(self.running, self.random)]
             found.append(ev.AttemptStopping(self.now_ms, job.id, job.attempt, COMPLETED))
@@ -165,17 +180,18 @@ def line(name: str, value: float, unit: str, peer: str, ratio: float) -> None:
 
 def main() -> None:
     full = os.environ.get("BENCH") == "full"
-    first: Figures | None = None
-    for nodes in NODES if full else NODES[:1]:
-        for waiting in WAITING if full else WAITING[:1]:
-            found = Bench(nodes, waiting).measure()
-            first = first or found
-            name, peer = f"cycle-{nodes}x{waiting}", f"{NODES[0]}x{WAITING[0]}"
+    first: dict[str, Figures] = {}
+    sizes = [(n, w) for n in (NODES if full else NODES[:1]) for w in (WAITING if full else WAITING[:1])]
+    for policy in sys.argv[1:] or POLICIES:
+        for nodes, waiting in sizes:
+            found = Bench(nodes, waiting, policy).measure()
+            base = first.setdefault(policy, found)
+            name, peer = f"cycle-{policy}-{nodes}x{waiting}", f"{NODES[0]}x{WAITING[0]}"
             for part in ("tick", "pass", "folding"):
                 for percent in (50, 99):
                     value = found.quantile(part, percent)
-                    line(f"{name}-{part}-p{percent}", value, "ms", peer, value / first.quantile(part, percent))
-            line(f"{name}-started", found.started / TICKS, "gangs/tick", peer, found.started / max(1, first.started))
+                    line(f"{name}-{part}-p{percent}", value, "ms", peer, value / base.quantile(part, percent))
+            line(f"{name}-started", found.started / TICKS, "gangs/tick", peer, found.started / max(1, base.started))
             line(f"{name}-cold", found.bindings_per_s, "bindings/CPU-s", "10000", found.bindings_per_s / 10_000)
 
 

@@ -48,13 +48,13 @@ def share(account: Account, capacity: Mapping[str, int], how: FairShare, now_ms:
     now, half_life_ms = dominant(account, capacity), how.half_life_ms
     if not half_life_ms:
         return now
-    past = (account.average(r, now_ms, half_life_ms) * SCALE / n for r, n in capacity.items() if n)
+    past = [account.average(r, now_ms, half_life_ms) * SCALE / n for r, n in capacity.items() if n]
     return now + round(max(past, default=0.0))
 
 
 def dominant(account: Account, capacity: Mapping[str, int]) -> int:
     """The largest part of any resource that the account holds."""
-    return max((n * SCALE // capacity[r] for r, n in account.held.items() if n and capacity.get(r)), default=0)
+    return max([n * SCALE // capacity[r] for r, n in account.held.items() if n and capacity.get(r)], default=0)
 
 
 def borrowed(account: Account, capacity: Mapping[str, int], needs: Mapping[str, int]) -> int:

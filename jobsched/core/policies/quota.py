@@ -67,6 +67,8 @@ class Account:
     """Of roots: every account of the tree."""
     held: dict[str, int] = field(default_factory=dict)
     """By its jobs and those of everything in it."""
+    booked: int = 0
+    """How often something was booked in it: the same number, and it holds the same."""
     users: dict[str, int] = field(default_factory=dict)
     """GPUs held by each of its users, in thousandths."""
     nominal: dict[str, int] = field(default_factory=dict)
@@ -134,7 +136,9 @@ class Account:
 
     def average(self, resource: str, now_ms: int, half_life_ms: int) -> float:
         """What it held of a resource on average, what is held now included."""
-        now, fades = self.held.get(resource, 0), exp2(-max(0, now_ms - self.past_at_ms) / half_life_ms)
+        if now_ms <= self.past_at_ms:
+            return self.past.get(resource, 0.0)
+        now, fades = self.held.get(resource, 0), exp2(-(now_ms - self.past_at_ms) / half_life_ms)
         return self.past.get(resource, 0.0) * fades + now * (1 - fades)
 
     def advance(self, now_ms: int, half_life_ms: int) -> None:
@@ -309,6 +313,7 @@ class Quotas:
     def _add(self, account: Account, owner: str, amounts: Amounts, sign: int) -> None:
         path = account.path
         for each in path:
+            each.booked += 1
             held = each.held
             for resource, amount in amounts:
                 held[resource] = held.get(resource, 0) + sign * amount
