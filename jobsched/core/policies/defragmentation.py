@@ -12,17 +12,18 @@ KAI-Scheduler consolidates likewise, without asking what is lost.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from jobsched.core import events as ev
 from jobsched.core.cluster import Cluster
 from jobsched.core.job import Cause, FailureClass, Job, Outcome, Phase, Reason, Replica, ReplicaState, RoleShape, Shape
+from jobsched.core.ledger import Space
 from jobsched.core.node import domain
 from jobsched.core.plan import Decision
 from jobsched.core.policies.admission import admit
 from jobsched.core.policies.placement import Gang, Score, place_gang, place_more
-from jobsched.core.resources import WHOLE_GPU
+from jobsched.core.resources import WHOLE_GPU, NodeName
 from jobsched.spec.job import RestartScope, restart_policy
 
 
@@ -66,11 +67,14 @@ class Way:
 
 def find_way(cluster: Cluster, now_ms: int, how: Defragmentation, score: Score, heads: Sequence[Job]) -> Way | None:
     """The first of the waiting jobs that starts if others move, and how. Must run inside `cluster.trial()`; leaves it
-    as it was. O(nodes + jobs on them) for each head, and the placements tried."""
+    as it was. O(running jobs), for each head O(nodes + what may move), and the placements tried."""
+    nodes: dict[NodeName, None] | None = None
     for job in heads[: how.heads]:
         shape = admit(cluster, job, now_ms, least=True)
         if isinstance(shape, Shape) and _enough_free(cluster, shape):
-            way = _way(cluster, job, shape, now_ms, how, score)
+            if nodes is None:
+                nodes = _with_movers(cluster, now_ms, how)
+            way = _way(cluster, job, shape, nodes, now_ms, how, score) if nodes else None
             if way is not None:
                 return way
     return None
@@ -92,11 +96,14 @@ def _widest(shape: Shape) -> RoleShape | None:
     return max(roles, key=lambda role: role.gpu_milli) if roles else None
 
 
-def _way(cluster: Cluster, job: Job, shape: Shape, now_ms: int, how: Defragmentation, score: Score) -> Way | None:
+def _way(
+    cluster: Cluster, job: Job, shape: Shape, nodes: Collection[NodeName], now_ms: int, how: Defragmentation,
+    score: Score,
+) -> Way | None:  # fmt: skip
     """Clear domains, the cheapest first, until the gang fits; where it must be within one, each by itself."""
     moves: list[Move] = []
     limit = how.pays_ms * sum(r.min * r.gpu_milli for r in shape.roles)
-    for bundle in _bundles(cluster, job, shape, now_ms, how):
+    for bundle in _bundles(cluster, job, shape, nodes, now_ms, how):
         known = {move.job.id for move in moves}
         moves = list(bundle) if shape.within else [*moves, *(m for m in bundle if m.job.id not in known)]
         if len(moves) > how.most_moves or sum(move.cost for move in moves) > limit:
@@ -151,7 +158,26 @@ def _finds_places(cluster: Cluster, move: Move, score: Score) -> bool:
 # ---- who may move ----
 
 
-def _bundles(cluster: Cluster, job: Job, shape: Shape, now_ms: int, how: Defragmentation) -> Iterator[tuple[Move, ...]]:
+def _with_movers(cluster: Cluster, now_ms: int, how: Defragmentation) -> dict[NodeName, None]:
+    """Nodes on which something runs that might move: an elastic job, or one that has saved a moment ago."""
+    found: dict[NodeName, None] = {}
+    for levels in cluster.active.values():
+        for members in levels.values():
+            for job_id in members:
+                job = cluster.jobs[job_id]
+                if cluster.shape(job).elastic or _fresh(job, now_ms, how):
+                    found |= dict.fromkeys(r.binding.node for r in job.replicas.values() if r.binding is not None)
+    return found
+
+
+def _fresh(job: Job, now_ms: int, how: Defragmentation) -> bool:
+    saved = job.checkpoint
+    return saved is not None and saved.attempt == job.attempt and now_ms - saved.at_ms <= how.fresh_ms
+
+
+def _bundles(
+    cluster: Cluster, job: Job, shape: Shape, nodes: Collection[NodeName], now_ms: int, how: Defragmentation
+) -> Iterator[tuple[Move, ...]]:
     """For each domain in which one replica (or, `within`, the gang) nearly has room: the cheapest moves that clear it;
     the cheapest domain first."""
     widest = _widest(shape)
@@ -159,19 +185,21 @@ def _bundles(cluster: Cluster, job: Job, shape: Shape, now_ms: int, how: Defragm
     level = shape.within or "node"
     need = sum(r.min * r.gpu_milli for r in shape.roles) if shape.within else widest.gpu_milli
     classes, pool = set(cluster.ledger.matching(widest)), cluster.pool(shape)
-    domains: dict[str, list[str]] = {}
-    for name in sorted(name for name in pool if name in cluster.ledger.spaces):
-        domains.setdefault(domain(cluster.nodes[name], level), []).append(name)
+    in_question = {domain(cluster.nodes[name], level) for name in nodes if name in pool}
+    domains: dict[str, dict[NodeName, Space]] = {}
+    for name, space in cluster.ledger.spaces.items():
+        if name in pool and (key := domain(space.node, level)) in in_question:
+            domains.setdefault(key, {})[name] = space
     rows: list[tuple[int, str, tuple[Move, ...]]] = []
     for key, names in domains.items():
-        spaces = [cluster.ledger.spaces[n] for n in cluster.ledger.spaces if n in names]
+        spaces = names.values()
         free = WHOLE_GPU * sum(count for space in spaces for c, count in space.whole.items() if c in classes)
         if free >= need:
             continue  # room enough: something else is missing there
         offers = [
             move
             for job_id in dict.fromkeys(job_id for space in spaces for job_id in cluster.jobs_on(space.node.name))
-            if (move := _offer(cluster.jobs[job_id], job, set(names), now_ms, how)) is not None
+            if (move := _offer(cluster.jobs[job_id], job, names, now_ms, how)) is not None
         ]
         chosen: list[Move] = []
         for move in sorted(offers, key=lambda m: (m.cost, m.job.id)):
@@ -183,7 +211,7 @@ def _bundles(cluster: Cluster, job: Job, shape: Shape, now_ms: int, how: Defragm
     yield from (moves for _, _, moves in sorted(rows, key=lambda row: row[:2]))
 
 
-def _offer(job: Job, gang: Job, nodes: set[str], now_ms: int, how: Defragmentation) -> Move | None:
+def _offer(job: Job, gang: Job, nodes: Collection[NodeName], now_ms: int, how: Defragmentation) -> Move | None:
     """What a job could give up in a domain without losing much."""
     bound = [r for r in job.replicas.values() if r.binding is not None]
     if job.phase is not Phase.RUNNING or job.cancel_by or job.stop_wish is not Reason.NONE or job.suspected_since_ms:
@@ -196,9 +224,8 @@ def _offer(job: Job, gang: Job, nodes: set[str], now_ms: int, how: Defragmentati
     if _may_leave(job, here, bound):
         return Move(job, here, False, how.restart_ms // 10 * sum(map(_gpus, here)))
     saved_ms = job.checkpoint.at_ms if job.checkpoint is not None and job.checkpoint.attempt == job.attempt else 0
-    fresh = saved_ms and now_ms - saved_ms <= how.fresh_ms
     elastic = any(role.replicas.elastic for role in job.spec.roles.values())
-    if not fresh and not elastic:
+    if not elastic and not _fresh(job, now_ms, how):
         return None
     lost_ms = now_ms - max(saved_ms, job.attempt_started_at_ms) if not elastic else 0  # elastic jobs save when asked
     return Move(job, tuple(bound), True, (lost_ms + how.restart_ms) * sum(map(_gpus, bound)))
