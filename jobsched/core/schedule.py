@@ -427,6 +427,8 @@ class Heads:
             heapq.heapify(group)
         self._turns: dict[str, tuple[int, Shape, Turn]] = {}
         """Queue -> its turn when so much was booked in its tree, for a head of such a shape."""
+        self._queued: dict[str, Turn] = {}
+        """Queue -> which of its entries in `_queues` holds."""
         self._queues: list[tuple[Turn, str]] = []
         for queue in self._lines:
             self._put(queue)
@@ -450,19 +452,23 @@ class Heads:
 
     def _put(self, queue: str) -> None:
         if self._lines[queue]:
-            heapq.heappush(self._queues, (self._turn(queue), queue))
+            now = self._turn(queue)
+            if self._queued.get(queue) != now:
+                self._queued[queue] = now
+                heapq.heappush(self._queues, (now, queue))
 
     def pop(self) -> Line | None:
         """The line whose head goes next, taken out; None at the end."""
         while self._queues:
             known, queue = heapq.heappop(self._queues)
+            if self._queued.get(queue) != known:
+                continue
+            del self._queued[queue]
             lines = self._lines[queue]
-            if lines and (now := self._turn(queue)) == known:
-                line = heapq.heappop(lines)[2]
-                self._put(queue)
+            line = heapq.heappop(lines)[2] if lines and self._turn(queue) == known else None
+            self._put(queue)
+            if line is not None:
                 return line
-            if lines and now > known:
-                self._put(queue)
         return None
 
     def job(self, line: Line) -> Job:
