@@ -252,20 +252,17 @@ def _choices(levels: Levels, gpu_milli: int) -> list[int]:
     return list(dict.fromkeys(levels[bisect_left(levels, gpu_milli) :]))
 
 
-def _gains(waste: Waste, space: Space, cls: GpuClass, role: RoleShape) -> list[tuple[int, int]]:
-    """(by how much the waste shrinks, GPU level) of each way to put a replica here."""
+def _gains(waste: Waste, space: Space, cls: GpuClass, role: RoleShape) -> list[Rated]:
+    """By how much the waste shrinks for each way to put a replica here."""
     cpu, memory, gpu = space.cpu_milli - role.cpu_milli, space.memory_bytes - role.memory_bytes, role.gpu_milli
     if gpu:
         state, before = waste.of(space, cls)
-        after = state.after(gpu)
-        if len(after) == 1:
-            return [(before - after[0][0].wasted(cpu, memory), after[0][1])]
-        return [(before - left.wasted(cpu, memory), level) for left, level in after]
+        return [Rated(before - left.wasted(cpu, memory), level) for left, level in state.after(gpu)]
     gain = 0
     for own in space.whole:
         state, before = waste.of(space, own)
         gain += before - state.wasted(cpu, memory)
-    return [(gain, WHOLE_GPU)]
+    return [Rated(gain, WHOLE_GPU)]
 
 
 @dataclass(slots=True)
@@ -403,7 +400,7 @@ class Learned:
 
     def rate(self, space: Space, cls: GpuClass, role: RoleShape) -> Rated:
         gains = _gains(self.mix.waste, space, cls, role)
-        return Rated(*(gains[0] if len(gains) == 1 else max(gains, key=_gain)))
+        return gains[0] if len(gains) == 1 else max(gains, key=_gain)
 
 
 _gain = itemgetter(0)

@@ -166,9 +166,12 @@ def best(
             continue
         if found is not None and entry[0] != value:
             break
-        name = None
+        name: NodeName | None = None
         if group.state[1] >= memory:
-            name = next((n for n in group.names if _has_ports(ledger.spaces[n], role)), None)
+            for each in group.names:
+                if _has_ports(ledger.spaces[each], role):
+                    name = each
+                    break
         if name is not None and (found is None or name < found.node):
             found, value = Fit(name, 1, entry[3]), entry[0]
         if found is not None and not score.by_name:
@@ -214,6 +217,8 @@ def _rate(space: Space, score: NodeScore, role: RoleShape, classes: tuple[GpuCla
         if whole[cls] * WHOLE_GPU < gpu if gpu >= WHOLE_GPU else space.levels(cls)[-1] < gpu:
             continue
         rated = score.rate(space, cls, role)
+        if len(whole) == 1:
+            return rated
         if found is None or rated.value > found.value:
             found = rated
     return found
