@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import gc
 
-OLD_ENOUGH = 2
-"""Collections of the middle generation after which what is left is taken to live long."""
+OFTEN = 700
+"""Objects made between two looks at the youngest: so few that they are still at hand."""
+NEVER = 1 << 30
+OLD_ENOUGH = 10
+"""Such looks after which what is left is taken to live long."""
+
+
+def prepare() -> None:
+    """From now on only the youngest are looked at. Before the first tick."""
+    gc.set_threshold(OFTEN, NEVER, NEVER)
 
 
 def settle() -> None:
-    """Once enough was allocated: collect what is young and set everything else aside for good. Costs what is young;
-    called after every tick."""
-    if gc.get_count()[2] >= OLD_ENOUGH:
-        gc.collect(1)
+    """Once enough was made: set everything aside for good that was looked at once. Costs what is youngest; called after
+    every tick."""
+    if gc.get_count()[1] >= OLD_ENOUGH:
+        gc.collect(0)
         gc.freeze()

@@ -17,7 +17,7 @@ import structlog
 
 from jobsched.controller.actuate import actuate
 from jobsched.controller.leader import DEFAULT_TTL_MS, Leader
-from jobsched.controller.longevity import settle
+from jobsched.controller.longevity import prepare, settle
 from jobsched.controller.telemetry import Sampler, learn_again, progress_of
 from jobsched.core import events as ev
 from jobsched.core.answers import JobProgress
@@ -199,6 +199,7 @@ class Controller:
     # ---- the loop ----
 
     def _run(self) -> None:
+        prepare()
         while not self._stopping.is_set():
             try:
                 wait_ms = self.tick()

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import cache
 from random import Random
 
-from jobsched.controller.longevity import settle
+from jobsched.controller.longevity import prepare, settle
 from jobsched.core import events as ev
 from jobsched.core.cluster import Cluster
 from jobsched.core.job import Cause, Outcome, Phase, Reason
@@ -148,6 +148,7 @@ class Bench:
         return found + self.arrivals(self.target + cancelled - self.cluster.waiting_count())
 
     def measure(self) -> Figures:
+        prepare()
         self.fold(self.arrivals(self.target))
         settle()
         bindings, begin = 0, time.process_time()
