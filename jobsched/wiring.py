@@ -39,6 +39,8 @@ from jobsched.core.policies.ordering import (
     expected_service,
     finish_time_fairness,
     gpu_time,
+    in_time,
+    in_time_heads,
     learned,
     learned_heads,
     least_attained,
@@ -265,6 +267,8 @@ def _replan(config: PolicyConfig) -> Replan | None:
             return Replan(patient(urgent(estimated(lambda told: shortest(gpu_time(told)))), min_run_ms), heads=first)
         case "fairness":
             return Replan(patient(urgent(estimated(finish_time_fairness)), min_run_ms), heads=first)
+        case "in-time":
+            return Replan(patient(urgent(estimated(in_time)), min_run_ms), heads=in_time_heads)
         case "attained":
             return Replan(patient(urgent(least_attained(ATTAINED_GPU_S)), min_run_ms), remember=True)
         case _:

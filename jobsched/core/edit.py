@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from jobsched.spec.job import JobSpec, RoleSpec
 
 IN_PLACE = frozenset({
-    "labels", "priority", "priority_class", "expected", "time_limit", "queue_deadline", "start_timeout",
+    "labels", "priority", "priority_class", "expected", "deadline", "time_limit", "queue_deadline", "start_timeout",
     "heartbeat_timeout", "hang_timeout", "keep_after_finish",
 })  # fmt: skip
 """Fields that replicas know nothing of: they hold from now on, whatever runs."""

@@ -277,11 +277,6 @@ class Simulation:
         nodes = -(-gpus_milli(job) // (WHOLE_GPU * max(1, widest)))
         return self.player.speed(job, ((kind, WHOLE_GPU),) * nodes)
 
-    def due_ms(self, job_id: JobId) -> int:
-        """The job's deadline; 0: it has none."""
-        deadline_ms = self.arrivals[job_id].deadline_ms
-        return START_MS + deadline_ms if deadline_ms else 0
-
     def step(self) -> bool:
         """Submit what is due, tick once, move on to the next instant; False when nothing will ever happen again."""
         now = self.clock.now_ms()
@@ -386,8 +381,7 @@ def _shortest(order: Callable[[Told], Order]) -> PolicyMaker:
 
 def _in_time(sim: Simulation) -> Policy:
     rules, told = sim.workload.rules, sim.player.left_ms
-    order, heads = in_time(told, sim.due_ms), in_time_heads(sim.due_ms)
-    how = Replan(order, rules.repack, settle=rules.settle, heads=heads)
+    how = Replan(in_time(told), rules.repack, settle=rules.settle, heads=in_time_heads)
     return _policy(sim, replan=how, rank=lambda job, estimates: told(job))
 
 

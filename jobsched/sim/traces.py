@@ -248,8 +248,7 @@ def chronus(name: str = "trace_job_Philly_MIX1", unit_s: float = 60.0) -> Worklo
             continue
         arrival = _steady(place, at_s, unit_s * float(row["duration"]), gpus, 8, row["model_name"], row["user"])
         if row["best_effort"] == "0":
-            deadline_s = at_s + unit_s * float(row["expect_time_list"].split("-")[0])
-            arrival = replace(arrival, deadline_ms=round(1_000 * deadline_s))
+            arrival = arrival.by(at_s + unit_s * float(row["expect_time_list"].split("-")[0]))
         arrivals.append(arrival)
     return Workload(name, tuple(arrivals), make_nodes("100x8"))
 
@@ -259,13 +258,9 @@ def elasticflow(name: str = "elasticVpollux_e", kind: str = "A100") -> Workload:
     table = list(rows(find("elasticflow", name)))
     begin = min(float(row["submit_time"]) for row in table)
     arrivals = [
-        replace(
-            _steady(
-                place, float(row["submit_time"]) - begin, float(row["duration"]), int(row["num_gpu"]), 8,
-                row["model_name"],
-            ),
-            deadline_ms=round(1_000 * (float(row["ddl"]) - begin)),
-        )
+        _steady(
+            place, float(row["submit_time"]) - begin, float(row["duration"]), int(row["num_gpu"]), 8, row["model_name"]
+        ).by(float(row["ddl"]) - begin)
         for place, row in enumerate(table)
     ]
     return Workload(name, tuple(arrivals), make_nodes("16x8", kind.lower()))

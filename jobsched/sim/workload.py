@@ -7,7 +7,7 @@ rhythm, as in Philly (ATC'19) and Helios (SC'21). Everything random comes from t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import cos, log, pi
 from random import Random
@@ -67,6 +67,12 @@ class Arrival:
     told_ms: int = 0
     deadline_ms: int = 0
     family: str = ""
+
+    def by(self, end_s: float) -> Arrival:
+        """The same with a deadline so long after the start of the trace."""
+        due_ms = round(1_000 * end_s)
+        spec = self.spec.model_copy(update={"deadline": max(1, due_ms - self.at_ms)})
+        return replace(self, spec=spec, deadline_ms=due_ms)
 
 
 @dataclass(frozen=True, slots=True)

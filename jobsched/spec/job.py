@@ -614,6 +614,9 @@ class JobSpec(SpecModel):
     expected: DurationMs = 0
     """How long the job is expected to run, all attempts together; 0: no idea. It ends nothing: orders that look at run
     times learn how far such guesses are off."""
+    deadline: DurationMs = 0
+    """Time after its submission by which the job should be over; 0: none. It ends nothing: `ordering: in-time` goes by
+    it."""
     time_limit: DurationMs = 0
     """Longest run of all attempts together; 0 means none."""
     queue_deadline: DurationMs = 0

@@ -563,7 +563,8 @@ class PolicyConfig(SpecModel):
     health: HealthConfig | None = HealthConfig()
     """Probation of nodes; `null` turns it off."""
 
-    ordering: Literal["priority", "service", "learned", "shortest", "attained", "fairness", "multifactor"] = "priority"
+    ordering: Literal["priority", "service", "learned", "shortest", "in-time", "attained", "fairness",
+                      "multifactor"] = "priority"
     """Who goes first within a queue. priority: higher priority, then earlier submission. service: among equal
     priorities, who is expected to take least GPU time, learned from like jobs that ended. multifactor: `factors`; with
     `fair: false`, over all queues together.
@@ -572,7 +573,8 @@ class PolicyConfig(SpecModel):
     before `preemption.min_runtime` (`preemption: null`: never). Quotas hold; queues take no turns, and nothing is
     reserved. learned: whoever promises most ends for its GPUs by what is learned of its like, by its `expected`, or by
     the progress that it reports, and much more than who stops for it. shortest: least GPU time left, by the same
-    (SRSF). attained: least GPU time had, in three levels (Tiresias). fairness: furthest behind when it would end on its
+    (SRSF). in-time: the same, but before it jobs whose `deadline` is near, and last those that cannot meet it.
+    attained: least GPU time had, in three levels (Tiresias). fairness: furthest behind when it would end on its
     share of the cluster (Themis)."""
     factors: FactorsConfig = FactorsConfig()
     """Weights of `ordering: multifactor`."""

@@ -120,18 +120,31 @@ def test_deadlines_go_first_when_it_is_now_or_never(due_s: int, first: str) -> N
     world = a_world()
     now = world.clock.now_ms()
     left = {"short": 50_000, "due": 100_000}
-    names: dict[JobId, str] = {}
-    for name in left:
-        names[world.submit(quiet(name=name))] = name
+    names = {
+        world.submit(quiet(name=name, deadline=f"{due_s}s" if name == "due" and due_s else 0)): name for name in left
+    }
     jobs = [world.job(job_id) for job_id in names]
-    due = {job_id: now + 1_000 * due_s if name == "due" and due_s else 0 for job_id, name in names.items()}
+    cluster = world.cluster
+    cluster.jobs.update({job.id: job for job in jobs})
 
     def told(job: Job) -> int:
         return left[names[job.id]]
 
-    turns = in_time(told, lambda job_id: due[job_id])(world.cluster, jobs, now)
+    turns = in_time(told)(cluster, jobs, now)
     assert names[turns[0].job.id] == first
     places = [Place(told(job), job.submitted_at_ms, job.id) for job in jobs]
-    lines = [Line(LineKey("default", 0, world.cluster.shape(jobs[0])), places)]
-    heads = in_time_heads(lambda job_id: due[job_id])(world.cluster, lines, 1, now)
+    lines = [Line(LineKey("default", 0, cluster.shape(jobs[0])), places)]
+    heads = in_time_heads(cluster, lines, 1, now)
     assert names[JobId(next(iter(heads)))] in (first, "due")
+
+
+def test_live_a_deadline_that_comes_near_goes_before_what_is_shorter() -> None:
+    """`ordering: in-time`, run times as expected by users; nothing happens at the moment when it becomes urgent."""
+    world = a_world(ordering="in-time")
+    short = world.submit(quiet(expected="10m"))
+    world.tick(4)
+    due = world.submit(quiet(expected="20m", deadline="45m"))
+    world.tick(100, step_ms=1_000)
+    assert phases(world, short, due) == [Phase.RUNNING, Phase.QUEUED]  # there is time
+    world.tick(300, step_ms=1_000)
+    assert phases(world, short, due) == [Phase.QUEUED, Phase.RUNNING]  # 20 of the 40 minutes left are its own

@@ -16,7 +16,7 @@ from jobsched.core.cluster import Cluster, Line, LineKey, Place
 from jobsched.core.job import Job, Phase
 from jobsched.core.policies.estimate import EDGES_MS, PROBE_MS, Estimates, gpus_milli, ran_ms
 from jobsched.core.policies.fairness import SCALE, dominant
-from jobsched.core.policies.preemption import Heads, Order, Turn
+from jobsched.core.policies.preemption import Order, Turn
 from jobsched.core.resources import WHOLE_GPU, JobId
 from jobsched.spec.queue import GPUS
 
@@ -127,7 +127,7 @@ def least_attained(thresholds_gpu_s: Sequence[int], whole_seconds: bool = True) 
     return order
 
 
-def in_time(told: Told, due_ms: Callable[[JobId], int]) -> Order:
+def in_time(told: Told) -> Order:
     """Deadlines where they can still be met, smallest remaining service otherwise. First come jobs whose slack is
     shorter than their own time to the end, which would miss if they waited much longer; last those that cannot make it
     any more. Earliest deadline first spends whole GPUs on jobs that are late already (Chronus, SoCC'21, refuses them
@@ -136,29 +136,40 @@ def in_time(told: Told, due_ms: Callable[[JobId], int]) -> Order:
     def order(cluster: Cluster, runnable: Sequence[Job], now_ms: int) -> list[Turn]:
         rows = []
         for job in runnable:
-            left = max(1, told(job))
-            ran = now_ms - job.attempt_started_at_ms if job.phase is not Phase.QUEUED else 0
-            level = _urgency(left, due_ms(job.id), now_ms, ran)
-            rows.append((level, left * max(1, gpus_milli(job)), job.submitted_at_ms, job.id, job))
+            left, due = max(1, told(job)), _due_ms(job)
+            waits = job.phase is Phase.QUEUED
+            level = _urgency(left, due, now_ms, 0 if waits else now_ms - job.attempt_started_at_ms)
+            turn = Turn(job, 0, due - 2 * left if waits and due and level == 1 else 0)
+            rows.append((level, left * max(1, gpus_milli(job)), job.submitted_at_ms, job.id, turn))
         rows.sort(key=itemgetter(0, 1, 2, 3))
-        return [Turn(row[4], 0) for row in rows]
+        return [row[4] for row in rows]
 
     return order
 
 
-def in_time_heads(due_ms: Callable[[JobId], int]) -> Heads:
-    """Whom of a line `in_time` needs to see, where `Policy.rank` is what is left: as many of each urgency as could run.
-    O(line)."""
+def in_time_heads(cluster: Cluster, lines: Sequence[Line], most: int, now_ms: int) -> Iterable[JobId]:
+    """Whom of such lines `in_time` needs to see, where `Policy.rank` is what is left, or the same for a whole line
+    (0): as many of each urgency as could run, and who is next to become urgent. O(jobs)."""
+    found: tuple[list[JobId], ...] = ([], [], [])
+    soon: tuple[int, JobId] | None = None
+    for line in lines:
+        alike = 0
+        for rank, _, job_id in line.places:
+            job = cluster.jobs[job_id]
+            left = rank or alike or max(1, cluster.estimates.left_ms(job, now_ms))
+            alike = alike or (0 if rank else left)
+            due = _due_ms(job)
+            level = _urgency(left, due, now_ms)
+            if len(found[level]) < most:
+                found[level].append(job_id)
+            if level == 1 and due and (soon is None or due - 2 * left < soon[0]):
+                soon = (due - 2 * left, job_id)
+    return dict.fromkeys([*(job_id for same in found for job_id in same), *([soon[1]] if soon else [])])
 
-    def heads(cluster: Cluster, lines: Sequence[Line], most: int, now_ms: int) -> Iterable[JobId]:
-        found: tuple[list[JobId], ...] = ([], [], [])
-        for left, _, job_id in [place for line in lines for place in line.places]:
-            same = found[_urgency(max(1, left), due_ms(job_id), now_ms)]
-            if len(same) < most:
-                same.append(job_id)
-        return [job_id for same in found for job_id in same]
 
-    return heads
+def _due_ms(job: Job) -> int:
+    """When the job should be over; 0: whenever."""
+    return job.submitted_at_ms + job.spec.deadline if job.spec.deadline else 0
 
 
 def _urgency(left: int, due: int, now_ms: int, ran: int = 0) -> int:

@@ -152,7 +152,12 @@ def _replan_part(
             decisions.append(ev.AttemptPlaced(now_ms, job.id, job.attempt + 1, gang.bindings, gang.coordinator_port))
     if how.remember:
         _remember(cluster, turns, running if not leaving else set(wanted), how.running_first)
-    return decisions, min((t.until_ms for t in turns if t.until_ms and t.job.id in running), default=0)
+    return decisions, min((t.until_ms for t in turns if t.until_ms and _counts(t, running)), default=0)
+
+
+def _counts(turn: Turn, running: set[JobId]) -> bool:
+    """Whether it matters when a turn changes: who is being stopped comes back as one that waits."""
+    return turn.job.id in running or turn.job.phase is Phase.QUEUED
 
 
 @dataclass(frozen=True, slots=True)
