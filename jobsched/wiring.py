@@ -33,6 +33,7 @@ from jobsched.core.policies.defragmentation import Defragmentation
 from jobsched.core.policies.elasticity import Elasticity
 from jobsched.core.policies.fairness import FairShare
 from jobsched.core.policies.health import Health
+from jobsched.core.policies.kinds import by_kind, learned_left, learned_speed
 from jobsched.core.policies.ordering import (
     Factors,
     estimated,
@@ -267,6 +268,8 @@ def _replan(config: PolicyConfig) -> Replan | None:
             return Replan(patient(urgent(estimated(lambda told: shortest(gpu_time(told)))), min_run_ms), heads=first)
         case "fairness":
             return Replan(patient(urgent(estimated(finish_time_fairness)), min_run_ms), heads=first)
+        case "kinds":
+            return Replan(by_kind(learned_left, learned_speed, min_run_ms))
         case "in-time":
             return Replan(patient(urgent(estimated(in_time)), min_run_ms), heads=in_time_heads)
         case "attained":

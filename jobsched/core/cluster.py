@@ -24,6 +24,7 @@ from jobsched.core.plan import Reservation
 from jobsched.core.policies.estimate import Estimates
 from jobsched.core.policies.fragmentation import Learned, Mix
 from jobsched.core.policies.goodput import SpeedModel
+from jobsched.core.policies.paces import Paces
 from jobsched.core.policies.parts import Crowd, Parts, PoolKey, pool_key
 from jobsched.core.policies.quota import Amounts, Quotas, amounts_of
 from jobsched.core.policies.ranking import Pool
@@ -200,6 +201,8 @@ class Cluster:
     """When the next budget window begins; 0: no queue has a budget."""
     estimates: Estimates = field(default_factory=Estimates)
     """How long jobs run, learned from those that ran."""
+    paces: Paces = field(default_factory=Paces)
+    """How fast jobs go on each kind of GPU, learned from what they report."""
     elastic: dict[JobId, None] = field(default_factory=dict)
     """Active jobs whose size `policies.elasticity` may decide."""
     speeds: dict[JobId, SpeedModel] = field(default_factory=dict)
@@ -385,6 +388,7 @@ class Cluster:
             self.asking.pop(job_id, None)
         if after.phase.terminal:
             self.estimates.ended(after)
+            self.paces.ended(job_id)
             self._stir(before, after)
             self._remember_end(after)
             for known in (self.jobs, self.growing, self._shape, self.elastic, self.speeds, self.targets):
@@ -477,8 +481,13 @@ class Cluster:
 
     def reported(self, job_id: JobId, step: int, total: int, at_ms: int) -> None:
         """A running job told how far it is of how much."""
-        if total > 0 and self.estimates.reported(self.jobs[job_id], step, total, at_ms):
+        job = self.jobs[job_id]
+        if total <= 0:
+            return
+        if self.estimates.reported(job, step, total, at_ms):
             self.stirred[self._crowd_of[job_id]] = None
+        if (kind := self.gpu_kind(job)) and not self.shape(job).elastic and (step_ms := self.estimates.step_ms(job)):
+            self.paces.note(job, kind, step_ms)
 
     def _stir(self, before: Job | None, after: Job) -> None:
         """Note where something may be decided anew."""
@@ -713,6 +722,12 @@ class Cluster:
             return space.gpu_class[binding.gpus[0].gpu][0]
         node = self.nodes.get(binding.node)
         return next((g.kind.lower() for g in node.gpus if g.id == binding.gpus[0].gpu), "") if node else ""
+
+    def gpu_kind(self, job: Job) -> str:
+        """The kind of GPU that a job has; "": none, or several."""
+        bound = [r.binding for r in job.replicas.values() if r.binding is not None and r.binding.gpus]
+        kinds = dict.fromkeys([self.kind_of(binding) for binding in bound])
+        return next(iter(kinds)) if len(kinds) == 1 else ""
 
     def widest(self, gpu_class: GpuClass) -> int:
         """The most GPUs of a class that one node has; 1 when there are none. Kept until a node changes."""

@@ -20,7 +20,7 @@ from jobsched.core.observation import Progress
 from jobsched.core.policies.backfill import Backfill
 from jobsched.core.policies.elasticity import Elasticity
 from jobsched.core.policies.estimate import REPORT_AFTER_MS, gpus_milli
-from jobsched.core.policies.kinds import Speed, by_kind
+from jobsched.core.policies.kinds import Speed, by_kind, learned_left, learned_speed
 from jobsched.core.policies.ordering import (
     expected_service,
     fifo,
@@ -433,8 +433,9 @@ POLICIES: dict[str, PolicyMaker] = {
     "guessed": _learned,
     "in-time": _in_time,
     "themis": _preempting(lambda sim: finish_time_fairness(sim.player.left_ms)),
-    "kinds": lambda sim: _by_kind(sim, sim.speed_on),
-    "blind": lambda sim: _by_kind(sim, lambda job, kind: 1.0),
+    "kinds": lambda sim: _by_kind(sim, lambda cluster, job, kind: sim.speed_on(job, kind)),
+    "blind": lambda sim: _by_kind(sim, lambda cluster, job, kind: 1.0),
+    "kinds-learned": lambda sim: _policy(sim, replan=Replan(by_kind(learned_left, learned_speed, MIN_RUN_MS))),
     "service": lambda sim: _policy(sim, ordering=fifo, rank=expected_service),
     "easy": lambda sim: _policy(sim, ordering=fifo, backfill=Backfill(1)),
     "conservative": lambda sim: _policy(sim, ordering=fifo, backfill=Backfill(64)),

@@ -563,8 +563,8 @@ class PolicyConfig(SpecModel):
     health: HealthConfig | None = HealthConfig()
     """Probation of nodes; `null` turns it off."""
 
-    ordering: Literal["priority", "service", "learned", "shortest", "in-time", "attained", "fairness",
-                      "multifactor"] = "priority"
+    ordering: Literal["priority", "service", "learned", "shortest", "kinds", "in-time", "attained",
+                      "fairness", "multifactor"] = "priority"
     """Who goes first within a queue. priority: higher priority, then earlier submission. service: among equal
     priorities, who is expected to take least GPU time, learned from like jobs that ended. multifactor: `factors`; with
     `fair: false`, over all queues together.
@@ -573,9 +573,10 @@ class PolicyConfig(SpecModel):
     before `preemption.min_runtime` (`preemption: null`: never). Quotas hold; queues take no turns, and nothing is
     reserved. learned: whoever promises most ends for its GPUs by what is learned of its like, by its `expected`, or by
     the progress that it reports, and much more than who stops for it. shortest: least GPU time left, by the same
-    (SRSF). in-time: the same, but before it jobs whose `deadline` is near, and last those that cannot meet it.
-    attained: least GPU time had, in three levels (Tiresias). fairness: furthest behind when it would end on its
-    share of the cluster (Themis)."""
+    (SRSF). kinds: as learned, each job on the kind of GPU where it does most good, moved there if need be; what each
+    kind is worth to it is learned from the steps that it and its like report. in-time: as shortest, but first jobs
+    whose `deadline` is near, and last those that cannot meet it. attained: least GPU time had, in three levels
+    (Tiresias). fairness: furthest behind when it would end on its share of the cluster (Themis)."""
     factors: FactorsConfig = FactorsConfig()
     """Weights of `ordering: multifactor`."""
     fair: Annotated[bool, Field(strict=True)] = True

@@ -15,6 +15,8 @@ from jobsched.core.resources import WHOLE_GPU, JobId
 from jobsched.sim.run import POLICIES, Result, Simulation
 from jobsched.sim.throughput import Seats, Steady
 from jobsched.sim.workload import Arrival, Workload, gang_spec, make_nodes
+from jobsched.spec.server import PolicyConfig
+from jobsched.wiring import _policy
 
 HOUR_MS = 3_600_000
 
@@ -107,18 +109,39 @@ def test_a_job_that_gains_little_moves_away_for_one_that_gains_much_and_both_end
     assert informed.accounts.jobs[JobId("001")].jct_ms == pytest.approx(4 * HOUR_MS, rel=0.01)
 
 
-def test_who_knows_the_kinds_is_much_better_than_who_does_not() -> None:
-    """Must-show row 6 in small: job types of three sorts, as Gavel's are, on as many GPUs of three kinds."""
+def a_mix(jobs: int, every_s: float) -> tuple[Arrival, ...]:
+    """Job types of three sorts, as Gavel's are, that report their steps."""
     random = Random(3)
     sorts = ((1.0, 0.75, 0.15), (1.0, 0.8, 0.5), (0.6, 1.0, 0.5))
     arrivals, at_s = [], 0.0
-    for number in range(150):
-        at_s += random.expovariate(1 / 2_000)
-        a, b, c = random.choice(sorts)
-        hours = min(20.0, random.lognormvariate(0.3, 1.2))
-        arrivals.append(a_job(number, at_s, hours, random.choice((1, 1, 1, 2, 4)), a=a, b=b, c=c))
+    for number in range(jobs):
+        at_s += random.expovariate(1 / every_s)
+        sort = random.randrange(3)
+        hours, gpus = min(20.0, random.lognormvariate(0.3, 1.2)), random.choice((1, 1, 1, 2, 4))
+        arrival = a_job(number, at_s, hours, gpus, **dict(zip("abc", sorts[sort], strict=True)))
+        spec = gang_spec(gpus, 4, kinds="a|b|c", single=True, program=f"sort{sort}")
+        work = replace(arrival.work, steps=max(1, round(hours * 3_600)))  # type: ignore[type-var]
+        arrivals.append(replace(arrival, spec=spec, work=work))
+    return tuple(arrivals)
+
+
+def test_who_knows_the_kinds_is_much_better_than_who_does_not() -> None:
+    """Must-show row 6 in small, on as many GPUs of three kinds."""
+    arrivals = a_mix(150, 2_000)
     informed, blind = (run(policy, *arrivals, nodes="1x4:a+1x4:b+1x4:c") for policy in ("kinds", "blind"))
     assert blind.summary.avg_jct_s > 1.5 * informed.summary.avg_jct_s
+
+
+def test_who_learns_the_kinds_from_reported_steps_is_better_than_who_looks_at_run_times_alone() -> None:
+    """The policy of a server, `ordering: kinds`, which is told nothing; the other at least prefers what is fastest for
+    most, as the specs say."""
+    workload = Workload("test", a_mix(150, 2_000), make_nodes("1x4:a+1x4:b+1x4:c"))
+
+    def average_jct_s(ordering: str) -> float:
+        policy = _policy(PolicyConfig.model_validate({"ordering": ordering}), ())
+        return Simulation(workload, lambda sim: policy).run().summary.avg_jct_s
+
+    assert average_jct_s("learned") > 1.1 * average_jct_s("kinds")
 
 
 def test_a_gang_gathers_on_one_node_once_there_is_room() -> None:

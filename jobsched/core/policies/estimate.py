@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from heapq import nlargest
 from itertools import accumulate, pairwise, takewhile
@@ -349,6 +349,11 @@ class Estimates:
         return not before and report.pace() > 0
 
     # ---- answers ----
+
+    def step_ms(self, job: Job) -> float:
+        """Milliseconds a step in the present attempt, as reported; 0: not known yet."""
+        report = self._reports.get(job.id)
+        return replace(report, earlier_pace=0.0).pace() if report and report.attempt == job.attempt else 0.0
 
     def outlook(self, job: Job) -> tuple[int, ...]:
         """Equal for waiting jobs of which the same is expected; `Policy.rank` orders those that told something of

@@ -17,12 +17,14 @@ from typing import NamedTuple
 
 from jobsched.core.cluster import Cluster
 from jobsched.core.job import Job, Phase, Shape
+from jobsched.core.policies.estimate import gpus_milli, ran_ms
+from jobsched.core.policies.ordering import cost_of
 from jobsched.core.policies.parts import pool_key
 from jobsched.core.policies.preemption import Order, Turn
 from jobsched.core.resources import WHOLE_GPU
 
-Speed = Callable[[Job, str], float]
-"""(job, GPU kind) -> how fast it goes there, relative to other kinds; 0: not at all."""
+Speed = Callable[[Cluster, Job, str], float]
+"""(cluster, job, GPU kind) -> how fast it goes there, relative to other kinds; 0: not at all."""
 Left = Callable[[Cluster, Job, int], tuple[float, int]]
 """(cluster, job, now) -> (time to its end at speed 1, or what stands for it, in ms; when that changes by itself)."""
 
@@ -132,7 +134,7 @@ def by_kind(left: Left, speed: Speed, min_run_ms: int | None = 0) -> Order:
         for job in runnable:
             key = (-job.priority, job.submitted_at_ms, str(job.id))
             work_ms, until_ms = left(cluster, job, now_ms)
-            shape, here = cluster.shape(job), held_kind(cluster, job)
+            shape, here = cluster.shape(job), cluster.gpu_kind(job)
             if id(shape) not in kinds:
                 kinds[id(shape)] = _kinds(cluster, shape)
             gpu_milli = sum([role.prefer * role.gpu_milli for role in shape.roles])
@@ -141,7 +143,7 @@ def by_kind(left: Left, speed: Speed, min_run_ms: int | None = 0) -> Order:
             times = {
                 kind: work_ms / pace
                 for kind in kinds[id(shape)]
-                if gpu_milli <= capacity.get(kind, 0) and (pace := speed(job, kind)) > 0.0
+                if gpu_milli <= capacity.get(kind, 0) and (pace := speed(cluster, job, kind)) > 0.0
             }
             if stays and min_run_ms is not None:
                 until_ms = min(until_ms or NEVER_MS, until_stopped_ms)
@@ -165,10 +167,22 @@ def by_kind(left: Left, speed: Speed, min_run_ms: int | None = 0) -> Order:
     return order
 
 
-def held_kind(cluster: Cluster, job: Job) -> str:
-    """The kind of GPU that a job has; "": none, or several."""
-    kinds = dict.fromkeys([cluster.kind_of(r.binding) for r in job.replicas.values() if r.binding and r.binding.gpus])
-    return next(iter(kinds)) if len(kinds) == 1 else ""
+def learned_left(cluster: Cluster, job: Job, now_ms: int) -> tuple[float, int]:
+    """What stands for a job's time to its end where nobody tells it: the Gittins index of `ordering.learned`, or what
+    it reports, at its speed on the average kind."""
+    estimates, ran = cluster.estimates, ran_ms(job, now_ms)
+    if job.phase is not Phase.QUEUED:
+        estimates.ran(job, ran)
+    cost, until_ran = cost_of(estimates, job, ran, now_ms)
+    left = cost / max(1, gpus_milli(job))
+    if estimates.reported_left_ms(job, now_ms) is not None and (kind := cluster.paces.last(job.id)):
+        left *= cluster.paces.speed(job, kind)
+    return left, now_ms + max(1, until_ran - ran) if until_ran and job.phase is not Phase.QUEUED else 0
+
+
+def learned_speed(cluster: Cluster, job: Job, kind: str) -> float:
+    """By what jobs report (`Paces`)."""
+    return cluster.paces.speed(job, kind)
 
 
 def _capacity(cluster: Cluster, runnable: Sequence[Job]) -> dict[str, int]:

@@ -220,7 +220,7 @@ def learned(cluster: Cluster, runnable: Sequence[Job], now_ms: int) -> list[Turn
     rows: list[tuple[int, float, bool, int, str, Turn]] = []
     for job in runnable:
         running, until_ms, ran = job.phase is not Phase.QUEUED, 0, ran_ms(job, now_ms)
-        cost, until_ran = _cost(estimates, job, ran, now_ms)
+        cost, until_ran = cost_of(estimates, job, ran, now_ms)
         if running:
             cost /= FIRM if until_ran else FIRM_TOLD
             until_ms = now_ms + max(1, until_ran - ran) if until_ran else 0
@@ -236,7 +236,7 @@ def learned_heads(cluster: Cluster, lines: Sequence[Line], most: int, now_ms: in
     for line in lines:
         if line.key.outlook:
             job = cluster.jobs[line.places[0].job_id]
-            rows.append((_cost(estimates, job, job.ran_ms, now_ms)[0], *line.places[0], line))
+            rows.append((cost_of(estimates, job, job.ran_ms, now_ms)[0], *line.places[0], line))
         else:
             yield from [place.job_id for place in line.places[:most]]
     rows.sort(key=itemgetter(0, 1, 2, 3))
@@ -248,7 +248,7 @@ def learned_heads(cluster: Cluster, lines: Sequence[Line], most: int, now_ms: in
             break
 
 
-def _cost(estimates: Estimates, job: Job, ran: int, now_ms: int) -> tuple[float, int]:
+def cost_of(estimates: Estimates, job: Job, ran: int, now_ms: int) -> tuple[float, int]:
     """GPUs (in thousandths) over ends per millisecond that the job promises, and the run time at which that changes (0:
     never). A job of a kind that reports its progress is as good as one that ends when that is known."""
     gpus = max(1, gpus_milli(job))
