@@ -12,15 +12,15 @@ import re
 import secrets
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal
 
-from pydantic import TypeAdapter
 from ulid import ULIDGenerator
 
+from jobsched.checkup import Checkup
 from jobsched.core import events as ev
-from jobsched.core import explain, invariants
+from jobsched.core import explain
 from jobsched.core.alternatives import later, sooner
 from jobsched.core.answers import (
     Check,
@@ -36,7 +36,6 @@ from jobsched.core.answers import (
     QueueAnswer,
     UsageAnswer,
     Verdict,
-    Verification,
     WhyAnswer,
 )
 from jobsched.core.cluster import Cluster, cordon_of
@@ -45,19 +44,19 @@ from jobsched.core.events import Stored
 from jobsched.core.forecast import expected, picture_for, sooner_with
 from jobsched.core.job import Job, Phase, Reason, Replica, ReplicaState
 from jobsched.core.launch import LaunchKey, launch_key, parse_key
-from jobsched.core.lifecycle import Illegal, evolve_job
+from jobsched.core.lifecycle import evolve_job
 from jobsched.core.node import Cordon
-from jobsched.core.observation import Incident, Sight
+from jobsched.core.observation import Incident
 from jobsched.core.policies.quota import HOUR_MS
 from jobsched.core.rehearsal import PROBE, Picture, picture_of, plan
 from jobsched.core.resources import JobId, NodeName, Resources
-from jobsched.core.schedule import Policy
 from jobsched.core.shares import queue_answers
 from jobsched.core.story import story
 from jobsched.core.suspicion import BY
 from jobsched.errors import Conflict, JobschedError, NotFound, Problem, SpecError, Unplaceable, Unreachable, UsageError
+from jobsched.live import LiveView
 from jobsched.load import load_job_dict
-from jobsched.logs import Listener, LogReader, Selection
+from jobsched.logs import LogReader, Selection
 from jobsched.ports import OWN_METRICS, Backend, Chronicle, Clock, JobQuery, Reach, Sample, Session, Store, Window
 from jobsched.spec.job import ArraySpec, JobSpec, training_roles
 from jobsched.spec.queue import QueueSpec, distinct_queues
@@ -93,44 +92,6 @@ class Where:
     owner: str = ""
 
 
-class Health(Protocol):
-    """How the controller's loop does."""
-
-    ticks: int
-    last_tick_ms: float
-    store_error: str
-    backend_error: str
-    rejected: int
-
-
-class LiveView(Protocol):
-    """What the service needs of the controller."""
-
-    @property
-    def health(self) -> Health: ...
-
-    @property
-    def leading(self) -> bool: ...
-
-    @property
-    def policy(self) -> Policy: ...
-
-    def view(self) -> AbstractContextManager[tuple[Cluster, Sight]]:
-        """The live cluster and what was last seen, held still while the context is open: be quick."""
-        ...
-
-    def wake(self) -> None:
-        """There is news in the store."""
-        ...
-
-    def progress(self, job_id: JobId) -> JobProgress | None: ...
-
-    def subscribe(self, listener: Listener) -> Callable[[], None]:
-        """Call with every batch of events once it is folded, and the jobs whose progress changed; the result
-        unsubscribes. Listeners run on the controller's thread and must not block."""
-        ...
-
-
 class Service:
     """One per server. Thread-safe."""
 
@@ -138,18 +99,16 @@ class Service:
         self, store: Store, live: LiveView, backend: Backend, clock: Clock,
         checks: Callable[[], Iterable[Check]] = tuple, priority_classes: Mapping[str, int] | None = None,
     ) -> None:  # fmt: skip
-        """`checks` adds what only the composition root knows (home directory, versions) to `doctor`;
-        `priority_classes`: names that may stand for a priority."""
+        """`checks`: as `Checkup`; `priority_classes`: names that may stand for a priority."""
         self.live = live
         self._store = store
         self._backend = backend
         self._clock = clock
-        self._checks = checks
+        self.checkup = Checkup(store, live, backend, clock, checks)
         self._priority_classes = dict(priority_classes or {})
         self._logs = LogReader(store, backend, live.subscribe)
         self._new_id = ULIDGenerator(clock=clock.now_ms)
         self._naming = threading.Lock()
-        self._verifying = threading.Lock()
 
     # ---- submitting ----
 
@@ -761,101 +720,6 @@ class Service:
     def count_by_phase(self) -> Mapping[str, int]:
         return self._store.count("phase")
 
-    # ---- looking inside ----
-
-    def doctor(self) -> tuple[Check, ...]:
-        """What works and what does not, with what would help."""
-        can = self._backend.capabilities
-        with self.live.view() as (cluster, _):
-            nodes = [n for name, n in cluster.nodes.items() if name not in cluster.lost]
-            lost, queues = sorted(cluster.lost), len(cluster.queues)
-        gpus = sum(len(n.gpus) for n in nodes)
-        sick = [f"{n.name}/{g.id}" for n in nodes for g in n.gpus if not g.healthy]
-        health = self.live.health
-        try:
-            store = Check("store", not health.store_error, health.store_error or f"{self._store.last_seq()} events")
-        except JobschedError as exc:
-            store = Check("store", False, exc.message, exc.hint)
-        return (
-            store,
-            Check("controller", health.ticks > 0, f"{health.ticks} ticks, the last took {health.last_tick_ms:.0f} ms"),
-            Check("leader", self.live.leading, "this server leads" if self.live.leading else "another server leads"),
-            Check("backend", not health.backend_error, health.backend_error
-                  or f"{can.name}; peers by {can.addressing}; warm start: {_yes(can.warm_start)}"),
-            Check("limits", can.limits != "none", f"CPU and memory limits by {can.limits}",
-                  "" if can.limits != "none" else "replicas can take more CPU and memory than they asked for"),
-            Check("stacks", can.stacks, f"stacks of hung replicas: {_yes(can.stacks)}",
-                  "" if can.stacks else "pip install 'jobsched[stacks]'"),
-            Check("nodes", bool(nodes) and not lost,
-                  f"{len(nodes)} ready" + (f", lost: {', '.join(lost)}" if lost else ""),
-                  "" if nodes else "no node has been seen; is the backend configured?"),
-            Check("gpus", not sick, f"{gpus} GPUs" + (f", unhealthy: {', '.join(sick)}" if sick else "")),
-            Check("queues", queues > 0, f"{queues} defined"),
-            *self._checks(),
-        )  # fmt: skip
-
-    def snapshot(self) -> dict[str, object]:
-        """The live cluster and what was last seen, as plain JSON values, for bug reports and replay. O(jobs)."""
-        with self.live.view() as (cluster, sight):
-            jobs, nodes = list(cluster.jobs.values()), list(cluster.nodes.values())
-            lines = [
-                {"key": line.key, "jobs": [place.job_id for place in line.places]} for line in cluster.lines.values()
-            ]
-            whole: dict[str, object] = {
-                "seq": cluster.seq, "now_ms": self._clock.now_ms(), "leading": self.live.leading, "jobs": jobs,
-                "nodes": nodes, "lost": sorted(cluster.lost), "cordoned": dict(cluster.cordoned),
-                "queues": list(cluster.queues.values()),
-                "held": {name: dict(a.held) for name, a in cluster.quotas.accounts.items()},
-                "lines": lines, "replicas": list(sight.replicas.values()),
-            }  # fmt: skip
-        plain: dict[str, object] = TypeAdapter(dict[str, object]).dump_python(whole, mode="json")
-        return plain
-
-    def verify(self) -> Verification:
-        """Replay the whole log and compare: sequence without gaps, every event legal, projections equal to the fold,
-        and the live cluster sound. O(events); ended jobs are compared as they end and then forgotten. One at a time."""
-        with self._verifying:
-            return self._verify()
-
-    def _verify(self) -> Verification:
-        problems: list[str] = []
-        live: dict[JobId, Job] = {}
-        seq, ended = 0, 0
-        while page := self._store.read(seq, 5_000):
-            for item in page:
-                if item.seq != seq + 1:
-                    problems.append(f"event {seq} is followed by event {item.seq}")
-                seq = item.seq
-                job_id = ev.job_id_of(item.event)
-                if job_id is None:
-                    continue
-                try:
-                    job = evolve_job(live.get(job_id), item.event)  # type: ignore[arg-type]
-                except Illegal as exc:
-                    problems.append(f"event {seq}: {exc}")
-                    continue
-                live[job_id] = job
-                if job.phase.terminal:
-                    ended += 1
-                    problems += self._compare(live.pop(job_id), seq)
-        for job in live.values():
-            problems += self._compare(job, seq)
-        with self.live.view() as (cluster, _):
-            problems += invariants.check(cluster)
-        return Verification(not problems, seq, ended + len(live), tuple(problems[:100]))
-
-    def _compare(self, job: Job, seq: int) -> Iterable[str]:
-        """Differences between a folded job and its projection, which may have moved on since the log was read."""
-        projected = self._store.job(job.id)
-        if projected is not None and projected.version > job.version:
-            for item in self._store.history(job.id, after=seq):
-                if job.version < projected.version:
-                    job = evolve_job(job, item.event)  # type: ignore[arg-type]
-        if projected is None:
-            return (f"job {job.id} is in the log but has no projection",)
-        different = [name for name in Job.__dataclass_fields__ if getattr(job, name) != getattr(projected, name)]
-        return (f"job {job.id}: projection differs from the log in {', '.join(different)}",) if different else ()
-
 
 def made_up_name() -> str:
     """`adjective-noun-4hex`."""
@@ -979,7 +843,3 @@ def _suggest(wrong: str, known: Iterable[str], kind: str) -> str:
     if close:
         return f"did you mean {' or '.join(close)}?"
     return f"{kind}: {', '.join(names[:20]) or 'none'}" if kind else "'jobsched jobs -a' lists every job"
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"

@@ -84,17 +84,17 @@ def cluster_routes(service: Service, version: str, shutdown: Callable[[], None])
     @router.get("/v1/doctor")
     def doctor() -> Response:
         """What works, what does not, and what would help."""
-        return reply(tuple[Check, ...], service.doctor())
+        return reply(tuple[Check, ...], service.checkup.doctor())
 
     @router.get("/v1/debug/snapshot")
     def snapshot() -> dict[str, Any]:
         """The live cluster as JSON."""
-        return service.snapshot()
+        return service.checkup.snapshot()
 
     @router.get("/v1/debug/verify")
     async def verify() -> Response:
         """Replay the log and compare it with the projections. Reads everything: minutes for a million events."""
-        work = asyncio.ensure_future(run_in_threadpool(service.verify))
+        work = asyncio.ensure_future(run_in_threadpool(service.checkup.verify))
 
         async def body() -> AsyncIterator[bytes]:
             while not (await asyncio.wait({work}, timeout=SPACE_S))[0]:

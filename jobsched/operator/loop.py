@@ -26,10 +26,11 @@ from jobsched.core.job import Phase
 from jobsched.core.resources import JobId
 from jobsched.core.story import sentence
 from jobsched.errors import Conflict, JobschedError, NotFound, Unplaceable, Unreachable
+from jobsched.live import LiveView
 from jobsched.operator import objects
 from jobsched.operator.objects import FINALIZER, UID, Json, Refusal
 from jobsched.ports import Clock, JobQuery
-from jobsched.service import MAX_ARRAY, LiveView, Service
+from jobsched.service import MAX_ARRAY, Service
 from jobsched.spec.crd import GROUP, JOBS, QUEUES, VERSION
 
 log = structlog.get_logger("jobsched.operator")

@@ -129,9 +129,9 @@ def test_looking_inside(api: Api) -> None:
 
 
 def test_a_long_verification_keeps_the_client_waiting(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    verify = api.stage.service.verify
+    verify = api.stage.service.checkup.verify
     monkeypatch.setattr(routes_cluster, "SPACE_S", 0.01)
-    monkeypatch.setattr(api.stage.service, "verify", lambda: (time.sleep(0.1), verify())[1])
+    monkeypatch.setattr(api.stage.service.checkup, "verify", lambda: (time.sleep(0.1), verify())[1])
     response = api.http.get("/v1/debug/verify")
     assert response.content.startswith(b"   ")
     assert response.json()["ok"]
