@@ -6,9 +6,10 @@
         sums = trainer.step(loss, seen=one_hot(batch.indices))
         trainer.state["seen"] += sums["seen"]
 
-One step is one all-reduce: gradients weighted by samples, the caller's sums, and three flags, in one flat buffer. If it
-fails because a peer died, nothing was applied: `step` returns zeros, the survivors meet again (`rendezvous`), take the
-most advanced member's state, and the same batch is dealt anew among them. Replicas that come back are let in at the
+One step is one all-reduce: gradients weighted by samples, the caller's sums, two flags, and what tells the noise of the
+gradients (`noise`, which is reported), in one flat buffer. If it fails because a peer died, nothing was applied: `step`
+returns zeros, the survivors meet again (`rendezvous`), take the most advanced member's state, and the same batch is
+dealt anew among them. Replicas that come back are let in at the
 next step boundary. Everything that decides which sample comes next is part of the replicated state, so no sample is
 lost or used twice. Where the role is not restarted in place, the world is the fixed one of `RANK` and `WORLD_SIZE`.
 """
@@ -34,6 +35,7 @@ from jobsched.contract import ReplicaEnv
 from jobsched.train.checkpoint import Checkpointer
 from jobsched.train.context import context
 from jobsched.train.data import Indices, Plan
+from jobsched.train.noise import Noise
 from jobsched.train.rendezvous import Health, Identity, Rendezvous, Round, all_loopback
 
 SETUP_S = 10.0
@@ -113,6 +115,7 @@ class Elastic:
         self.state = state or {}
         self.position = 0
         self.rank, self.world = 0, 1
+        self.noise = Noise()
         self.world_sizes: list[tuple[int, int]] = []
         self._timeout_s = timeout_s
         self._checkpoint_every_s = checkpoint_every_s or context.checkpoint_every_s(otherwise=10.0)
@@ -176,9 +179,14 @@ class Elastic:
         where = self._parameters[0].device
         pieces = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._parameters]
         flat = torch.cat([t.reshape(-1).to(where, torch.float32)
-                          for t in (*pieces, *extra.values(), torch.tensor(flags))])
+                          for t in (*pieces, *extra.values(), torch.tensor([*flags, 0.0]))])
+        size = sum(piece.numel() for piece in pieces)
+        if share:  # the loss was scaled, and the gradient with it
+            flat[-1] = flat[:size].dot(flat[:size]) / share
         if not self._reduced(flat):
             return {name: torch.zeros_like(value) for name, value in extra.items()}
+        if batch.count == self.plan.batch:  # before the optimizer may touch the gradients
+            self.noise.note(flat[:size].dot(flat[:size]), flat[-1].clone(), min(self.world, batch.count))
         at = 0
         for parameter in self._parameters:
             parameter.grad = flat[at:at + parameter.numel()].view_as(parameter).to(parameter.dtype)
@@ -189,7 +197,9 @@ class Elastic:
         for name, value in extra.items():
             reduced[name] = flat[at:at + value.numel()].view_as(value).to(value.device, value.dtype)
             at += value.numel()
-        context.report(step=self.position, total=self.plan.total, loss=reduced["loss"])
+        context.report(step=self.position, total=self.plan.total, loss=reduced["loss"], batch=self.plan.batch)
+        if noise := self.noise.metrics():
+            context.report(grad_sqr=noise["grad_sqr"], grad_var=noise["grad_var"])
         self._regroup = bool(flat[at] > 0)
         if flat[at + 1] > 0:
             self._saved_at_s = float("-inf")

@@ -1,10 +1,11 @@
 """Elastic jobs against Pollux and Tiresias, on Pollux's own workloads and profiles: must-show row 5 of the brain.
 
 `python -m tests.benchmarks.elastic [WORKLOAD …]` prints one JSON line a figure: without names of workload 6, with
-BENCH=full of the published ones (1, 2, 3, 4, 6) and their mean. Peers are the published averages. Our policy gets what
-Pollux's scheduler gets, or less: measurements that each running job reports about itself once a minute (time of a pass,
-synchronisation, batch, gradient noise), never what is left of it, nor what other jobs have shown. Rules of the paper's
-simulator: 16 nodes of 4 GPUs, sizes reconsidered every 60 s, 30 s without progress at every start and change of size.
+BENCH=full of the published ones (1, 2, 3, 4, 6) and their mean; `0.5_1` is workload 1 at half the load. Peers are the
+published averages. Our policy gets what Pollux's scheduler gets, or less: measurements that each running job reports
+about itself once a minute (time of a pass, synchronisation, batch, gradient noise), never what is left of it, nor what
+other jobs have shown. Rules of the paper's simulator: 16 nodes of 4 GPUs, sizes reconsidered every 60 s, 30 s without
+progress at every start and change of size.
 """
 
 from __future__ import annotations
@@ -53,8 +54,12 @@ class Stopwatch:
         return found[min(len(found) - 1, int(share * len(found)))]
 
 
+def load_of(number: str) -> str:
+    return number.rpartition("_")[0] or LOAD
+
+
 def run(number: str, watch: Stopwatch) -> Result:
-    workload = traces.pollux(f"workload-{LOAD}_{number}", elastic=True)
+    workload = traces.pollux(f"workload-{load_of(number)}_{number.rpartition('_')[2]}", elastic=True)
     untimed, loop.schedule = loop.schedule, watch  # type: ignore[assignment]
     try:
         return Simulation(workload, POLICIES["elastic"], "elastic").run()
@@ -69,12 +74,14 @@ def main() -> None:
     except NotFound as missing:
         print(json.dumps({"name": "elastic-pollux", "skipped": missing.message}), flush=True)
         return
-    peers = {name: published[f"{name}-{LOAD}"]["avg_jct_s"] for name in ("pollux", "tiresias")}
     numbers = tuple(sys.argv[1:]) or (PUBLISHED if os.environ.get("BENCH") == "full" else PUBLISHED[-1:])
     watch, rows = Stopwatch(), []
     for number in numbers:
         result = run(number, watch)
-        row = (result.summary.avg_jct_s, *(peers[name][f"workload-{number}"] for name in ("pollux", "tiresias")))
+        row = (result.summary.avg_jct_s, *(
+            published[f"{name}-{load_of(number)}"]["avg_jct_s"][f"workload-{number.rpartition('_')[2]}"]
+            for name in ("pollux", "tiresias")
+        ))
         rows.append(row)
         say(f"elastic-pollux-{number}", *row)
         line(f"elastic-pollux-{number}-rescales", result.summary.rescales, "changes of size", "", 0.0)

@@ -42,6 +42,8 @@ FIGURES = {
     **{f"philly-{how}": Figure("philly", "philly_2017-10", how, QSSF_S) for how in ("guessed", "learned")},
     **{f"gavel-kinds-{vc}": Figure("gavel", f"msr_seed0_{vc}", "kinds", peer="blind")
        for vc in ("0e4a51", "2869ce", "103959", "e13805")},
+    **{f"gavel-kinds-{name}": Figure("gavel", f"physical_{name}", "kinds", peer="blind")
+       for name in ("max_min_fairness", "minimize_makespan")},
     "chronus-in-time": Figure("chronus", "trace_job_Philly_MIX1", "in-time", peer="edf"),
 }  # fmt: skip
 
