@@ -252,6 +252,11 @@ class SimBackend:
         """What is there."""
         return dict(self._nodes)
 
+    @property
+    def launched(self) -> int:
+        """How many replicas were ever started."""
+        return len(self._ever)
+
     def alive(self) -> dict[LaunchKey, Launch]:
         """What runs or is about to, by key."""
         now = self._clock.now_ms()

@@ -184,6 +184,8 @@ class Chaos:
         self._store_down_until = 0
         self._paused = False
         self._checked = 0
+        self._launched = 0
+        """How many replicas the engine had started at the last check of its GPUs."""
         self._jobs: dict[JobId, Any] = {}
         self.servers: list[_Server] = []
         for name in ("first", "second") if "leaders" in faults else ("first",):
@@ -326,6 +328,9 @@ class Chaos:
                     part = self._touched(fresh)
                     for problem in invariants.check(cluster) if thorough else invariants.check_part(cluster, *part):
                         self._broken(problem)
+        if self.sim.engine.launched == self._launched:
+            return  # nothing can have come to run beside anything
+        self._launched = self.sim.engine.launched
         held: dict[tuple[NodeName, GpuId], tuple[int, LaunchKey]] = {}
         for key, launch in self.sim.engine.alive().items():
             for share in launch.gpus:

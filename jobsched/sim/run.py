@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from jobsched.controller.loop import Controller
 from jobsched.core import events as ev
 from jobsched.core.accounting import Accounts, Summary
-from jobsched.core.job import FailureClass, Job, Phase
+from jobsched.core.job import FailureClass, Job
 from jobsched.core.launch import Launch, LaunchKey
 from jobsched.core.observation import Progress
 from jobsched.core.policies.backfill import Backfill
@@ -348,8 +348,8 @@ class Simulation:
         )
 
     def ended(self) -> int:
-        count = self.store.count("phase")
-        return sum(count.get(phase, 0) for phase in (Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED))
+        """How many jobs are over."""
+        return self.store.ended()
 
 
 def _ranked(rank: Callable[[Simulation], Told]) -> PolicyMaker:

@@ -111,6 +111,10 @@ class MemoryStore:
                 return dict(Counter(job.phase for job in self._live.values()) + self._ended)
             return dict(Counter(job.spec.queue for job in self._live.values()))
 
+    def ended(self) -> int:
+        """How many jobs are over."""
+        return self._ended.total()
+
     def usage(self, since_ms: int, now_ms: int) -> Sequence[Usage]:
         found: dict[tuple[str, str], Usage] = {}
         with self._lock:
