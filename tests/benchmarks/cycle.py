@@ -139,13 +139,13 @@ class Bench:
             job = self.cluster.jobs[drawn(self.running, self.random)]
             found.append(ev.AttemptStopping(self.now_ms, job.id, job.attempt, COMPLETED))
             found.append(ev.AttemptEnded(self.now_ms, job.id, job.attempt, Phase.SUCCEEDED))
-        cancelled = 0
-        while cancelled < self.target // 100:
+        cancelled: dict[JobId, None] = {}
+        while len(cancelled) < self.target // 100:
             waiter = self.cluster.jobs.get(drawn(self.waiting, self.random))
-            if waiter is not None and waiter.phase is Phase.QUEUED:
+            if waiter is not None and waiter.phase is Phase.QUEUED and waiter.id not in cancelled:
                 found.append(ev.JobEnded(self.now_ms, waiter.id, Phase.CANCELLED, CANCELLED))
-                cancelled += 1
-        return found + self.arrivals(self.target + cancelled - self.cluster.waiting_count())
+                cancelled[waiter.id] = None
+        return found + self.arrivals(self.target + len(cancelled) - self.cluster.waiting_count())
 
     def measure(self) -> Figures:
         prepare()
