@@ -380,7 +380,7 @@ class Controller:
         if everyone:
             with self._lock:
                 self._arm(state, everyone, now)
-        if len(plan.decisions) >= self._policy.batch:
+        if plan.more:
             self._wake.set()
         if now - self._noted[0] >= self._recall_every_ms or cluster.seq - self._noted[1] >= RECALL_EVENTS:
             self._keep_recall(cluster, fence, now)

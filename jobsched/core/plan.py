@@ -15,6 +15,8 @@ class Plan:
     decisions: tuple[Decision, ...] = ()
     examined: int = 0
     """How many jobs the pass looked at; what a pass costs."""
+    more: bool = False
+    """It broke off: the next has more to decide at once."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,8 @@ from jobsched.core.resources import JobId
 from jobsched.spec.job import RestartScope, restart_policy
 
 NOTHING_TO_DO = Plan()
+EVICTIONS = 100
+"""Most victims found in one pass, give or take those of one gang: each search costs what those before it found."""
 BEHIND = 50
 """Jobs looked at in a pass behind those that only a reservation keeps from starting."""
 VAIN = 2
@@ -110,6 +112,11 @@ class Pass:
 
     def __post_init__(self) -> None:
         self.guard = Guard(self.cluster)
+
+    @property
+    def full(self) -> bool:
+        """Whether the rest is left to the next pass."""
+        return len(self.decisions) >= self.policy.batch or len(self.evicted) >= EVICTIONS
 
     def ends(self) -> list[tuple[int, JobId]]:
         """When those that run are likely to end; reckoned when first asked for."""
@@ -192,7 +199,7 @@ def schedule(cluster: Cluster, now_ms: int, policy: Policy) -> Plan:
         with cluster.trial():
             run = Pass(cluster, now_ms, policy, examined=len(hungry))
             _steps(run, hungry, lines)
-        plan = Plan(tuple(run.decisions), run.examined)
+        plan = Plan(tuple(run.decisions), run.examined, run.full)
     if policy.replan is None:
         instants = [*cluster.ripening.values(), *([cluster.window_ms] if cluster.window_ms and cluster.lines else [])]
         if policy.elastic is not None and cluster.elastic:
@@ -280,7 +287,7 @@ def start_waiting(run: Pass, lines: Iterable[Line]) -> None:
     heads = Heads(run, lines)
     claims = list(cluster.reservations.values())
     looks = BEHIND
-    while len(run.decisions) < policy.batch and (line := heads.pop()) is not None:
+    while not run.full and (line := heads.pop()) is not None:
         if line.key.queue in cluster.stuck:
             continue
         job = heads.job(line)
@@ -634,12 +641,17 @@ def make_room(run: Pass, how: Preemption, line: Line) -> None:
         hunt.lent.update((victim.job.id, replica.id) for replica in victim.replicas)
     for binding in run.awaited:
         cluster.ledger.take(binding, NOTHING)
+    victims_found = 0
     for job in run.heads(line):
-        room = hunt.room_for(job) if len(run.decisions) + len(found) < run.policy.batch else None
+        if len(run.decisions) + len(found) >= run.policy.batch or len(run.evicted) + victims_found >= EVICTIONS:
+            line.blocked_at = -1
+            break
+        room = hunt.room_for(job)
         if room is None:
             run.vain[queue] = run.vain.get(queue, 0) + 1
             break
         found.append((job, *room))
+        victims_found += len(room[1])
     cluster.rollback(mark)
     if hunt.wait_ms:
         cluster.ripening[line.key] = hunt.wait_ms

@@ -332,7 +332,7 @@ class StoreContract:
     def test_what_a_leader_knows_is_kept_for_the_next(self, store: Store) -> None:
         key = (("default", "me", "", (("worker", "", "python x.py"),), 1_000), "name")
         noted = Noted(((key, (2,) * 18, (1,) * 18),), (((1,) * 18, (0,) * 18),), ((key, 5, 0),),
-                      ((JobId("a"), 3, 0),), 7)  # fmt: skip
+                      ((JobId("a"), 3, 0),))  # fmt: skip
         demand = Demand(500, 1_000, ("h100",), 10, 20)
         recall = Recall(
             3, (QueueSpec(name="x", cohort="y"),), (AccountNote("x", 5, 6, (("gpus", 1.5),), 7),),
