@@ -98,6 +98,7 @@ def _job(cluster: Cluster, sight: Sight, job: Job, now_ms: int, addresses: Addre
         for key, replica in desired.items()
         if replica.state is ReplicaState.BOUND
         and key not in sight.replicas
+        and key not in sight.absent_at_ms  # it came and went: never the same key twice
         and replica.not_before_ms <= now_ms
         and not (occupied and _place_of(key) in occupied)
         and now_ms - sight.ordered_at_ms.get(key, -START_AGAIN_MS) >= START_AGAIN_MS

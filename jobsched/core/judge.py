@@ -271,7 +271,7 @@ class _Court:
         return self._cause(replica, reason, FailureClass.USER, report)
 
     def _absent(self, seen: Seeing) -> Iterator[ev.JobEvent]:
-        """Replicas that ran and are no longer there, or whose node is lost."""
+        """Replicas that ran and are no longer there, or came and went unseen, or whose node is lost."""
         placed = [(rid, r) for rid, r in self.job.replicas.items() if r.state.desired and r.binding is not None]
         if not placed or (not self.cluster.lost and all(rid in seen for rid, _ in placed)):
             return
@@ -280,13 +280,19 @@ class _Court:
         for rid, replica in placed:
             if replica.binding is not None and replica.binding.node in self.cluster.lost:
                 on_lost_node.append(replica)
-            elif replica.state is ReplicaState.RUNNING and rid not in seen and self._really_absent(replica):
+            elif rid not in seen and self._came(replica) and self._really_absent(replica):
                 vanished.append(replica)
         for replicas, reason in ((on_lost_node, Reason.NODE_LOST), (vanished, Reason.REPLICA_LOST)):
             if replicas:
                 first = replicas[0]
                 cause = self._cause(first, reason, FailureClass.INFRA, self._report(first))
                 yield from self._lose(tuple(replicas), cause)
+
+    def _came(self, replica: Replica) -> bool:
+        """Whether it was there once: it ran, or the engine says that it is gone."""
+        return replica.state is ReplicaState.RUNNING or (
+            replica.state is ReplicaState.BOUND and self._key(replica) in self.sight.absent_at_ms
+        )
 
     def _really_absent(self, replica: Replica) -> bool:
         key = self._key(replica)

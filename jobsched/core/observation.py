@@ -157,7 +157,7 @@ class Sight:
             gone |= self.replicas.keys() - listed
             lost_nodes |= self.nodes.keys() - {n.name for n in observation.nodes}
         for key in gone:
-            if self.replicas.pop(key, None) is not None:
+            if self.replicas.pop(key, None) is not None or key in self.ordered_at_ms:
                 self.absent_at_ms[key] = now_ms
                 jobs.add(JobId(key.split("/", 1)[0]))
         for node in observation.nodes:

@@ -127,6 +127,8 @@ class SimBackend:
         now = self._clock.now_ms()
         for launch in launches:
             if launch.key in self._ever or launch.node not in self._nodes:
+                if launch.key in self._ever and launch.key not in self._replicas:
+                    self._gone[launch.key] = None
                 continue
             self._ever.add(launch.key)
             script = self._scripts(launch)

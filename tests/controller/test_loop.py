@@ -9,7 +9,7 @@ import pytest
 
 from jobsched.core import events as ev
 from jobsched.core.job import FailureClass, Phase, Reason, ReplicaState
-from jobsched.core.launch import Launch, launch_key
+from jobsched.core.launch import Launch, LaunchKey, launch_key
 from jobsched.core.resources import JobId
 from jobsched.sim.backend import Script
 from jobsched.spec.queue import QueueSpec
@@ -172,6 +172,24 @@ def test_losing_the_node_of_a_fixed_gang_restarts_it_elsewhere_without_counting(
     world.run_until(lambda: world.job(job_id).attempt == 2)
     job = world.run_to_phase(job_id, Phase.SUCCEEDED)
     assert (job.failures, job.infra_failures) == (0, 1)
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_replica_that_came_and_went_before_anybody_saw_it_is_lost(dies: bool) -> None:
+    """The same launch never starts twice: without this its job would wait for it for ever."""
+    world = World(scripts=lambda launch: runs(60_000))
+    restart = {"scope": "role", "max": 2}
+    job_id = world.submit(a_spec(roles={"worker": {"command": "w", "replicas": 2, "restart": restart}}))
+    world.run_to_phase(job_id, Phase.RUNNING)
+    world.engine.kill(world.key(job_id, "worker", 0))
+    while (again := f"{job_id}/1/worker/0/1") not in world.engine.alive():
+        world.tick()
+    assert world.job(job_id).replicas["worker/0"].state is ReplicaState.BOUND
+    world.engine.remove(LaunchKey(again))
+    if dies:
+        world.boot()
+    job = world.run_to_phase(job_id, Phase.SUCCEEDED)
+    assert (job.attempt, job.infra_failures) == (1, 1)
 
 
 def test_a_replica_removed_behind_our_back_is_lost_not_counted() -> None:

@@ -92,9 +92,13 @@ class Keeper:
         self.settings = settings
 
     def start(self, orders: Iterable[Order]) -> None:
-        """Accept orders; each key at most once, ever. What comes of it is seen in the reports."""
+        """Accept orders; each key at most once, ever. What comes of it is seen in the reports: one that came and went
+        before is told to be gone."""
         for order in orders:
-            if order.key in self.replicas or self._past.covers(order.key):
+            if order.key in self.replicas:
+                continue
+            if self._past.covers(order.key):
+                self.changed(order.key)
                 continue
             self._past.add(order.key)
             replica = self.replicas[order.key] = Replica(order)
