@@ -36,6 +36,8 @@ MOVE_MS = 60_000
 """What a move costs besides, unless the job has shown that it takes longer to start."""
 
 Row = tuple[bool, int, float, int, str]
+CALMEST = 10
+"""Attempts after which a job is not left in peace for any longer."""
 PAYS = 10
 """Being on fewer nodes is worth a move while so many times as long is left."""
 
@@ -122,8 +124,8 @@ def _seated(
 
 
 def by_kind(left: Left, speed: Speed, min_run_ms: int | None = 0) -> Order:
-    """Smallest remaining service first, on the kind where it does most good. Nobody is stopped sooner
-    than `min_run_ms` after its start; None: never. O(jobs * (kinds + log jobs))."""
+    """Smallest remaining service first, on the kind where it does most good. Nobody is stopped sooner than
+    `min_run_ms` after its start, times its attempts, as plans may swing; None: never. O(jobs * (kinds + log jobs))."""
 
     def order(cluster: Cluster, runnable: Sequence[Job], now_ms: int) -> list[Turn]:
         capacity = _capacity(cluster, runnable)
@@ -131,15 +133,19 @@ def by_kind(left: Left, speed: Speed, min_run_ms: int | None = 0) -> Order:
         choices: list[Choice] = []
         rows: list[tuple[Row, Turn]] = []
         turns: dict[str, Turn] = {}
-        for job in runnable:
+        leaving = [cluster.jobs[job_id] for job_id in cluster.leaving]
+        back = [job for job in leaving if job.outcome is not None and job.outcome.phase is Phase.QUEUED]
+        for job in (*runnable, *back):  # who was stopped a moment ago comes back, and is reckoned with meanwhile
             key = (-job.priority, job.submitted_at_ms, str(job.id))
             work_ms, until_ms = left(cluster, job, now_ms)
-            shape, here = cluster.shape(job), cluster.gpu_kind(job)
+            shape, here = cluster.shape(job), cluster.gpu_kind(job) if job.phase.runs else ""
             if id(shape) not in kinds:
                 kinds[id(shape)] = _kinds(cluster, shape)
             gpu_milli = sum([role.prefer * role.gpu_milli for role in shape.roles])
-            until_stopped_ms = job.attempt_started_at_ms + min_run_ms if min_run_ms is not None else NEVER_MS
-            stays = job.phase is not Phase.QUEUED and now_ms < until_stopped_ms
+            until_stopped_ms = NEVER_MS
+            if min_run_ms is not None:
+                until_stopped_ms = job.attempt_started_at_ms + min_run_ms * min(job.attempt, CALMEST)
+            stays = job.phase.runs and now_ms < until_stopped_ms
             times = {
                 kind: work_ms / pace
                 for kind in kinds[id(shape)]
@@ -151,13 +157,16 @@ def by_kind(left: Left, speed: Speed, min_run_ms: int | None = 0) -> Order:
             if gpu_milli and times and (here in times or not stays):
                 shown = job.running_since_ms - job.attempt_started_at_ms if job.running_since_ms else 0
                 choices.append(Choice(key, gpu_milli, times, here, max(MOVE_MS, shown), stays))
-                turns[key[2]] = turn
-            else:  # needs no GPU, or more than there are of any kind: wherever it fits
+                if job.phase is not Phase.STOPPING:
+                    turns[key[2]] = turn
+            elif job.phase is not Phase.STOPPING:  # needs no GPU, or more than there are of any kind: wherever it fits
                 rows.append(((not stays, key[0], work_ms * gpu_milli, *key[1:]), turn))
         chosen = choose_kinds(choices, capacity)
         fill(choices, chosen, capacity)
         for choice in choices:
             name = choice.key[2]
+            if name not in turns:
+                continue
             kind = chosen[name]
             gather = not choice.stays and choice.times[kind] > PAYS * choice.move_ms
             rows.append((choice.row(kind), turns[name]._replace(kind=kind, gather=gather)))
