@@ -320,9 +320,10 @@ with socket.create_server(("127.0.0.1", {port})) as server:
                 sock.sendall(data.upper())
 """
 SEES_TERMINAL = """
-import os, signal, sys, time
+import os, select, signal, sys
 signal.signal(signal.SIGWINCH, lambda *_: print("size", *os.get_terminal_size(), flush=True))
 print(sys.stdin.isatty(), sys.stdout.isatty(), *os.get_terminal_size(), os.environ["TERM"], flush=True)
+while not select.select([0], [], [], 0.05)[0]: pass  # a signal just before input() would be handled after it
 print("heard", input(), flush=True)
 sys.exit(3)
 """
