@@ -97,7 +97,7 @@ class Checkup:
                 if job_id is None:
                     continue
                 try:
-                    job = evolve_job(live.get(job_id), item.event)  # type: ignore[arg-type]
+                    job = evolve_job(live.get(job_id), ev.of_job(item.event))
                 except Illegal as exc:
                     problems.append(f"event {seq}: {exc}")
                     continue
@@ -117,7 +117,7 @@ class Checkup:
         if projected is not None and projected.version > job.version:
             for item in self._store.history(job.id, after=seq):
                 if job.version < projected.version:
-                    job = evolve_job(job, item.event)  # type: ignore[arg-type]
+                    job = evolve_job(job, ev.of_job(item.event))
         if projected is None:
             return (f"job {job.id} is in the log but has no projection",)
         different = [name for name in Job.__dataclass_fields__ if getattr(job, name) != getattr(projected, name)]

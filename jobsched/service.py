@@ -378,7 +378,7 @@ class Service:
             raise NotFound(f"job {job.name!r} ({job.id}) was not there yet", hint="give a later time")
         then: Job | None = None
         for item in told:
-            then = evolve_job(then, item.event)  # type: ignore[arg-type]
+            then = evolve_job(then, ev.of_job(item.event))
         assert then is not None
         cluster.unpark(at_ms)
         verdict = explain.verdict(cluster, then, at_ms) if then.phase is Phase.QUEUED else None

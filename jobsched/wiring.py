@@ -35,6 +35,7 @@ from jobsched.core.policies.fairness import FairShare
 from jobsched.core.policies.health import Health
 from jobsched.core.policies.kinds import by_kind, learned_left, learned_speed
 from jobsched.core.policies.ordering import (
+    TIRESIAS_GPU_S,
     Factors,
     estimated,
     expected_service,
@@ -62,8 +63,6 @@ from jobsched.service import Service
 from jobsched.spec import server as spec
 from jobsched.spec.server import BackendConfig, GpuStock, LocalBackend, PolicyConfig, ServerConfig, VirtualNodes
 
-ATTAINED_GPU_S = (3_250, 7_200)
-"""GPU-seconds at which a job sinks a level (Tiresias-L, NSDI'19, as Muri and its authors run it)."""
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 FIRST_TICK_S = 5.0
 """Longest wait for the first look at the cluster before the server answers all the same."""
@@ -273,7 +272,7 @@ def _replan(config: PolicyConfig) -> Replan | None:
         case "in-time":
             return Replan(patient(urgent(estimated(in_time)), min_run_ms), heads=in_time_heads)
         case "attained":
-            return Replan(patient(urgent(least_attained(ATTAINED_GPU_S)), min_run_ms), remember=True)
+            return Replan(patient(urgent(least_attained(TIRESIAS_GPU_S)), min_run_ms), remember=True)
         case _:
             return None
 

@@ -78,7 +78,7 @@ def create_app(
         generate_unique_id_function=_operation_id,
         responses={"default": {"description": "An error", "content": {"application/json": {"schema": ERROR_SCHEMA}}}},
     )
-    api.openapi = lambda: document(api)  # type: ignore[method-assign]
+    api.openapi = lambda: document(api)  # type: ignore[method-assign]  # FastAPI's own way
     api.include_router(job_routes(service, feed))
     api.include_router(reach_routes(service))
     api.include_router(cluster_routes(service, version, shutdown))

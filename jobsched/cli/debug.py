@@ -79,7 +79,7 @@ def replay(ctx: click.Context, source: str, at: str | None, view: View) -> None:
     from pydantic import TypeAdapter
 
     from jobsched.core.answers import JobAnswer
-    from jobsched.core.events import Stored
+    from jobsched.core.events import Stored, of_job
     from jobsched.core.job import Job
     from jobsched.core.lifecycle import Illegal, evolve_job
 
@@ -90,7 +90,7 @@ def replay(ctx: click.Context, source: str, at: str | None, view: View) -> None:
         if _past(item.seq, item.event.at_ms, at):
             break
         try:
-            job = evolve_job(job, item.event)  # type: ignore[arg-type]
+            job = evolve_job(job, of_job(item.event))
         except Illegal as exc:
             render.talk(f"event {item.seq} is not legal: {exc}")
             raise SystemExit(1) from exc

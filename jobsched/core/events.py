@@ -411,6 +411,12 @@ def is_wish(event: Event) -> bool:
     return isinstance(event, Wish)
 
 
+def of_job(event: Event) -> JobEvent:
+    """An event of a job's history."""
+    assert not isinstance(event, ClusterEvent)
+    return event
+
+
 def job_id_of(event: Event) -> JobId | None:
     return getattr(event, "job_id", None)
 

@@ -348,7 +348,7 @@ class Chaos:
                 self._broken(f"the log has a gap at {self._checked}")
             job_id = ev.job_id_of(stored.event)
             if job_id is not None:
-                self._jobs[job_id] = evolve_job(self._jobs.get(job_id), stored.event)  # type: ignore[arg-type]
+                self._jobs[job_id] = evolve_job(self._jobs.get(job_id), ev.of_job(stored.event))
         return [stored.event for stored in fresh]
 
     def _touched(self, events: Iterable[ev.Event]) -> tuple[list[JobId], list[NodeName]]:

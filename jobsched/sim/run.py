@@ -95,8 +95,6 @@ class Player:
         self._courses: dict[JobId, Course] = {}
         self._runs: dict[JobId, _Run] = {}
         self._seq = 0
-        self.lost_gpu_ms = 0
-        """GPU time that failures threw away."""
         self._kinds = {n.name: {g.id: g.kind for g in n.gpus} for n in workload.nodes}
 
     def script(self, launch: Launch) -> Script:
@@ -193,9 +191,7 @@ class Player:
                     ran = run.ran_ms(event.at_ms) - run.counted_ms
                     cause = event.outcome.cause
                     if cause is not None and cause.failure_class in LOSING and self.workload.rules.save_every_ms:
-                        lost = ran % self.workload.rules.save_every_ms
-                        self.lost_gpu_ms += lost * sum(milli for _, milli in run.seats) // WHOLE_GPU
-                        ran -= lost
+                        ran -= ran % self.workload.rules.save_every_ms
                     self.course(event.job_id).advance(run.seats, ran)
 
     def _seats(self, job: Job) -> Seats:
@@ -230,7 +226,7 @@ class Result:
                 "seed": self.seed}  # fmt: skip
 
 
-HEARS = ("learned", "guessed")
+HEARS = ("learned", "guessed", "kinds-learned")
 """Policies under which jobs whose steps are known report how many they have made of how many."""
 Told = Callable[[Job], int]
 """What a policy may know of a job's time to its end, in milliseconds."""

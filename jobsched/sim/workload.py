@@ -13,6 +13,7 @@ from math import cos, log, pi
 from random import Random
 
 from jobsched.core.node import Gpu, Node
+from jobsched.core.policies.ordering import TIRESIAS_GPU_S
 from jobsched.core.policies.placement import Score
 from jobsched.core.resources import GpuId, JobId, NodeName
 from jobsched.sim.throughput import Steady, Work
@@ -48,7 +49,7 @@ class Rules:
     report_every_ms: int = 0
     """How often elastic jobs report their speed; only at multiples of it are their ends looked for. 0: never."""
     score: Score = Score.PACK
-    thresholds_gpu_s: tuple[int, ...] = (3_250, 7_200)
+    thresholds_gpu_s: tuple[int, ...] = TIRESIAS_GPU_S
     """Of least attained service: GPU-seconds at which a job sinks a level."""
     whole_seconds: bool = False
     """Those times per job are rounded up to seconds."""

@@ -137,11 +137,12 @@ def test_who_learns_the_kinds_from_reported_steps_is_better_than_who_looks_at_ru
     most, as the specs say."""
     workload = Workload("test", a_mix(150, 2_000), make_nodes("1x4:a+1x4:b+1x4:c"))
 
-    def average_jct_s(ordering: str) -> float:
+    def average_jct_s(ordering: str, name: str) -> float:
         policy = _policy(PolicyConfig.model_validate({"ordering": ordering}), ())
-        return Simulation(workload, lambda sim: policy).run().summary.avg_jct_s
+        return Simulation(workload, lambda sim: policy, name).run().summary.avg_jct_s
 
-    assert average_jct_s("learned") > 1.1 * average_jct_s("kinds")
+    # without hearing reports it would be 1.14 times
+    assert average_jct_s("learned", "learned") > 1.2 * average_jct_s("kinds", "kinds-learned")
 
 
 def test_a_gang_gathers_on_one_node_once_there_is_room() -> None:

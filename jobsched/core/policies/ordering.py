@@ -99,6 +99,10 @@ def shortest(told: Told) -> Order:
 LAST = 1 << 60
 
 
+TIRESIAS_GPU_S = (3_250, 7_200)
+"""GPU-seconds at which a job sinks a level, as Muri and Tiresias' own authors run it."""
+
+
 def least_attained(thresholds_gpu_s: Sequence[int], whole_seconds: bool = True) -> Order:
     """Discretised two-dimensional least attained service: Tiresias-L (NSDI'19). A job sinks one level each time its
     GPU-seconds pass a threshold; within a level first come first served, newly sunk ones last. `whole_seconds` rounds
