@@ -34,15 +34,20 @@ class Position:
 
 
 def collect(
-    path: Path, opened: Callable[[int], Iterable[bytes]], took: Callable[[dict[str, Any]], None], limits: LogLimits
-) -> None:
-    """Until the stream that `opened(second)` gives ends; `took` hears the reports."""
+    path: Path, opened: Callable[[int], Iterable[bytes]], took: Callable[[dict[str, Any]], None], limits: LogLimits,
+    closing: Callable[[], bool],
+) -> None:  # fmt: skip
+    """Until the stream that `opened(second)` gives ends; `took` hears the reports. Once `closing()`, asked before each
+    piece, it writes no more: another collector may have the file by then, and a stream that was just being opened may
+    have escaped whoever closed the others."""
     noted = position = read_position(path)
     size, skip = noted.size, replica_log.size(path) - noted.size
     lines, note_at, cut, newest, count, passed = LineFilter(), time.monotonic() + NOTE_S, 0, "", 0, not noted.at
     since_s = int(instant(noted.at).timestamp()) - 1 if noted.at else 0
     with open(replica_log.open_for_append(path), "ab", buffering=0) as out:
         for piece in opened(since_s):
+            if closing():
+                return
             stamp, _, text = piece.partition(b" ")
             at = stamp.decode(errors="replace")
             if at >= newest:

@@ -452,11 +452,13 @@ class DockerBackend:
 
         def opened(since_s: int) -> Any:
             replica.log = engine.log(replica.container, since_s, follow)
+            if self._closing.is_set():  # it came too late for `close` to see it
+                replica.log.close()
             return replica.log
 
         while not self._closing.is_set():
             with suppress(Refused):  # it is just being removed, or its logs go elsewhere
-                collect(self.layout.log(replica.key), opened, self._took, self.config.logs)
+                collect(self.layout.log(replica.key), opened, self._took, self.config.logs, self._closing.is_set)
             replica.log = None
             inspected = engine.inspect(replica.container)
             if not inspected["State"]["Running"] and not follow:

@@ -292,6 +292,8 @@ class Readers:
                 query["sinceTime"] = datetime.fromtimestamp(since_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
             replica.opening_at = time.monotonic()
             stream = replica.stream = self._api.stream(path, query, SILENCE_S if follow else 5.0)
+            if self._closed:  # it came too late for `close` to see it
+                stream.close()
             heard = True
             self._learnt(replica.report.node, True)
             self._sees(replica)
@@ -304,7 +306,7 @@ class Readers:
         with self._news:
             self._open[replica.key] = time.monotonic()
         try:
-            collect(self._layout.log(replica.key), opened, self._table.take, self._limits)
+            collect(self._layout.log(replica.key), opened, self._table.take, self._limits, lambda: self._closed)
         except BackendUnreachable:
             if not heard:
                 self._learnt(replica.report.node, False)

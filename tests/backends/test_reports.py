@@ -112,9 +112,24 @@ def test_a_log_is_whole_wherever_its_collector_was_ended(breaks: list[tuple[int,
         for until, crash in [*breaks, (len(PIECES), False)]:
             try:
                 collect(path, lambda since, until=until, crash=crash: stream(since, until, crash),
-                        lambda report: steps.append(report["step"]), LogLimits())
+                        lambda report: steps.append(report["step"]), LogLimits(), lambda: False)
             except Broken:
                 pass
         assert path.read_bytes() == WHOLE
         assert steps
         assert read_position(path).size == len(WHOLE)
+
+
+def test_a_collector_that_is_closed_leaves_the_file_to_the_next(tmp_path: Path) -> None:
+    path, closed = tmp_path / "x.log", threading.Event()
+    pieces = [stamp + b" " + text for stamp, text in PIECES]
+
+    def taken_over() -> Iterator[bytes]:
+        yield from pieces[:4]
+        closed.set()
+        collect(path, lambda since: iter(pieces), lambda report: None, LogLimits(), lambda: False)
+        yield from pieces[4:]
+
+    collect(path, lambda since: taken_over(), lambda report: None, LogLimits(), closed.is_set)
+    assert path.read_bytes() == WHOLE
+    assert read_position(path).size == len(WHOLE)
