@@ -32,9 +32,10 @@ class ReplicaEnv:
 
     `rank` counts training replicas (not ps, not evaluator) from 0, chief first; -1 for the others. `role_rank` is the
     rank within the role. `peers` maps role -> "host:port" per index up to the role's max; an index that has no place
-    yet has an empty address. `coordinator` is "host:port" of rank 0, free for rank 0 to bind. `ports` are the
-    named ports. `report` is the address for progress reports: `unix:PATH` (datagrams), `http(s)://…`, or `log:`
-    (lines on stdout). Ranks are not stable across attempts; `index` and addresses are, within an attempt.
+    yet has an empty address. Of role ps it holds those of this attempt and no more. `coordinator` is "host:port" of
+    rank 0, free for rank 0 to bind. `ports` are the named ports. `report` is the address for progress reports:
+    `unix:PATH` (datagrams), `http(s)://…`, or `log:` (lines on stdout). Ranks are not stable across attempts; `index`
+    and addresses are, within an attempt.
     """
 
     job_id: str
@@ -58,7 +59,7 @@ class ReplicaEnv:
     min_replicas: int = 1
     max_replicas: int = 1
     elastic: bool = False
-    """This replica's own role has min < max."""
+    """Replicas of its own role may come and go while it runs: min < max, and not ps."""
     sparse: bool = False
     """Some role of the job is elastic: TF_CONFIG takes its sparse form."""
     in_place: bool = False

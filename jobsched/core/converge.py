@@ -155,7 +155,9 @@ class _Gang:
         for name, role in job.spec.roles.items():
             held = self._held[name]
             held.sort()
-            top = max(role.replicas.max, held[-1] + 1 if held else 0)
+            top = held[-1] + 1 if held else 0
+            if name != "ps":  # all servers of an attempt are there from its start
+                top = max(top, role.replicas.max)
             found = [""] * top  # empty while it has no place
             for index in held:
                 rid = replica_id(name, index)
@@ -221,7 +223,7 @@ class _Gang:
             ports=named,
             min_replicas=role.replicas.min,
             max_replicas=role.replicas.max,
-            elastic=role.replicas.elastic,
+            elastic=role.replicas.elastic and replica.role != "ps",
             sparse=self._sparse,
             in_place=restart_scope(job.spec, replica.role) is RestartScope.REPLICA,
             checkpoint_dir=self._checkpoint_dir,

@@ -30,7 +30,7 @@ from jobsched.core.lifecycle import COUNTED, evolve_job
 from jobsched.core.observation import ReplicaReport, Seen, Sight
 from jobsched.core.resources import JobId, NodeName
 from jobsched.core.values import dataclass
-from jobsched.spec.job import SERVING_ROLES, RestartScope, restart_policy, training_roles
+from jobsched.spec.job import SERVING_ROLES, RestartScope, resizes_in_place, restart_policy, training_roles
 
 SUSPICION_MS = 1_000
 """A suspicion lasts at least this long before it becomes a verdict: time for a slow step to end."""
@@ -179,7 +179,7 @@ class _Court:
     def _surplus(self, role: str) -> list[ReplicaId]:
         """Replicas above the wanted count, highest index first out; only of roles that shrink in place."""
         job = self.job
-        if restart_policy(job.spec, role).scope is not RestartScope.REPLICA:
+        if not resizes_in_place(job.spec, role):
             return []
         held = sorted(r.index for r in job.replicas.values() if r.role == role and r.state.desired)
         return [replica_id(role, index) for index in held[job.wanted_count(role) :]]

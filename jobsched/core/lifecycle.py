@@ -24,7 +24,7 @@ from jobsched.core.job import (
 )
 from jobsched.core.resources import NO_JOB, NodeName
 from jobsched.core.values import changed
-from jobsched.spec.job import JobSpec, RestartScope, restart_policy
+from jobsched.spec.job import JobSpec, resizes_in_place
 
 Q, S, R, X = Phase.QUEUED, Phase.STARTING, Phase.RUNNING, Phase.STOPPING
 LIVE: Final = (Q, S, R, X)
@@ -170,7 +170,7 @@ def _scaled(job: Job, e: ev.JobScaled) -> Changes:
 
 def _rescaling(job: Job, spec: JobSpec, wanted: Mapping[str, int]) -> Reason:
     """The wish to stop that other counts bring: a new attempt, where a role cannot change in place."""
-    in_place = all(restart_policy(spec, role).scope is RestartScope.REPLICA for role in wanted)
+    in_place = all(resizes_in_place(spec, role) for role in wanted)
     return job.stop_wish if in_place else Reason.RESCALED
 
 

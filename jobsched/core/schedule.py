@@ -37,7 +37,7 @@ from jobsched.core.policies.quota import Refused
 from jobsched.core.policies.victims import NOTHING, Hunt, Preemption, Victim, evictions, hold, may_claim
 from jobsched.core.pools import NodePool
 from jobsched.core.resources import JobId
-from jobsched.spec.job import RestartScope, restart_policy
+from jobsched.spec.job import resizes_in_place
 
 NOTHING_TO_DO = Plan()
 EVICTIONS = 100
@@ -718,7 +718,8 @@ def grow(run: Pass, job: Job) -> None:
     shape = cluster.shape(job)
     taken = [r.binding for r in job.replicas.values() if r.binding is not None]
     for name, lacking in cluster.lacking(job).items():
-        if restart_policy(job.spec, name).scope is not RestartScope.REPLICA:
+        if not resizes_in_place(job.spec, name):
+            cluster.growing[job.id] = cluster.ledger.freed
             continue
         role = next(r for r in shape.roles if r.role == name)
         kind = next((cluster.kind_of(b) for b in taken if b.role == name and b.gpus), "")

@@ -420,8 +420,6 @@ def _policy_rules() -> Iterator[Schema]:
                     f" (has(F.prefer) ? F.prefer : {high}) <= {high})", "needs 1 <= min <= prefer <= max")
     yield _of_roles("replicas", f"r != 'chief' || (type(F) == map ? {high} == 1 : F == 1 || F == '1')",
                     "there is one chief; use role worker for the others")
-    yield _of_roles("replicas", f"r != 'ps' || (type(F) == map ? {low} == {high} : type(F) == int || !F.contains('.'))",
-                    "ps cannot be elastic: each parameter server keeps its own part of the model")
     yield _of_roles("gpu", "type(F) != map || F.all(k, k in ['type', 'memory', 'count', "
                     + ", ".join(f"'{name}'" for name in GpuRequest.model_fields) + "])", "has type, memory and count")
     yield _of_roles("command", "type(F) == string || (type(F) == list && F.all(w, type(w) != map && type(w) != list))",

@@ -312,7 +312,8 @@ def _any_of(schema: dict[str, object], notations: list[object]) -> None:
 
 
 class Replicas(SpecModel):
-    """How many replicas a role has: a number, or `{min, max, prefer}` (or `2..4`) for an elastic role."""
+    """How many replicas a role has: a number, or `{min, max, prefer}` (or `2..4`) for an elastic role. Role `ps`
+    changes its number with a new attempt, which goes on from its checkpoints."""
 
     model_config = ConfigDict(json_schema_extra=lambda schema: _any_of(schema, [
         {"type": "integer", "minimum": 1, "maximum": MAX_REPLICAS},
@@ -662,8 +663,6 @@ class JobSpec(SpecModel):
             raise ValueError(f"{total:,} replicas in all roles together; at most {MAX_REPLICAS:,} are allowed")
         if "chief" in value and value["chief"].replicas.max > 1:
             raise ValueError("there is one chief; use role 'worker' for the others")
-        if "ps" in value and value["ps"].replicas.elastic:
-            raise ValueError("role 'ps' cannot be elastic: each parameter server keeps its own part of the model")
         return value
 
     @field_validator("success")
@@ -694,6 +693,12 @@ def restart_scope(spec: JobSpec, role: str) -> RestartScope:
     scope = (spec.roles[role].restart or spec.restart).scope
     serving = role in SERVING_ROLES or "ps" in spec.roles
     return scope or (RestartScope.REPLICA if serving else RestartScope.JOB)
+
+
+def resizes_in_place(spec: JobSpec, role: str) -> bool:
+    """Whether replicas of a role may come and go while the rest trains on. Never parameter servers: the model is
+    divided among them, so another number of them begins with another attempt, from their checkpoints."""
+    return role != "ps" and restart_scope(spec, role) is RestartScope.REPLICA
 
 
 ROLE_ONLY = tuple(name for name in RoleSpec.model_fields if name not in JobSpec.model_fields)

@@ -112,27 +112,14 @@ class Checkpointer:
         """(state, step) of the newest whole checkpoint; damaged ones are passed over. None if there is none."""
         for saved in self.list():
             try:
-                data = saved.path.read_bytes()
-            except OSError:
+                return read(saved, map_location=map_location), saved.step
+            except (OSError, ValueError):
                 continue
-            if len(data) == saved.size and hashlib.sha256(data).hexdigest() == saved.sha256:
-                raw = json.loads(_manifest_of(saved.path).read_text()).get("raw", False)
-                return (data if raw else _parse(data, map_location)), saved.step
         return None
 
     def list(self) -> list[Saved]:
         """Committed checkpoints, newest first, without reading their data."""
-        found = []
-        for file in self.directory.glob(f"{self.name}-*.json"):
-            if not re.fullmatch(rf"{re.escape(self.name)}-\d+-\d+-\d+\.json", file.name):
-                continue  # another checkpoint whose name begins like this one's
-            try:
-                m = json.loads(file.read_text())
-                found.append(Saved(int(m["attempt"]), int(m["number"]), int(m["step"]), file.with_suffix(".ckpt"),
-                                   str(m["sha256"]), int(m["size"])))
-            except (OSError, ValueError, KeyError, TypeError):
-                continue  # a damaged manifest is as good as none
-        return sorted(found, reverse=True)
+        return committed(self.directory, self.name)
 
     def _drop_old(self) -> None:
         """Remove what is neither among the newest `keep` nor of a newer order, half-written files included."""
@@ -161,6 +148,30 @@ class Checkpointer:
                 file.write(f"{self.order[0]:012d} {self.order[1]:012d}\n")  # fixed width: rewritten in place
                 file.flush()
                 os.fsync(file.fileno())
+
+
+def committed(directory: Path, name: str) -> list[Saved]:
+    """Committed checkpoints called `name`, newest first, without reading their data. Claims nothing: all may ask."""
+    found = []
+    for file in directory.glob(f"{name}-*.json"):
+        if not re.fullmatch(rf"{re.escape(name)}-\d+-\d+-\d+\.json", file.name):
+            continue  # another checkpoint whose name begins like this one's
+        try:
+            m = json.loads(file.read_text())
+            found.append(Saved(int(m["attempt"]), int(m["number"]), int(m["step"]), file.with_suffix(".ckpt"),
+                               str(m["sha256"]), int(m["size"])))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # a damaged manifest is as good as none
+    return sorted(found, reverse=True)
+
+
+def read(saved: Saved, *, map_location: Any = "cpu") -> Any:
+    """What `save` was given. ValueError if the file is damaged, OSError if it is gone."""
+    data = saved.path.read_bytes()
+    if len(data) != saved.size or hashlib.sha256(data).hexdigest() != saved.sha256:
+        raise ValueError(f"{saved.path} is damaged")
+    raw = json.loads(_manifest_of(saved.path).read_text()).get("raw", False)
+    return data if raw else _parse(data, map_location)
 
 
 def _manifest_of(path: Path) -> Path:

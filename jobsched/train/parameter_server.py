@@ -12,109 +12,53 @@ and a server that is started anew finds its shard again. Parameters only: buffer
 A worker sends each request until it is answered; the server knows its last sequence number and applies a push once.
 Workers come and go: a new start of a worker (higher restart number) replaces the old one and frees its leases. A server
 that was killed goes on from its last checkpoint, with pushes since then lost for its shard; the ledger of data leases
-is journalled beside it and loses nothing. The server never ends by itself, except on SIGTERM (it saves, then returns).
+is journalled beside it and loses nothing. The server never ends by itself, except on SIGTERM: it answers until the
+workers have said goodbye, so that all servers have applied the same pushes, saves, and returns.
+
+The number of servers may differ from attempt to attempt. Each value then comes from the newest checkpoint that holds
+it, whichever shard of however many that was, with its part of the optimizer's state (`shards`).
+
 Messages are JSON and raw float32, never pickle.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import hmac
 import json
+import signal
+import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 import torch._dynamo  # every optimizer imports it at its first step, which takes seconds: better in a warm interpreter
 import zmq
-from numpy.typing import NDArray
 from torch import nn
 
 from jobsched.train.checkpoint import Checkpointer, Fenced
 from jobsched.train.context import context
 from jobsched.train.data import Indices, Lease, Ledger, Plan
 from jobsched.train.rendezvous import bind_host
+from jobsched.train.shards import Flat, digest_of, forget_others, gather, layout_of, recover, scatter, shard_name
 
-MIN_PIECE = 1_024
-"""Elements below which a tensor is not cut."""
-PIECES_PER_SERVER = 8
+PARTING_S = 1.0
+"""Longest time that a server which is told to end waits for workers to finish their step."""
+ENDED = 128 + signal.SIGTERM
+"""Exit code of a worker that was told to end."""
+WINDOW = 32
+"""Steps of which a worker tells the pace."""
 RETRY_S = (0.5, 1.0, 2.0)
 """Waits before a request is sent again; the last one repeats."""
 
-Flat = NDArray[np.float32]
 OptimizerOf = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Slice:
-    """`length` elements of flattened tensor number `tensor`, from `start`."""
-
-    tensor: int
-    start: int
-    length: int
-
-
-Layout = tuple[tuple[Slice, ...], ...]
-
-
-def layout_of(sizes: Sequence[int], servers: int) -> Layout:
-    """Slices per server, balanced by bytes: big tensors are cut, then the biggest piece goes to the least loaded server
-    (longest processing time first, Graham 1969). Depends on `sizes` and `servers` alone. O(pieces log pieces)."""
-    limit = max(MIN_PIECE, -(-sum(sizes) // (servers * PIECES_PER_SERVER)))
-    pieces = [Slice(tensor, start, min(limit, size - start))
-              for tensor, size in enumerate(sizes) for start in range(0, size, limit)]
-    shards: list[list[Slice]] = [[] for _ in range(servers)]
-    loads = [0] * servers
-    for piece in sorted(pieces, key=lambda p: (-p.length, p)):
-        lightest = loads.index(min(loads))
-        shards[lightest].append(piece)
-        loads[lightest] += piece.length
-    return tuple(_merged(shard) for shard in shards)
-
-
-def _merged(shard: list[Slice]) -> tuple[Slice, ...]:
-    """In order, with neighbouring pieces of one tensor joined."""
-    result: list[Slice] = []
-    for piece in sorted(shard):
-        if result and result[-1].tensor == piece.tensor and result[-1].start + result[-1].length == piece.start:
-            result[-1] = Slice(piece.tensor, result[-1].start, result[-1].length + piece.length)
-        else:
-            result.append(piece)
-    return tuple(result)
-
-
-def digest_of(layout: Layout) -> str:
-    """Equal on two sides whose models have the same shapes and the same number of servers."""
-    text = json.dumps([[(s.tensor, s.start, s.length) for s in shard] for shard in layout])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _gather(tensors: Sequence[torch.Tensor | None], shard: Sequence[Slice]) -> Flat:
-    """One contiguous float32 array of the shard's slices; a missing tensor (no gradient) counts as zeros."""
-    flat = np.zeros(sum(s.length for s in shard), np.float32)
-    at = 0
-    for s in shard:
-        tensor = tensors[s.tensor]
-        if tensor is not None:
-            flat[at:at + s.length] = tensor.detach().reshape(-1)[s.start:s.start + s.length].float().cpu().numpy()
-        at += s.length
-    return flat
-
-
-def _scatter(flat: Flat, tensors: Sequence[torch.Tensor], shard: Sequence[Slice]) -> None:
-    """Write the shard's slices back into the (contiguous) tensors."""
-    values = torch.from_numpy(flat)
-    at = 0
-    with torch.no_grad():
-        for s in shard:
-            tensors[s.tensor].view(-1)[s.start:s.start + s.length].copy_(values[at:at + s.length])
-            at += s.length
 
 
 @dataclass(slots=True)
@@ -147,9 +91,11 @@ class ParameterServer:
         self.address = addresses[self.index]
         self._token = env.peer_token
         parameters = list(model.parameters())
-        layout = layout_of([p.numel() for p in parameters], len(addresses))
+        self._sizes = [p.numel() for p in parameters]
+        self._servers = len(addresses)
+        layout = layout_of(self._sizes, self._servers)
         self._digest = digest_of(layout)
-        self._parameter = nn.Parameter(torch.from_numpy(_gather(parameters, layout[self.index])))
+        self._parameter = nn.Parameter(torch.from_numpy(gather(parameters, layout[self.index])))
         self._parameter.grad = torch.zeros_like(self._parameter)
         self._values: Flat = self._parameter.detach().numpy()
         self._gradient: Flat = self._parameter.grad.numpy()
@@ -160,8 +106,9 @@ class ParameterServer:
         self._workers: dict[str, _Worker] = {}
         self._saver: threading.Thread | None = None
         self._save_error: BaseException | None = None
+        self._tidied = False
         self.updates = 0
-        self._checkpoints = Checkpointer(directory, name=_shard_name(self.index, len(addresses)))
+        self._checkpoints = Checkpointer(directory, name=shard_name(self.index, self._servers))
         self._ledger = None
         if plan and self.index == 0:
             journal = self._checkpoints.directory / "ps-leases.jsonl"
@@ -192,9 +139,18 @@ class ParameterServer:
                 elif self.updates > saved_updates and time.monotonic() - saved_at >= self._checkpoint_every_s:
                     saved_at, saved_updates = time.monotonic(), self.updates
                     self._save_aside()
+            self._part(socket, poller)
             self._save_now()
         finally:
             socket.close()
+
+    def _part(self, socket: Any, poller: zmq.Poller) -> None:
+        """The attempt ends: answer workers until they have said goodbye, but no longer than `PARTING_S`."""
+        until_s = time.monotonic() + PARTING_S
+        while self._live() and (left_s := until_s - time.monotonic()) > 0:
+            if poller.poll(max(1, int(1_000 * left_s))):
+                self._drain(socket)
+            self._unpark(socket)
 
     def _drain(self, socket: Any) -> None:
         """Answer everything that is there, but come back to look at signals now and then."""
@@ -308,28 +264,39 @@ class ParameterServer:
     def _save_now(self) -> None:
         if self._saver:
             self._saver.join()
-        context.checkpoint_saved(self._checkpoints.save(self._snapshot(), self.updates), self.updates)
+        self._write(self._snapshot())
+
+    def _write(self, snapshot: dict[str, Any]) -> None:
+        context.checkpoint_saved(self._checkpoints.save(snapshot, snapshot["updates"]), snapshot["updates"])
+        if self.index == 0 and not self._tidied:
+            self._tidied = forget_others(self._checkpoints.directory, self._servers, context.attempt)
 
     def _save(self, snapshot: dict[str, Any]) -> None:
         try:
-            context.checkpoint_saved(self._checkpoints.save(snapshot, snapshot["updates"]), snapshot["updates"])
+            self._write(snapshot)
         except Fenced as error:
             self._save_error = error  # the serving thread ends over it
         except OSError as error:
             context.report(message=f"checkpoint not written: {error}")
 
     def _restore(self) -> None:
-        found = self._checkpoints.load()
-        if found is None or found[0]["layout"] != self._digest:
+        """Go on from the newest checkpoints, of however many servers they are."""
+        found = recover(self._checkpoints.directory, self._sizes, self.index, self._servers)
+        if found is None:
             return
-        state = found[0]
         with torch.no_grad():
-            self._parameter.copy_(state["parameter"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        self.updates = state["updates"]
+            self._parameter[found.known] = found.values[found.known]
+        self._optimizer.load_state_dict(found.optimizer)
+        self.updates = found.updates
         now = time.monotonic()
-        self._workers = {name: _Worker(restart, sequence, bool(applied), clock, now)
-                         for name, (restart, sequence, applied, clock) in state["workers"].items()}
+        for state in found.states:
+            if state["attempt"] == context.attempt:  # else all workers have started anew, and count from 0
+                self._workers |= {name: _Worker(restart, sequence, bool(applied), clock, now)
+                                  for name, (restart, sequence, applied, clock) in state["workers"].items()}
+        if lost := int((~found.known).sum()):  # a server died before it ever saved, or they do not share the directory
+            text = f"{lost:,} of {len(found.known):,} values begin anew: not in {self._checkpoints.directory}"
+            sys.stderr.write(text + "\n")
+            context.report(message=text)
 
 
 def _bind(socket: Any, address: str) -> None:
@@ -343,10 +310,6 @@ def _bind(socket: Any, address: str) -> None:
                 raise
             time.sleep(0.1)
     socket.bind(address)
-
-
-def _shard_name(index: int, servers: int) -> str:
-    return f"ps-{index}-of-{servers}"
 
 
 class ServerLost(RuntimeError):
@@ -369,6 +332,9 @@ class ParameterClient:
         self._directory = Path(env.checkpoint_dir) if env.checkpoint_dir else None
         self._sequence = 0
         self._sockets: dict[int, Any] = {}
+        self._stepped_s = 0.0
+        self._paces: deque[tuple[float, float]] = deque(maxlen=WINDOW)
+        """(seconds of a step, seconds of it with the servers) of late."""
         self.done = 0
         """Batches done by all workers together, as of the last lease."""
         self.epochs = 0
@@ -386,21 +352,37 @@ class ParameterClient:
         False if the lease had passed to another worker: then nothing was counted.
         """
         gradients = [p.grad for p in self._parameters]
-        frames: dict[int, tuple[Any, ...]] = {s: (_gather(gradients, shard),) for s, shard in enumerate(self._layout)}
+        frames: dict[int, tuple[Any, ...]] = {s: (gather(gradients, shard),) for s, shard in enumerate(self._layout)}
         extra: dict[str, object] = {}
         if lease is not None:
             extra["done"] = lease.position
             frames[0] += (np.ascontiguousarray(lease.indices if used is None else used, np.int64),)
+        pushed_s = time.monotonic()
         replies = self._exchange("step", frames, extra)
         self._receive(replies)
+        self._tell_pace(pushed_s, time.monotonic())
         for parameter in self._parameters:
             parameter.grad = None
         return bool(replies[0][0]["applied"])
 
+    def _tell_pace(self, pushed_s: float, now_s: float) -> None:
+        """What numbers of workers and servers are chosen by. The median, as waits for a server that was away are not
+        what a step takes."""
+        if self._stepped_s:
+            self._paces.append((now_s - self._stepped_s, now_s - pushed_s))
+        self._stepped_s = now_s
+        if len(self._paces) >= WINDOW // 4:
+            step_s, sync_s = (median(column) for column in zip(*self._paces, strict=True))
+            context.report(step_s=step_s, sync_s=sync_s, asynchronous=1)
+
     def leases(self) -> Iterator[Lease]:
-        """Batches to work on, until all epochs are done by all workers together."""
+        """Batches to work on, until all epochs are done by all workers together. Told to end (SIGTERM), this
+        worker says goodbye once the step in hand is done, and raises SystemExit."""
         assert self._plan is not None, "leases need a plan"
         while True:
+            if context.should_stop():
+                self.close()
+                raise SystemExit(ENDED)
             answer, _ = self._exchange("lease", {0: ()})[0]
             self.done, self.epochs, self.epochs_exact = answer["done"], answer["epochs"], answer["exact"]
             if answer["finished"]:
@@ -422,7 +404,7 @@ class ParameterClient:
 
     def _receive(self, replies: Mapping[int, tuple[dict[str, Any], list[bytes]]]) -> None:
         for server, (_, frames) in replies.items():
-            _scatter(np.frombuffer(bytearray(frames[0]), np.float32), self._parameters, self._layout[server])
+            scatter(np.frombuffer(bytearray(frames[0]), np.float32), self._parameters, self._layout[server])
 
     def _exchange(self, op: str, frames: Mapping[int, tuple[Any, ...]], extra: Mapping[str, object] | None = None,
                   patience_s: float | None = None) -> dict[int, tuple[dict[str, Any], list[bytes]]]:
@@ -444,6 +426,8 @@ class ParameterClient:
                 if time.monotonic() - began > RETRY_S[0]:
                     context.report(message="")
                 return {s: replies[s] for s in frames}
+            if context.should_stop():
+                raise SystemExit(ENDED)  # the servers are told the same
             away = ", ".join(f"ps {s} at {self._addresses[s]}" for s in missing)
             context.report(message=f"waits for {away} ({time.monotonic() - began:.0f} s)")
             for server in missing:  # a fresh connection: what the old one holds may never arrive, or arrive late
@@ -455,7 +439,7 @@ class ParameterClient:
         """The server may have been started anew elsewhere; it notes its address beside its checkpoints."""
         if self._directory:
             try:
-                note = self._directory / f"{_shard_name(server, len(self._addresses))}.address"
+                note = self._directory / f"{shard_name(server, len(self._addresses))}.address"
                 self._addresses[server] = note.read_text()
             except OSError:
                 pass  # it has not noted one yet

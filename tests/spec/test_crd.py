@@ -93,7 +93,6 @@ def wrapped(spec: Json, name: str = "x", kind: str = "TrainingJob") -> Json:
     return {"apiVersion": "jobsched.dev/v1alpha1", "kind": kind, "metadata": {"name": name}, "spec": spec}
 
 
-ELASTIC_PS = {"ps": {"command": "a", "replicas": {"min": 1, "max": 2}}, "worker": {"command": "a"}}
 WRONG: dict[str, tuple[Json, str]] = {
     # what is wrong: (spec, the field that the answer names)
     "a field that is not there": (with_(5, "walltime"), "spec.walltime"),
@@ -115,7 +114,6 @@ WRONG: dict[str, tuple[Json, str]] = {
     "more at least than at most": (with_({"min": 4, "max": 2}, *WORKER, "replicas"), "spec.roles.worker.replicas"),
     "not a range of replicas": (with_("2-4", *WORKER, "replicas"), "spec.roles.worker.replicas"),
     "two chiefs": (with_({"command": "a", "replicas": 2}, "roles", "chief"), "spec.roles.chief.replicas"),
-    "elastic parameter servers": (with_(ELASTIC_PS, "roles"), "spec.roles.ps.replicas"),
     "no command": (with_(..., *WORKER, "command"), "spec.roles.worker.command"),
     "an empty command": (with_([], *WORKER, "command"), "spec.roles.worker.command"),
     "a number for a command": (with_(5, *WORKER, "command"), "spec.roles.worker.command"),

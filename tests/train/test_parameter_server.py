@@ -1,4 +1,4 @@
-"""The parameter server: layout, one server's answers, and a real job whose members are killed."""
+"""The parameter server: one server's answers, and a real job whose members are killed."""
 
 from __future__ import annotations
 
@@ -11,31 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
-from jobsched.train.checkpoint import Fenced
+from jobsched.train.checkpoint import Fenced, committed
 from jobsched.train.context import context
 from jobsched.train.data import Plan
-from jobsched.train.parameter_server import ParameterServer, digest_of, layout_of
+from jobsched.train.parameter_server import ENDED, ParameterServer
+from jobsched.train.shards import shard_name
 from tests.train.gang import Gang
 
 SCRIPT = "jobs/digits_ps/train.py"
-
-
-@given(st.lists(st.integers(1, 100_000), min_size=1, max_size=12), st.integers(1, 5))
-def test_every_element_is_on_exactly_one_server_and_loads_are_even(sizes: list[int], servers: int) -> None:
-    layout = layout_of(sizes, servers)
-    held = [np.zeros(size, int) for size in sizes]
-    for shard in layout:
-        for piece in shard:
-            held[piece.tensor][piece.start:piece.start + piece.length] += 1
-    assert all((counts == 1).all() for counts in held)
-    loads = [sum(p.length for p in shard) for shard in layout]
-    assert max(loads) - min(loads) <= max(1_024, -(-sum(sizes) // (servers * 8)))
-    assert digest_of(layout_of(sizes, servers)) == digest_of(layout)
-    assert digest_of(layout_of([*sizes, 1], servers)) != digest_of(layout)
 
 
 def a_model() -> nn.Module:
@@ -179,3 +164,36 @@ def test_a_server_that_moved_is_found(gang: Gang) -> None:
     gang.peers = {**gang.peers, "ps": (gang.peers["ps"][0], gang.peers["worker"][2])}
     gang.start("ps", 1, command, restart=1)
     assert gang.wait_exit("worker", 0) == 0, gang.logs()
+
+
+@pytest.mark.e2e
+def test_training_goes_on_with_other_numbers_of_servers(tmp_path: Path) -> None:
+    """An orderly end (as of a rescale), then the next attempt: every push is in all shards, no batch is lost or done
+    twice, and the new workers find the new servers."""
+    command = [SCRIPT, "--epochs", "9", "--pause-ms", "4", "--accuracy", "0.8", "--checkpoint-s", "60"]
+    done = 0
+    for attempt, servers in enumerate((1, 3, 2), 1):
+        gang = Gang(tmp_path, {"ps": servers, "worker": 2}, attempt=attempt)
+        try:
+            for role, count in gang.sizes.items():
+                for index in range(count):
+                    gang.start(role, index, command)
+            if attempt < 3:
+                told = gang.wait_report(
+                    lambda r, d=done: "step_s" in r.body["metrics"] and r.body["step"] > d + 100).body["metrics"]
+                assert told["step_s"] > told["sync_s"] > 0
+                for role, index in [*gang.running]:
+                    gang.kill(role, index, signal.SIGTERM)
+                assert [gang.wait_exit("worker", i) for i in range(2)] == [ENDED] * 2, gang.logs()
+                assert [gang.wait_exit("ps", i) for i in range(servers)] == [0] * servers, gang.logs()
+                shards = [committed(tmp_path / "ckpt", shard_name(i, servers))[0] for i in range(servers)]
+                assert len({saved.step for saved in shards}) == 1
+                lines = (tmp_path / "ckpt" / "ps-leases.jsonl").read_text().splitlines()
+                done = sum('"done"' in text for text in lines)
+                assert shards[0].step == done
+            else:
+                assert [gang.wait_exit("worker", i) for i in range(2)] == [0, 0], gang.logs()
+                assert "9 of 9 epochs exact" in gang.log("worker", 0)
+        finally:
+            gang.close()
+            (tmp_path / "report.sock").unlink()

@@ -24,7 +24,7 @@ from jobsched.core.plan import Decision
 from jobsched.core.policies.admission import admit
 from jobsched.core.policies.placement import Gang, Score, place_gang, place_more
 from jobsched.core.resources import WHOLE_GPU, NodeName
-from jobsched.spec.job import RestartScope, restart_policy
+from jobsched.spec.job import resizes_in_place
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +236,7 @@ def _may_leave(job: Job, here: Sequence[Replica], bound: Sequence[Replica]) -> b
     counts, have = _counts(here), _counts(bound)
     return all(
         job.spec.roles[name].replicas.elastic
-        and restart_policy(job.spec, name).scope is RestartScope.REPLICA
+        and resizes_in_place(job.spec, name)
         and have[name] - count >= job.spec.roles[name].replicas.min
         for name, count in counts.items()
     )

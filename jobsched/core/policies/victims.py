@@ -44,7 +44,7 @@ from jobsched.core.policies.admission import admit, least_needs, limited
 from jobsched.core.policies.placement import Gang, Score, place_gang
 from jobsched.core.policies.quota import Account, Refused
 from jobsched.core.resources import JobId, NodeName
-from jobsched.spec.job import RestartScope, restart_policy
+from jobsched.spec.job import resizes_in_place
 
 PRUNED = 64
 """Of so many victims it is asked whether the job could do without them."""
@@ -392,7 +392,7 @@ def _surplus(job: Job, bound: Iterable[Replica]) -> Iterator[Replica]:
     serving = (ReplicaState.BOUND, ReplicaState.RUNNING)
     bound = [r for r in bound if r.state in serving]
     for name, role in job.spec.roles.items():
-        if role.replicas.elastic and restart_policy(job.spec, name).scope is RestartScope.REPLICA:
+        if role.replicas.elastic and resizes_in_place(job.spec, name):
             held = sorted((r for r in bound if r.role == name), key=lambda r: r.index)
             yield from reversed(held[role.replicas.min :])
 
