@@ -206,3 +206,60 @@ def test_the_first_replica_leaves_last_and_scattered_ones_first() -> None:
     leaving = surplus(job, "worker", 4)
     assert leaving[0].index in (alone if 0 not in alone else range(1, 5))
     assert 0 not in {r.index for r in leaving}
+
+
+# ---- parameter servers ----
+
+
+def a_ps_job(ps: object = "1..4", workers: object = 2, **fields: object) -> JobSpec:
+    roles = {
+        "ps": {"command": "x", "cpu": 1, "replicas": ps},
+        "worker": {"command": "x", "gpu": "any:1", "cpu": 1, "replicas": workers},
+    }
+    return a_spec(roles=roles, heartbeat_timeout=0, **fields)
+
+
+def counts(world: World, job_id: JobId) -> tuple[int, int]:
+    """(workers, servers) that have a place."""
+    bound = [r.role for r in world.job(job_id).replicas.values() if r.binding is not None]
+    return bound.count("worker"), bound.count("ps")
+
+
+def test_scaling_servers_is_a_new_attempt_with_exactly_so_many_and_workers_change_in_place() -> None:
+    world = World(nodes=2, gpus=4)
+    job_id = world.submit(a_ps_job({"min": 1, "max": 4, "prefer": 1}, {"min": 1, "max": 4, "prefer": 2}))
+    world.tick(5)
+    assert counts(world, job_id) == (2, 1)
+    world.wish(ev.JobScaled(world.clock.now_ms(), job_id, "me", {"worker": 3}))
+    world.tick(5)
+    assert counts(world, job_id) == (3, 1)
+    assert world.job(job_id).attempt == 1
+    for count in (3, 2):
+        world.wish(ev.JobScaled(world.clock.now_ms(), job_id, "me", {"ps": count}))
+        world.tick(10)
+        job = world.job(job_id)
+        assert counts(world, job_id) == (3, count)
+        assert job.phase is Phase.RUNNING
+        launches = list(world.engine.alive().values())
+        assert len(launches) == 3 + count
+        for launch in launches:
+            assert len(launch.contract.peers["ps"]) == count
+            assert all(launch.contract.peers["ps"])
+            assert len(launch.contract.peers["worker"]) == 4
+            assert not (launch.contract.role == "ps" and launch.contract.elastic)
+    stops = [e.outcome.reason for e in world.events(job_id, ev.AttemptStopping) if isinstance(e, ev.AttemptStopping)]
+    assert stops == [Reason.RESCALED, Reason.RESCALED]
+
+
+def test_a_running_job_never_gets_another_server_in_place() -> None:
+    """There was no room for those it would like: they do not join when there is."""
+    world = World(nodes=1, gpus=4)
+    blocker = world.submit(a_spec(roles={"worker": {"command": "x", "cpu": 61}}))
+    world.tick(3)
+    job_id = world.submit(a_ps_job())
+    world.tick(5)
+    assert counts(world, job_id) == (2, 1)
+    world.wish(ev.JobCancelRequested(world.clock.now_ms(), blocker, "me"))
+    world.tick(10)
+    assert counts(world, job_id) == (2, 1)
+    assert world.job(job_id).attempt == 1
