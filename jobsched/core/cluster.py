@@ -18,7 +18,7 @@ from typing import NamedTuple, assert_never
 from jobsched.core import events as ev
 from jobsched.core.job import Asked, Binding, Job, Phase, Replica, ReplicaId, ReplicaState, RoleShape, Shape
 from jobsched.core.ledger import GpuClass, Ledger
-from jobsched.core.lifecycle import evolve_job
+from jobsched.core.lifecycle import take_evolved
 from jobsched.core.node import Cordon, Node
 from jobsched.core.plan import Reservation
 from jobsched.core.policies.estimate import Estimates
@@ -44,8 +44,7 @@ IMAGINED = 1_000
 SHAPES_KEPT = 10_000
 
 
-@dataclass(frozen=True, slots=True)
-class LineKey:
+class LineKey(NamedTuple):
     """Jobs that the scheduler need not tell apart but by rank and age: same queue, priority, shape, array, owner where
     the queue tells its users apart, and outlook where the policy has one (`Cluster.alike`)."""
 
@@ -55,6 +54,10 @@ class LineKey:
     array_id: str = ""
     owner: str = ""
     outlook: tuple[int, ...] = ()
+
+    def akin(self) -> LineKey:
+        """The same for all lines that differ in nothing but their outlook."""
+        return self._replace(outlook=()) if self.outlook else self
 
 
 class Place(NamedTuple):
@@ -113,6 +116,18 @@ class Line:
     """`Ledger.freed` when its head was last over a quota or limit."""
     hindered_at: int = -1
     """`Cluster.claims_made` when reservations of others were in the way of its head; -1: none were."""
+
+
+@dataclass(slots=True)
+class _Known:
+    """What the indexes hold of a live job."""
+
+    shape: Shape
+    crowd: PoolKey
+    line: Line | None = None
+    """None: it may not start, or has."""
+    place: Place | None = None
+    """In the line."""
 
 
 @dataclass(slots=True)
@@ -223,9 +238,10 @@ class Cluster:
     _widest: dict[GpuClass, int] = field(default_factory=dict)
     _charged: dict[tuple[JobId, ReplicaId], Amounts] = field(default_factory=dict)
     """What each bound replica counts for in its queue; its GPUs' kind may be forgotten before it ends."""
-    _place: dict[JobId, tuple[Line, Place]] = field(default_factory=dict)
-    _crowd_of: dict[JobId, PoolKey] = field(default_factory=dict)
-    _shape: dict[JobId, Shape] = field(default_factory=dict)
+    _known: dict[JobId, _Known] = field(default_factory=dict)
+    """Live jobs."""
+    _lined_up: int = 0
+    """How many of them are in a line."""
     _shapes: dict[Shape, Shape] = field(default_factory=dict)
     """Like jobs share one shape."""
     _shapes_of_specs: dict[int, tuple[JobSpec, Shape]] = field(default_factory=dict)
@@ -246,7 +262,13 @@ class Cluster:
         before = self.jobs.get(event.job_id)
         if (accused := accusation(before, event)) is not None:
             self._accuse(*accused)
-        self._replace_job(before, evolve_job(before, event), event.at_ms)
+        after = take_evolved(before, event)
+        if before is None:
+            self._add_job(after, event.at_ms)
+        elif after.phase.terminal:
+            self._remove_job(before, after, event.at_ms)
+        else:
+            self._change_job(before, after, event.at_ms)
 
     def _evolve_nodes(self, event: ev.ClusterEvent) -> None:
         match event:
@@ -307,7 +329,7 @@ class Cluster:
             cluster.lost.add(name)
             cluster.ledger.drop_node(name)
         for job in jobs:
-            cluster._replace_job(None, job, job.running_since_ms or job.attempt_started_at_ms)
+            cluster._add_job(job, job.running_since_ms or job.attempt_started_at_ms)
         return cluster
 
     def _put_queue(self, queue: QueueSpec) -> None:
@@ -317,7 +339,7 @@ class Cluster:
         if _tells_users_apart(before) is not _tells_users_apart(queue):
             waiting = [p.job_id for line in self.lines_of.get(queue.name, {}).values() for p in line.places]
             for job_id in waiting:
-                self._leave_line(self.jobs[job_id])
+                self._leave_line(job_id)
                 self._line_up(self.jobs[job_id])
 
     def _accuse(self, name: NodeName, held: Accusation) -> None:
@@ -363,62 +385,103 @@ class Cluster:
         self.ledger.put_node(node, self.on_node.get(node.name, {}).values())
         self._repool(node.name)
 
-    def _replace_job(self, before: Job | None, after: Job, at_ms: int) -> None:
-        job_id, enters = after.id, before is None or before.phase is not after.phase
+    def _add_job(self, job: Job, at_ms: int) -> None:
+        """A job came: usually just submitted, else as the projections have it."""
+        job_id = job.id
         self.touched[job_id] = None
-        if before is not None and not before.phase.active:
-            self._leave_line(before)
-        moves = bool(after.replicas) if before is None else before.replicas is not after.replicas
+        self.jobs[job_id] = job
+        shape = self._shape_of(job)
+        self._join_crowd(job, shape)
+        self.mix.learn(shape)
+        self.estimates.submitted(job)
+        for dependency in job.waiting_for:
+            self.dependents.setdefault(dependency, []).append(job_id)
+        if job.owner == BY:
+            self._note_check(job, at_ms)
+        if job.phase is Phase.QUEUED:
+            self._note_asked(None, job)
+            self._join_line(job)
+            return
+        self._rebind(None, job, at_ms)
+        self._count_array(False, job)
+        self._note_leaving(None, job)
+        self._note_size(job, enters=True)
+
+    def _remove_job(self, before: Job, after: Job, at_ms: int) -> None:
+        """A job ended: with its attempt, or while it waited."""
+        job_id, was_active = after.id, before.phase.active
+        self.touched[job_id] = None
+        if was_active:
+            self._rebind(before, after, at_ms)
+            self._count_array(True, after)
+            self._note_leaving(before, after)
+        else:
+            self._leave_line(job_id)
+            self._note_asked(before, None)
+            self.nominated.pop(job_id, None)
+        if after.owner == BY:
+            self._note_check(after, at_ms)
+        self.estimates.ended(after)
+        self.paces.ended(job_id)
+        self._leave_crowd(job_id)
+        self._remember_end(after)
+        for known in (self.jobs, self._known, self.growing, self.standing, self.elastic, self.speeds, self.targets):
+            known.pop(job_id, None)
+
+    def _change_job(self, before: Job, after: Job, at_ms: int) -> None:
+        """Something happened to a job that lives on."""
+        job_id, phase, was = after.id, after.phase, before.phase
+        enters, moves = phase is not was, before.replicas is not after.replicas
+        self.touched[job_id] = None
+        if was is Phase.QUEUED:
+            self._leave_line(job_id)
         rebinds = moves and self._rebind(before, after, at_ms)
-        if enters and after.array_id:
-            self._count_array(before, after)
-        if after.owner == BY and (checked := after.labels.get(PREFLIGHT_LABEL)) is not None:
-            self._note_check(NodeName(checked), after, at_ms)
-        if not after.phase.active and (before is None or not before.phase.active):
-            if after.phase.terminal:
-                self.nominated.pop(job_id, None)
-        elif (
-            enters or before is None or before.outcome is not after.outcome or before.priority != after.priority
-            or (moves and self._shape[job_id].elastic)
+        if enters:
+            self._count_array(was.active, after)
+        if after.owner == BY:
+            self._note_check(after, at_ms)
+        if (phase.active or was.active) and (
+            enters or before.outcome is not after.outcome or before.priority != after.priority
+            or (moves and self._known[job_id].shape.elastic)
         ):  # fmt: skip
             self._note_leaving(before, after)
-        if after.asked is not None and not after.phase.terminal:
-            self.asking[job_id] = after.asked
-        elif before is not None and before.asked is not None:
-            self.asking.pop(job_id, None)
-        if after.phase.terminal:
-            self.estimates.ended(after)
-            self.paces.ended(job_id)
-            self._stir(before, after)
-            self._remember_end(after)
-            for known in (self.jobs, self.growing, self._shape, self.elastic, self.speeds, self.targets):
-                known.pop(job_id, None)
-            return
+        self._note_asked(before, after)
         self.jobs[job_id] = after
-        if before is None:
-            self.estimates.submitted(after)
-            for dependency in after.waiting_for:
-                self.dependents.setdefault(dependency, []).append(job_id)
-        respecified = before is None or before.wanted is not after.wanted or before.spec is not after.spec
+        respecified = before.wanted is not after.wanted or before.spec is not after.spec
         if respecified:
-            self._shape[job_id] = self._shape_of(after)
-        if before is None:
-            self.mix.learn(self._shape[job_id])
+            self._known[job_id].shape = self._shape_of(after)
         self._stir(before, after)
-        if after.phase is Phase.QUEUED:
+        if phase is Phase.QUEUED:
             self._join_line(after)
+        if enters or rebinds or respecified:
+            self._note_size(after, enters)
+
+    def _note_asked(self, before: Job | None, after: Job | None) -> None:
+        """Keep `asking` true."""
+        if after is not None and after.asked is not None:
+            self.asking[after.id] = after.asked
+        elif before is not None and before.asked is not None:
+            self.asking.pop(before.id, None)
+
+    def _note_size(self, job: Job, enters: bool) -> None:
+        """Keep `elastic` and `growing` true when a job has entered a phase, or has or wants other replicas."""
+        job_id, phase = job.id, job.phase
         if enters:
-            if after.phase.active and self._shape[job_id].elastic and elastic_role(after.spec):
+            if phase.active and self._known[job_id].shape.elastic and elastic_role(job.spec):
                 self.elastic[job_id] = None
             else:
                 self.elastic.pop(job_id, None)
-        if enters or rebinds or respecified:
-            if after.phase is Phase.RUNNING and self.lacking(after):
-                self.growing[job_id] = -1
-            else:
-                self.growing.pop(job_id, None)
+        if phase is Phase.RUNNING and self.lacking(job):
+            self.growing[job_id] = -1
+        else:
+            self.growing.pop(job_id, None)
 
-    def _note_check(self, name: NodeName, job: Job, at_ms: int) -> None:
+    def _note_check(self, job: Job, at_ms: int) -> None:
+        """Keep `checking` and `checks` true when something happens to a job of jobsched itself."""
+        checked = job.labels.get(PREFLIGHT_LABEL)
+        if checked is None:
+            return
+        name = NodeName(checked)
         if not job.phase.terminal:
             self.checking[name] = job.id
         elif self.checking.get(name) == job.id:
@@ -485,21 +548,20 @@ class Cluster:
         if total <= 0:
             return
         if self.estimates.reported(job, step, total, at_ms):
-            self.stirred[self._crowd_of[job_id]] = None
+            self.stirred[self._known[job_id].crowd] = None
         if (kind := self.gpu_kind(job)) and not self.shape(job).elastic and (step_ms := self.estimates.step_ms(job)):
             self.paces.note(job, kind, step_ms)
 
-    def _stir(self, before: Job | None, after: Job) -> None:
+    def _stir(self, before: Job, after: Job) -> None:
         """Note where something may be decided anew."""
         job_id, phase = after.id, after.phase
-        key = self._crowd_of.get(job_id)
-        if phase.terminal:
+        if before.spec is not after.spec:
+            known = self._known[job_id]
             self._leave_crowd(job_id)
-            self.standing.pop(job_id, None)
-        elif before is None or before.spec is not after.spec:
-            self._leave_crowd(job_id)
-            key = self._join_crowd(after)
-        elif key is not None and before.phase is not phase:
+            self._join_crowd(after, known.shape)
+            return
+        key = self._known[job_id].crowd
+        if before.phase is not phase:
             if not phase.active:
                 self.crowds[key].active.pop(job_id, None)
             else:
@@ -508,27 +570,27 @@ class Cluster:
                     return  # its turn may end by itself only while it runs
         elif phase is not Phase.QUEUED and _same_wishes(before, after):
             return
-        if key is not None:
-            self.stirred[key] = None
+        self.stirred[key] = None
 
-    def _join_crowd(self, job: Job) -> PoolKey:
-        shape = self._shape[job.id]
-        key = self._crowd_of[job.id] = pool_key(shape)
+    def _join_crowd(self, job: Job, shape: Shape) -> None:
+        key = pool_key(shape)
+        self._known[job.id] = _Known(shape, key)
         crowd = self.crowds.get(key)
         if crowd is None:
             crowd = self.crowds[key] = Crowd(shape)
         crowd.jobs[job.id] = None
         if job.phase.active:
             crowd.active[job.id] = None
-        return key
+        self.stirred[key] = None
 
     def _leave_crowd(self, job_id: JobId) -> None:
-        key = self._crowd_of.pop(job_id, None)
-        if key is not None:
-            del self.crowds[key].jobs[job_id]
-            self.crowds[key].active.pop(job_id, None)
-            if not self.crowds[key].jobs:
-                del self.crowds[key]
+        key = self._known[job_id].crowd
+        crowd = self.crowds[key]
+        del crowd.jobs[job_id]
+        crowd.active.pop(job_id, None)
+        if not crowd.jobs:
+            del self.crowds[key]
+        self.stirred[key] = None
 
     def _remember_end(self, job: Job) -> None:
         self.ended[job.id] = job.phase is Phase.SUCCEEDED
@@ -566,10 +628,9 @@ class Cluster:
             amounts = self._charged.pop(key)
         self.quotas.book(job.spec.queue, job.owner, amounts, sign, at_ms)
 
-    def _count_array(self, before: Job | None, after: Job) -> None:
-        change = after.phase.active - (before is not None and before.phase.active)
-        if change:
-            self.quotas.start(after.array_id, change)
+    def _count_array(self, was_active: bool, job: Job) -> None:
+        if job.array_id and (change := job.phase.active - was_active):
+            self.quotas.start(job.array_id, change)
 
     # ---- lines ----
 
@@ -582,38 +643,43 @@ class Cluster:
         self._line_up(job)
 
     def _line_up(self, job: Job) -> None:
-        pool = self._crowd_of[job.id]
+        known, queue = self._known[job.id], job.spec.queue
+        pool = known.crowd
         self.stirred[pool] = None
-        owner = job.owner if _tells_users_apart(self.queues.get(job.spec.queue)) else ""
-        outlook = self.alike(job, self.estimates)
-        key = LineKey(job.spec.queue, job.priority, self._shape[job.id], job.array_id, owner, outlook)
+        owner = job.owner if _tells_users_apart(self.queues.get(queue)) else ""
+        key = LineKey(queue, job.priority, known.shape, job.array_id, owner, self.alike(job, self.estimates))
         line = self.lines.get(key)
         if line is None:
-            line = self.lines[key] = self.lines_of.setdefault(key.queue, {})[key] = Line(key)
-            akin = self.lines_in.setdefault(pool, {})
-            akin.setdefault(replace(key, outlook=()), {})[key] = line
-        self.stuck.pop(key.queue, None)
+            line = self.lines[key] = self.lines_of.setdefault(queue, {})[key] = Line(key)
+            self.lines_in.setdefault(pool, {}).setdefault(key.akin(), {})[key] = line
+        self.stuck.pop(queue, None)
         self.joined += 1
-        place = Place(self.rank(job, self.estimates), job.submitted_at_ms, job.id)
-        insort(line.places, place)
+        place, places = Place(self.rank(job, self.estimates), job.submitted_at_ms, job.id), line.places
+        if not places or places[-1] < place:
+            places.append(place)  # who comes last usually goes last; where thousands wait, looking for it costs more
+        else:
+            insort(places, place)
         if line.hindered_at >= 0:
             line.blocked_at = -1  # it may be over sooner than those before it
-        self._place[job.id] = (line, place)
+        known.line, known.place = line, place
+        self._lined_up += 1
 
-    def _leave_line(self, job: Job) -> None:
-        found = self._place.pop(job.id, None)
-        if found is None:
+    def _leave_line(self, job_id: JobId) -> None:
+        known = self._known[job_id]
+        line, place = known.line, known.place
+        if line is None or place is None:
             return
-        line, place = found
-        key = line.key
-        del line.places[bisect_left(line.places, place)]
+        known.line = known.place = None
+        self._lined_up -= 1
+        key, places = line.key, line.places
+        del places[0 if places[0] is place else bisect_left(places, place)]
         self.stuck.pop(key.queue, None)
-        if not line.places:
+        if not places:
             del self.lines[key]
             del self.lines_of[key.queue][key]
             if not self.lines_of[key.queue]:
                 del self.lines_of[key.queue]
-            pool, akin = self._crowd_of[job.id], replace(key, outlook=())
+            pool, akin = known.crowd, key.akin()
             del self.lines_in[pool][akin][key]
             if not self.lines_in[pool][akin]:
                 del self.lines_in[pool][akin]
@@ -625,7 +691,7 @@ class Cluster:
         while self.parked and self.parked[0][0] <= now_ms:
             instant, job_id = heapq.heappop(self.parked)
             job = self.jobs.get(job_id)
-            if job is None or job.phase is not Phase.QUEUED or job.not_before_ms != instant or job_id in self._place:
+            if job is None or job.phase is not Phase.QUEUED or job.not_before_ms != instant or self.waits(job_id):
                 continue
             self._line_up(job)
 
@@ -745,16 +811,17 @@ class Cluster:
         return missing
 
     def shape(self, job: Job) -> Shape:
-        return self._shape.get(job.id) or shape_of_job(job)
+        known = self._known.get(job.id)
+        return known.shape if known is not None else shape_of_job(job)
 
     def waits(self, job_id: JobId) -> bool:
         """Whether the job may start."""
-        return job_id in self._place
+        return self.line_of(job_id) is not None
 
     def line_of(self, job_id: JobId) -> Line | None:
         """The line that a job waits in; None when it may not start (held, backoff, dependency) or runs."""
-        found = self._place.get(job_id)
-        return None if found is None else found[0]
+        known = self._known.get(job_id)
+        return None if known is None else known.line
 
     def pool(self, shape: Shape) -> Pool:
         """Nodes that something of this shape may be bound on at all: usable, with its labels, without taints or
@@ -800,7 +867,7 @@ class Cluster:
         yield from dict.fromkeys(job_id for job_id, _ in self.on_node.get(name, {}))
 
     def waiting_count(self) -> int:
-        return len(self._place)
+        return self._lined_up
 
 
 def _tells_users_apart(queue: QueueSpec | None) -> bool:

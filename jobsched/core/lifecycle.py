@@ -70,9 +70,9 @@ COUNTED: Final = (FailureClass.USER, FailureClass.OOM, FailureClass.HANG)
 
 
 _FOLDED: Final[dict[tuple[int, int], tuple[Job | None, ev.JobEvent, Job]]] = {}
-"""What was folded last. Judge, an in-memory store and the cluster apply the same event to the same job one after the
-other; they get the same result without folding again. Entries keep their inputs alive, so identities cannot be reused.
-"""
+"""What was folded and not yet taken. Judge, the store and the cluster apply the same event to the same job one after
+the other; they get the same result without folding again. Entries keep their inputs alive, so identities cannot be
+reused."""
 FOLDED_KEPT = 4_096
 
 
@@ -91,6 +91,12 @@ def evolve_job(job: Job | None, event: ev.JobEvent) -> Job:
         _FOLDED.clear()
     _FOLDED[key] = (job, event, after)
     return after
+
+
+def take_evolved(job: Job | None, event: ev.JobEvent) -> Job:
+    """The same for whoever comes last, the leader's memory: nobody will ask again, so nothing is kept."""
+    folded = _FOLDED.pop((id(job), id(event)), None)
+    return folded[2] if folded is not None else _fold(job, event)
 
 
 def _fold(job: Job | None, event: ev.JobEvent) -> Job:

@@ -27,6 +27,7 @@ from math import log2
 
 from jobsched.core.job import Job, Phase
 from jobsched.core.resources import JobId
+from jobsched.spec.job import JobSpec
 
 BASE_MS = 60_000
 PER_DOUBLING = 2
@@ -169,6 +170,7 @@ class Noted:
 
 FAMILIES_NOTED = 5_000
 """Levels that are noted, those that saw most."""
+KIN_KEPT = 10_000
 
 
 @dataclass(slots=True)
@@ -219,6 +221,8 @@ class Estimates:
     """Job -> (attempt, when it is likely to end, until when that holds)."""
     _recalled: dict[JobId, tuple[int, Tally]] = field(default_factory=dict)
     """Jobs that lived when this was noted: buckets passed, campaign."""
+    _kin_of: dict[tuple[int, str], tuple[JobSpec, Key, tuple[Tally, ...]]] = field(default_factory=dict)
+    """By identity of the spec, which is kept alive, and owner."""
 
     def noted(self, now_ms: int) -> Noted:
         """What was learned so far; of campaigns, those that go on. O(families + live jobs)."""
@@ -276,11 +280,20 @@ class Estimates:
                 known.guess = max(1, round(GUESS_STEPS * log2(max(2, guess_ms))))
 
     def _levels(self, job: Job, campaign: Tally | None) -> tuple[Tally, ...]:
+        kin = self._kin_of.get((id(job.spec), job.owner)) if self._learns and not job.wanted else None
+        _, family, tables = kin or self._kin(job)
+        return (*tables, campaign if campaign is not None else self._campaign(family, job))
+
+    def _kin(self, job: Job) -> tuple[JobSpec, Key, tuple[Tally, ...]]:
+        """Its family and the tables of whatever it belongs to; looked up once for those who share spec and owner."""
         family = family_of(job)
         name = _COUNTER.sub("", str(job.spec.name)) if job.spec.name else ""
-        if campaign is None:
-            campaign = self._campaign(family, job)
-        return (*self._tables(((), (family[-1],), family, (*family, name))), campaign)
+        found = (job.spec, family, self._tables(((), (family[-1],), family, (*family, name))))
+        if self._learns and not job.wanted:
+            if len(self._kin_of) >= KIN_KEPT:
+                self._kin_of.clear()
+            self._kin_of[id(job.spec), job.owner] = found
+        return found
 
     def _tables(self, keys: Sequence[Key]) -> tuple[Tally, ...]:
         tallies = self._tallies
