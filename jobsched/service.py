@@ -41,12 +41,13 @@ from jobsched.core.answers import (
 from jobsched.core.cluster import Cluster, cordon_of
 from jobsched.core.edit import FIXED, Edit, compare
 from jobsched.core.events import Stored
-from jobsched.core.forecast import expected, picture_for, sooner_with
+from jobsched.core.forecast import expected, picture_for, sooner_with, time_left
 from jobsched.core.job import Job, Phase, Reason, Replica, ReplicaState
 from jobsched.core.launch import LaunchKey, launch_key, parse_key
 from jobsched.core.lifecycle import evolve_job
 from jobsched.core.node import Cordon
 from jobsched.core.observation import Incident
+from jobsched.core.plan import Forecast
 from jobsched.core.policies.quota import HOUR_MS
 from jobsched.core.rehearsal import PROBE, Picture, picture_of, plan
 from jobsched.core.resources import JobId, NodeName, Resources
@@ -166,11 +167,13 @@ class Service:
             twin = picture_of(cluster)
             probe = evolve_job(None, ev.JobSubmitted(now_ms, PROBE, spec.name or str(PROBE), owner, spec))
             picture = picture_for(cluster, probe, now_ms, policy)
-            others = later(cluster, probe)
+            others, left = later(cluster, probe), time_left(cluster, probe, now_ms)
         answer = plan(twin.cluster(), spec, owner, now_ms, policy)
-        if answer.code != 10 or answer.verdict is None or answer.victims:
-            return answer
-        return replace(answer, verdict=self._expecting(answer.verdict, probe, picture, now_ms, others))
+        starts = Forecast(now_ms, now_ms) if answer.code != 8 else Forecast()
+        if answer.code == 10 and answer.verdict is not None and not answer.victims:
+            waits = self._expecting(answer.verdict, probe, picture, now_ms, others)
+            answer, starts = replace(answer, verdict=waits), Forecast(waits.starts_after_ms, waits.starts_before_ms)
+        return replace(answer, deadline=explain.punctual(probe, starts, left, now_ms))
 
     def _prioritised(self, spec: JobSpec) -> JobSpec:
         """With the number of its priority class."""
@@ -306,18 +309,23 @@ class Service:
         if at_ms:
             return self._why_then(self.resolve(ref, owner=owner), at_ms)
         answer = self.get(ref, owner=owner)
-        verdict = answer.verdict
-        if verdict is not None and answer.job.phase is Phase.QUEUED:
-            with self.live.view() as (cluster, _):
-                known, now_ms = cluster.jobs.get(answer.job.id), self._clock.now_ms()
+        verdict, now_ms = answer.verdict, self._clock.now_ms()
+        starts, left = Forecast(now_ms, now_ms) if answer.job.phase.runs else Forecast(), None
+        with self.live.view() as (cluster, _):
+            known = cluster.jobs.get(answer.job.id)
+            if known is not None:
+                left = time_left(cluster, known, now_ms)
+            if verdict is not None and answer.job.phase is Phase.QUEUED:
                 if known is None or known.phase is not Phase.QUEUED:
                     return WhyAnswer(answer.job, answer.headline, None, story(self.events(answer.job.id)))
                 ways = sooner(cluster, known, now_ms) if cluster.waits(known.id) else ()
                 others = later(cluster, known)
                 picture = picture_for(cluster, known, now_ms, self.live.policy)
+        if verdict is not None and known is not None and known.phase is Phase.QUEUED:
             verdict = self._expecting(replace(verdict, sooner=ways), known, picture, now_ms, others)
-        told = story(self.events(answer.job.id))
-        return WhyAnswer(answer.job, answer.headline, verdict, told, self._warnings(answer.job))
+            starts = Forecast(verdict.starts_after_ms, verdict.starts_before_ms)
+        told, due = story(self.events(answer.job.id)), explain.punctual(answer.job, starts, left, now_ms)
+        return WhyAnswer(answer.job, answer.headline, verdict, told, self._warnings(answer.job), due)
 
     def incidents(self, ref: str, *, owner: str = "") -> Sequence[Incident]:
         """What the engine says of a job's replicas, and of their nodes since it was submitted: oldest first, only what

@@ -201,6 +201,30 @@ def test_why_and_plan_say_when_a_job_starts(stage: Stage) -> None:
     assert stage.service.get(waiting.id).verdict.starts == ""  # type: ignore[union-attr]
 
 
+def test_why_and_plan_say_whether_a_deadline_is_kept(stage: Stage) -> None:
+    whole = {"worker": {"command": "x", "gpu": "any:4"}}
+    first = stage.run(stage.submit(name="first", roles=whole, time_limit="30m", deadline="1h"))
+    due = stage.service.why(first.id).deadline
+    assert "UTC, likely kept: it ends by " in due
+    assert due.endswith("when its time limit runs out")
+
+    def outlook(**fields: object) -> str:
+        planned = stage.service.plan(a_spec(roles=whole, **fields)).deadline
+        waiting = stage.submit(roles=whole, **fields)
+        told = stage.service.why(waiting.id).deadline
+        stage.service.cancel(waiting.id)
+        assert planned[5:] == told[5:]
+        return told
+
+    assert "likely missed by 20 min: it ends about " in outlook(deadline="20m", expected="10m", time_limit="10m")
+    assert "likely kept" in outlook(deadline="90m", expected="10m", time_limit="10m")
+    assert "at risk: it ends by " in outlook(deadline="35m", time_limit="10m")
+    assert "nobody can tell how long it runs" in outlook(deadline="35m")
+    assert outlook() == ""
+    ended = stage.end(first)
+    assert stage.service.why(ended.id).deadline.endswith("UTC, kept")
+
+
 def test_priority_classes(stage: Stage) -> None:
     high = stage.submit(priority="high")
     assert (high.priority, high.spec.priority, high.spec.priority_class) == (100, 100, "high")

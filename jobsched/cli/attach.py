@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 
 from jobsched.cli import render
@@ -27,6 +27,8 @@ LOST_TOUCH = 125
 PLAIN_INTERVAL_S = 5.0
 """Least time between two progress lines where nothing can be overwritten."""
 REDRAW_S = 1.0
+ASK_S = (2.0, 30.0)
+"""When a job that waits is first, and then again, asked for its expected start."""
 
 
 class StatusLine:
@@ -45,7 +47,8 @@ class StatusLine:
             self._text = text[: shutil.get_terminal_size().columns - 1]
             self._draw()
             return
-        state = (document["phase"], document["reason"], str(document["attempts"]), str(document["restarts"]))
+        state = (document["phase"], document["reason"], str(document["attempts"]), str(document["restarts"]),
+                 "foreseen" if (document.get("verdict") or {}).get("starts_before_ms") else "")
         if state != self._said or time.monotonic() - self._said_at > PLAIN_INTERVAL_S:
             self._said, self._said_at = state, time.monotonic()
             talk(text)
@@ -99,6 +102,7 @@ def follow(
     document = render.job_document(answer)
     ref, line = document["id"], StatusLine()
     until = None if timeout_s is None else time.monotonic() + timeout_s
+    ask_at, starts_ms = time.monotonic() + ASK_S[0], 0
     replicas = sum(role["replicas"]["prefer"] for role in document["spec"]["roles"].values())
     if not view.quiet:
         talk(f"{begun} {document['name']} ({ref})")
@@ -117,7 +121,10 @@ def follow(
                     if view.format == "jsonl":
                         line.above(partial(render.write_json, {"type": "progress", **document}))
                     if not view.quiet:
-                        line.show(document)
+                        line.show(_starting(document, starts_ms))
+                if document["phase"] == "QUEUED" and not view.quiet and time.monotonic() >= ask_at:
+                    ask_at, starts_ms = time.monotonic() + ASK_S[1], expected_start(remote, ref)
+                    line.show(_starting(document, starts_ms))
                 if until is not None and time.monotonic() > until:
                     line.clear()
                     raise WaitTimeout(
@@ -136,6 +143,20 @@ def follow(
         line.clear()
         talk(f"{exc.render()}\nlost touch with the job; it goes on\n  jobsched logs -f {ref}")
         return LOST_TOUCH
+
+
+def expected_start(remote: Remote, ref: str) -> int:
+    """When a waiting job starts at the latest, most likely (ms); 0: nobody can tell."""
+    with suppress(JobschedError):  # the next look shows what is wrong
+        verdict = remote.documents(f"jobs/{ref}/why").get("verdict")
+        return int(verdict["starts_before_ms"]) if verdict else 0
+    return 0
+
+
+def _starting(document: Document, starts_ms: int) -> Document:
+    """With what was last heard of its start."""
+    verdict = document.get("verdict")
+    return {**document, "verdict": {**verdict, "starts_before_ms": starts_ms}} if verdict and starts_ms else document
 
 
 def ended(remote: Remote, ref: str, view: View, metrics: Document) -> int:

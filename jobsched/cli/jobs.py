@@ -320,6 +320,8 @@ def explanation(answer: Document) -> str:
         lines[0] += f": {answer['headline']}"
     if verdict:
         lines += reasons(verdict)
+    if answer.get("deadline"):
+        lines.append(f"  deadline: {answer['deadline']}")
     cause = job["cause"]
     if cause:
         title = "root cause" if job["phase"] in TERMINAL else "last failure" if cause["failure_class"] else "last stop"

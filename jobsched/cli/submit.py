@@ -411,6 +411,8 @@ def _plan_text(spec: JobSpec, answer: Document) -> str:
         lines[1:] = [f"  {v['name']} ({v['job_id']}) {v['how']}" + (
             f"; {v['unsaved_gpu_s']:g} GPU-seconds since its last checkpoint" if v["unsaved_gpu_s"] else ""
         ) for v in answer["victims"]]  # fmt: skip
+    if answer.get("deadline"):
+        lines.append(f"Deadline: {answer['deadline']}")
     lines += [
         f"Queue {q['queue']} then holds {q['used']:g} of its {q['quota']:g} {q['resource']}"
         + (f", {q['borrowed']:g} of them borrowed" if q["borrowed"] else "") for q in answer["quota"]

@@ -120,6 +120,8 @@ class WhyAnswer:
     story: tuple[str, ...] = ()
     warnings: tuple[Incident, ...] = ()
     """What the engine says is out of order with its replicas and their nodes, newest last."""
+    deadline: str = ""
+    """When it is due, and whether it will be over by then; "": it has no deadline."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +239,8 @@ class PlanAnswer:
     verdict: Verdict | None = None
     victims: tuple[PlanVictim, ...] = ()
     quota: tuple[QuotaAfter, ...] = ()
+    deadline: str = ""
+    """When the job would be due, and whether it would be over by then; "": it has no deadline."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,6 +125,38 @@ def starting(when: Forecast, now_ms: int) -> str:
     return f"between {early.removesuffix(' UTC')} and {late} (p50/p90; {within})"
 
 
+def punctual(job: Job, starts: Forecast, left: tuple[int, int] | None, now_ms: int) -> str:
+    """Whether a job will keep its `deadline`, in words; "" when it has none. `left`: time to its end from its start (of
+    a running job: from now) in ms, by medians and by 90th percentiles; None: nobody can tell."""
+    if not job.spec.deadline:
+        return ""
+    due_ms = job.submitted_at_ms + job.spec.deadline
+    due = moment(due_ms, now_ms)
+    if job.phase.terminal:
+        late_ms = job.ended_at_ms - due_ms
+        return f"{due}, missed {_by(late_ms)}" if late_ms > 0 else f"{due}, kept"
+    if due_ms <= now_ms:
+        return f"{due}, missed: it has passed"
+    if left is None:
+        return f"{due}; nobody can tell how long it runs, as no like job has ended yet: `expected` in its file helps"
+    if not starts.before_ms:
+        return f"{due}; nobody can tell when it starts"
+    early_ms, late_ms = starts.after_ms + left[0], starts.before_ms + left[1]
+    ends = f"it ends about {moment(early_ms, now_ms)}"
+    if not left[0]:
+        ends = f"it ends by {moment(late_ms, now_ms)}, when its time limit runs out"
+    elif early_ms // 60_000 != late_ms // 60_000:
+        early = moment(early_ms, now_ms).removesuffix(" UTC")
+        ends = f"it ends between {early} and {moment(late_ms, now_ms)} (p50/p90)"
+    if early_ms > due_ms:
+        return f"{due}, likely missed {_by(early_ms - due_ms)}: {ends}"
+    return f"{due}, {'likely kept' if late_ms <= due_ms else 'at risk'}: {ends}"
+
+
+def _by(late_ms: int) -> str:
+    return _in(late_ms, late_ms, 0).replace("in ", "by ", 1)
+
+
 def _in(early_ms: int, late_ms: int, now_ms: int) -> str:
     low, high = (max(0, at - now_ms) for at in (early_ms, late_ms))
     unit_ms, unit = next(((ms, name) for ms, name in ((86_400_000, "d"), (3_600_000, "h"), (60_000, "min"))

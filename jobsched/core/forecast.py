@@ -63,6 +63,20 @@ def picture_for(cluster: Cluster, job: Job, now_ms: int, policy: Policy) -> Pict
     return picture if job.id in cluster.jobs else replace(picture, jobs=(*picture.jobs, job))
 
 
+def time_left(cluster: Cluster, job: Job, now_ms: int) -> tuple[int, int] | None:
+    """Milliseconds that a job has yet to run, by the two quantiles of a band: (0, most) where only its time limit is
+    known; None: nobody can tell."""
+    estimates = cluster.estimates
+    if job.id not in cluster.jobs:  # only thought of
+        estimates = estimates.as_they_are(())
+        estimates.submitted(job)
+    source = estimates.source(job, now_ms)
+    if not source and not job.spec.expected:
+        return None
+    known = source != "limit" or job.spec.expected
+    return estimates.left_ms(job, now_ms, LIKELY) if known else 0, estimates.left_ms(job, now_ms, SURE)
+
+
 def _before(cluster: Cluster, queue: str, order: Ordering, key: OrderKey) -> Iterator[JobId]:
     """The waiting jobs of a queue that go before a place in the order."""
     for line in cluster.lines_of.get(queue, {}).values():

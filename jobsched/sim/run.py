@@ -365,10 +365,14 @@ def _preempting(order: Callable[[Simulation], Order], remember: bool = False) ->
     return make
 
 
-def _shortest(order: Callable[[Told], Order]) -> PolicyMaker:
+def _left(sim: Simulation) -> Told:
+    return sim.player.left_ms
+
+
+def _shortest(order: Callable[[Told], Order], told_by: Callable[[Simulation], Told] = _left) -> PolicyMaker:
     """Preempting, told what is left: like jobs go in that order, so that their line's first are enough to look at."""
     def make(sim: Simulation) -> Policy:
-        rules, told = sim.workload.rules, sim.player.left_ms
+        rules, told = sim.workload.rules, told_by(sim)
         how = Replan(order(told), rules.repack, settle=rules.settle, heads=first)
         return _policy(sim, replan=how, rank=lambda job, estimates: told(job))
 
@@ -420,6 +424,7 @@ POLICIES: dict[str, PolicyMaker] = {
     "sjf": _ranked(lambda sim: sim.told_ms),
     "qssf": _ranked(lambda sim: gpu_time(sim.told_ms)),
     "edf": _ranked(_deadline),
+    "edf-preempting": _shortest(shortest, _deadline),
     "srtf": _shortest(shortest),
     "srsf": _shortest(lambda told: shortest(gpu_time(told))),
     "knapsack": _shortest(knapsack),
@@ -440,4 +445,4 @@ POLICIES: dict[str, PolicyMaker] = {
 """Policies by the name that `jobsched simulate --policy` takes. Told true run times: sjf, qssf, srtf, srsf, knapsack,
 in-time, themis, kinds, blind. Told nothing: learned goes by the past and by the progress that jobs report where the
 trace knows their steps; silent by the past alone; guessed besides by what users expect; service, easy and conservative
-by the past, las by what a job had."""
+by the past, las by what a job had; edf (which lets running jobs run) and edf-preempting only the deadlines."""

@@ -45,6 +45,7 @@ FIGURES = {
     **{f"gavel-kinds-{name}": Figure("gavel", f"physical_{name}", "kinds", peer="blind")
        for name in ("max_min_fairness", "minimize_makespan")},
     "chronus-in-time": Figure("chronus", "trace_job_Philly_MIX1", "in-time", peer="edf"),
+    "chronus-preempting": Figure("chronus", "trace_job_Philly_MIX1", "in-time", peer="edf-preempting"),
 }  # fmt: skip
 
 

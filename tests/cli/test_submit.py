@@ -3,14 +3,17 @@
 import io
 import json
 import os
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from jobsched import errors
+from jobsched.core.answers import WhyAnswer
 from jobsched.core.job import Phase
 from tests.cli.conftest import Cli
-from tests.client.fake_server import ID, FakeServer, a_failure, an_answer, cut, refusal, sse, wire
+from tests.client.fake_server import ID, FakeServer, a_failure, a_verdict, an_answer, cut, refusal, sse, wire
 
 JOB = "name: bert\nroles:\n  worker: {replicas: 2, command: python train.py, gpu: 'any:1'}\n"
 
@@ -165,6 +168,19 @@ def test_run_shows_logs_and_ends_with_one_json_object(cli: Cli, server: FakeServ
     plain = cli("run", job_file)
     assert "[worker/0] line 2\n" in plain.out
     assert "SUCCEEDED after 100s, 1 attempt, 2 restarts" in plain.err
+
+
+def test_run_says_when_a_waiting_job_starts(
+    cli: Cli, server: FakeServer, job_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobsched.cli.attach.ASK_S", (0.0, 30.0))
+    waits = an_answer(Phase.QUEUED, verdict=a_verdict())
+    starts = replace(a_verdict(), starts_before_ms=int(time.time() * 1_000) + 600_500)
+    server.replies[f"GET jobs/{ID}/why"] = wire(WhyAnswer(waits.job, "waits", starts))
+    server.replies["GET progress"] = sse([("", wire(waits))])
+    server.jobs[ID] = an_answer(Phase.SUCCEEDED)
+    assert "place 2 · starts in about 10m" in cli("run", job_file).err
+    assert sum(r.url.path.endswith("/why") for r in server.requests) == 1
 
 
 @pytest.mark.parametrize(("phase", "code"), [(Phase.FAILED, 3), (Phase.CANCELLED, 143)])

@@ -131,6 +131,7 @@ def test_deadlines_first() -> None:
         a_workload(), arrivals=(first, replace(late, deadline_ms=500_000), replace(urgent, deadline_ms=80_000))
     )
     assert ends(run(workload, "edf")) == pytest.approx([50, 70, 60])
+    assert ends(run(workload, "edf-preempting")) == pytest.approx([70, 21, 12], abs=0.1)
 
 
 def test_the_same_seed_gives_the_same_log() -> None:
