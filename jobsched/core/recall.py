@@ -1,14 +1,14 @@
 """What a leader knows that jobs, nodes and queues do not tell: noted from time to time, recalled by the next leader.
 
-Use that is over (fair shares, budgets), learned run times, the usual mix of requests. All of it follows from the log;
-a `Recall` says what it was at one place of it, so that the next leader folds only what came after instead of
-everything. Written and read by the controller.
+Use that is over (fair shares, budgets), learned run times, the usual mix of requests: these follow from the log, and a
+`Recall` says what they were at one place of it, so that the next leader folds only what came after instead of
+everything. And paces by kind of GPU, which jobs reported and no log holds. Written and read by the controller.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jobsched.core import events as ev
 from jobsched.core.cluster import Cluster
@@ -17,6 +17,7 @@ from jobsched.core.job import Binding, Job, ReplicaId, RoleShape
 from jobsched.core.node import Node
 from jobsched.core.policies.estimate import Estimates, Noted
 from jobsched.core.policies.fragmentation import Mix, MixNote
+from jobsched.core.policies.paces import Paces, PacesNote
 from jobsched.core.policies.quota import AccountNote, Amounts, Quotas, amounts_of
 from jobsched.core.resources import JobId, NodeName
 from jobsched.core.shape import shape_of
@@ -47,6 +48,7 @@ class Recall:
     entry_ms: int
     estimates: Noted
     mix: MixNote
+    paces: PacesNote = field(default_factory=PacesNote)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +58,14 @@ class Recalled:
     estimates: Estimates
     quotas: Quotas
     mix: Mix
+    paces: Paces
 
     def give(self, cluster: Cluster) -> None:
         """To a cluster that was made with these estimates."""
         quotas = cluster.quotas
         quotas.half_life_ms, quotas.entry_ms = self.quotas.half_life_ms, self.quotas.entry_ms
         quotas.recall(self.quotas.noted())
-        cluster.mix = self.mix
+        cluster.mix, cluster.paces = self.mix, self.paces
 
 
 def note(cluster: Cluster, now_ms: int) -> Recall:
@@ -74,7 +77,7 @@ def note(cluster: Cluster, now_ms: int) -> Recall:
     )
     return Recall(
         cluster.seq, tuple(cluster.queues.values()), quotas.noted(), held, quotas.half_life_ms, quotas.entry_ms,
-        cluster.estimates.noted(now_ms), cluster.mix.noted(),
+        cluster.estimates.noted(now_ms), cluster.mix.noted(), cluster.paces.noted(),
     )  # fmt: skip
 
 
@@ -90,7 +93,7 @@ def recall(
         books.book(each, 1, 0)
     quotas.half_life_ms, quotas.entry_ms = noted.half_life_ms, noted.entry_ms
     quotas.recall(noted.accounts)
-    estimates, mix = Estimates.of(noted.estimates), Mix.of(noted.mix)
+    estimates, mix, paces = Estimates.of(noted.estimates), Mix.of(noted.mix), Paces.of(noted.paces)
     for stored in since:
         event = stored.event
         books.fold(event)
@@ -101,12 +104,14 @@ def recall(
                 mix.learn(shape_of(spec))
             case ev.AttemptEnded(job_id=job_id, phase=phase) | ev.JobEnded(job_id=job_id, phase=phase):
                 job = job_of(job_id) if phase.terminal else None
+                if phase.terminal:
+                    paces.ended(job_id)
                 if job is not None:
                     estimates.submitted(job)
                     estimates.ended(job)
             case _:
                 pass
-    return Recalled(estimates, quotas, mix)
+    return Recalled(estimates, quotas, mix, paces)
 
 
 class _Books:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import TypeAdapter
 
 from jobsched.core.job import Job
-from jobsched.core.policies.paces import Paces
+from jobsched.core.policies.paces import FAMILIES_NOTED, Paces, PacesNote
 from jobsched.core.resources import JobId
 from tests.world import a_spec
 
@@ -55,3 +56,23 @@ def test_a_job_that_ended_leaves_its_paces_to_its_family_and_copies_forget_alone
     assert (copy.last(one.id), paces.last(one.id)) == ("", "k80")
     paces.ended(one.id)
     assert ratio(paces, a_job("b", "x")) > 1.3
+
+
+def test_the_next_leader_knows_what_was_noted() -> None:
+    paces, kept = Paces(), TypeAdapter(PacesNote)
+    for n in range(FAMILIES_NOTED + 50):
+        paces.note(a_job(f"v{n}", f"x{n}"), "v100", 10.0)
+    one = a_job("a", "resnet")
+    paces.note(one, "v100", 10.0)
+    paces.note(one, "k80", 70.0)
+    paces.note(a_job("o", "resnet"), "k80", 80.0)
+    note = paces.noted()
+    after = Paces.of(kept.validate_json(kept.dump_json(note)))
+    assert after.noted() == note
+    assert len(note.families) == FAMILIES_NOTED
+    for job in (one, a_job("b", "resnet"), a_job("c", "a3c")):
+        assert ratio(after, job) == ratio(paces, job) != 1.0
+    assert after.last(one.id) == "k80"
+    for each in (paces, after):  # said again, it counts once
+        each.note(one, "k80", 60.0)
+    assert ratio(after, a_job("b", "resnet")) == ratio(paces, a_job("b", "resnet"))

@@ -249,14 +249,14 @@ class Estimates:
     @classmethod
     def of(cls, noted: Noted) -> Estimates:
         """As it was when that was noted. What came since is to be told: jobs that live, jobs that ended."""
-        tallies = {_tuples(key): _tally(entered, ended) for key, entered, ended in noted.tallies}
+        tallies = {as_key(key): _tally(entered, ended) for key, entered, ended in noted.tallies}
         for key, told, silent in noted.reports:
-            if (tally := tallies.get(_tuples(key))) is not None:
+            if (tally := tallies.get(as_key(key))) is not None:
                 tally.told, tally.silent = told, silent
         campaigns = [_tally(*each) for each in noted.campaigns]
         for number, campaign in enumerate(campaigns):
             campaign.number = number
-        families = {_tuples(family): (last_ms, campaigns[at]) for family, last_ms, at in noted.families}
+        families = {as_key(family): (last_ms, campaigns[at]) for family, last_ms, at in noted.families}
         found = cls(tallies, {}, families, {}, len(campaigns))
         found._recalled = {job_id: (passed, campaigns[at]) for job_id, passed, at in noted.live}
         return found
@@ -469,9 +469,9 @@ def _tally(entered: Sequence[int], ended: Sequence[int]) -> Tally:
     return Tally(steps, list(ended), version=sum(entered))
 
 
-def _tuples(key: Sequence[object]) -> Key:
+def as_key(key: Sequence[object]) -> Key:
     """A key as it was before it was written down as lists."""
-    return tuple(_tuples(part) if isinstance(part, (list, tuple)) else part for part in key)
+    return tuple(as_key(part) if isinstance(part, (list, tuple)) else part for part in key)
 
 
 def _parts(job: Job, ms: int) -> int:

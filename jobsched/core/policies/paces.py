@@ -6,20 +6,24 @@ what the job itself has shown; each level starts from the one above as if it had
 profiled beforehand (Gavel, OSDI'20) or run on each kind once (Sia, SOSP'23): a kind that nobody has tried counts as the
 average of those known, so that somebody tries it.
 
-Kept by `Cluster`, fed with progress, asked by `policies.kinds`. Not in the log: a new leader learns anew.
+Kept by `Cluster`, fed with progress, asked by `policies.kinds`. Not in the log: the next leader has what was noted last
+(`core.recall`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import islice
 from math import exp, log
 
 from jobsched.core.job import Job
-from jobsched.core.policies.estimate import Key, family_of
+from jobsched.core.policies.estimate import Key, as_key, family_of
 from jobsched.core.resources import JobId
 
 TRUST = 1.0
 FAMILIES_KEPT = 5_000
+FAMILIES_NOTED = 1_000
+"""The latest of them: what is noted every now and then must stay small."""
 ROUNDS = 8
 """Turns of the fit between families and kinds."""
 
@@ -34,6 +38,15 @@ class _Mean:
         return self.total / self.jobs
 
 
+@dataclass(frozen=True, slots=True)
+class PacesNote:
+    """What is noted: of families (key, (kind, sum of the logarithms of paces, jobs)...), of live jobs (id, (kind,
+    logarithm of its pace)...), each in the order in which they came."""
+
+    families: tuple[tuple[Key, tuple[tuple[str, float, int], ...]], ...] = ()
+    live: tuple[tuple[JobId, tuple[tuple[str, float], ...]], ...] = ()
+
+
 @dataclass(slots=True)
 class Paces:
     """All that was learned. Notes cost O(1); the first question after news O(families * kinds)."""
@@ -44,6 +57,20 @@ class Paces:
     _kinds: dict[str, float] | None = None
     """What each kind adds to a pace, for jobs of any family; None: to be fitted."""
     _fitted: dict[Key, dict[str, float]] = field(default_factory=dict)
+
+    def noted(self) -> PacesNote:
+        """O(families + live jobs)."""
+        latest = islice(reversed(self._families.items()), FAMILIES_NOTED)
+        families = [(key, tuple((kind, m.total, m.jobs) for kind, m in means.items())) for key, means in latest]
+        return PacesNote(tuple(reversed(families)), tuple((j, tuple(paces.items())) for j, paces in self._of.items()))
+
+    @classmethod
+    def of(cls, note: PacesNote) -> Paces:
+        """As it was when that was noted; of the families, the latest."""
+        families = {
+            as_key(key): {kind: _Mean(total, jobs) for kind, total, jobs in means} for key, means in note.families
+        }
+        return cls({job_id: dict(paces) for job_id, paces in note.live}, families)
 
     def note(self, job: Job, kind: str, step_ms: float) -> None:
         """A job makes a step in so many milliseconds there."""
