@@ -13,7 +13,7 @@ from jobsched.core.launch import launch_key
 from jobsched.core.observation import Progress, Seen, Sight
 from jobsched.core.policies.goodput import Report, SpeedModel
 from jobsched.core.resources import JobId
-from jobsched.core.shape import elastic_role
+from jobsched.core.shape import sized_roles
 from jobsched.ports import OWN_METRICS, Sample
 
 SAMPLE_EVERY_MS = 1_000
@@ -54,28 +54,44 @@ def progress_of(job: Job, sight: Sight, now_ms: int) -> JobProgress:
     return JobProgress(newest.step, newest.total, newest.world_size or len(rank), newest.metrics, tuple(rows))
 
 
-NODES = f"{OWN_METRICS}nodes"
-"""Metric that samples of elastic jobs carry: on how many nodes the gang was, so that speeds can be learned again."""
+NODES, SERVERS = f"{OWN_METRICS}nodes", f"{OWN_METRICS}servers"
+"""Metrics that samples of elastic jobs carry: on how many nodes the gang was, and how many parameter servers it had, so
+that speeds can be learned again."""
 
 
-def learn_speed(cluster: Cluster, job: Job, progress: JobProgress, now_ms: int) -> int:
+def learn_speed(cluster: Cluster, job: Job, progress: JobProgress, now_ms: int) -> tuple[tuple[str, float], ...]:
     """Take a report of a running elastic job into its speed model, once the whole gang trains at its present size.
-    Returns on how many nodes that was; 0 when nothing was learned."""
-    name = elastic_role(job.spec)
+    Returns what `learn_again` needs besides; nothing when nothing was learned."""
+    name, servers = sized_roles(job.spec)
     if not name or job.phase is not Phase.RUNNING:
-        return 0
-    bound = [r for r in job.replicas.values() if r.role == name and r.binding is not None]
+        return ()
+    bound = [r for r in job.replicas.values() if r.role in (name, servers) and r.binding is not None]
+    trains = sum(r.role == name for r in bound)
     settled = all(r.state is ReplicaState.RUNNING for r in bound)
-    if not settled or progress.world_size not in (len(bound), len(ranks(job))):
-        return 0
-    nodes = len({r.binding.node for r in bound if r.binding is not None})
-    report = Report.of(dict(progress.metrics), nodes, len(bound))
+    if not settled or progress.world_size not in (trains, len(ranks(job))):
+        return ()
+    metrics = dict(progress.metrics)
+    if metrics.get("asynchronous", 0.0) > 0.0:
+        metrics |= _together(progress, name, trains)
+    nodes = len({r.binding.node for r in bound if r.role == name and r.binding is not None})
+    report = Report.of(metrics, nodes, trains, len(bound) - trains)
     if report is None:
-        return 0
+        return ()
     model = cluster.speeds.setdefault(job.id, SpeedModel())
     model.note(report)
-    model.passed(len(bound), progress.step, progress.total, now_ms)
-    return nodes
+    model.passed((trains, len(bound) - trains), progress.step, progress.total, now_ms)
+    return ((NODES, float(nodes)), (SERVERS, float(len(bound) - trains)))
+
+
+def _together(progress: JobProgress, role: str, count: int) -> dict[str, float]:
+    """Of replicas that each step for themselves: the time of a step at which all together make as many as they do, and
+    the mean time of it with the servers. Nothing to be learned (0) until all have told."""
+    told = [dict(r.metrics) for r in progress.replicas if r.role == role]
+    paces = [m["step_s"] for m in told if m.get("step_s", 0.0) > 0.0]
+    if len(paces) < count:
+        return {"step_s": 0.0, "samples_per_s": 0.0}
+    step_s = len(paces) / sum(1.0 / pace for pace in paces)
+    return {"step_s": step_s, "sync_s": min(step_s, sum(m.get("sync_s", 0.0) for m in told) / len(told))}
 
 
 def learn_again(cluster: Cluster, job_id: JobId, samples: Iterable[Sample]) -> None:
@@ -83,7 +99,8 @@ def learn_again(cluster: Cluster, job_id: JobId, samples: Iterable[Sample]) -> N
     for sample in samples:
         metrics = dict(sample.metrics)
         nodes = int(metrics.get(NODES, 0))
-        report = Report.of(metrics, nodes, sample.world_size) if nodes and sample.world_size else None
+        servers = int(metrics.get(SERVERS, 0))
+        report = Report.of(metrics, nodes, sample.world_size, servers) if nodes and sample.world_size else None
         if report is not None:
             cluster.speeds.setdefault(job_id, SpeedModel()).note(report)
 
@@ -119,6 +136,5 @@ class Sampler:
             ending = job.outcome is not None or any(r.state == Seen.EXITED for r in progress.replicas)
             if last is None or ending or now_ms - last.at_ms >= SAMPLE_EVERY_MS:
                 self._last[job_id] = sample
-                nodes = learn_speed(cluster, job, progress, now_ms)
-                found.append(replace(sample, metrics=(*sample.metrics, (NODES, float(nodes)))) if nodes else sample)
+                found.append(replace(sample, metrics=(*sample.metrics, *learn_speed(cluster, job, progress, now_ms))))
         return found

@@ -31,7 +31,7 @@ from jobsched.core.policies.ranking import Pool
 from jobsched.core.pools import BY as POOLS
 from jobsched.core.pools import NodePool
 from jobsched.core.resources import NOTHING, WHOLE_GPU, JobId, NodeName
-from jobsched.core.shape import elastic_role, shape_of_job
+from jobsched.core.shape import shape_of_job, sized_roles
 from jobsched.core.suspicion import BY, PREFLIGHT_LABEL, Accusation, Checked, Suspicion, accusation, against_node
 from jobsched.core.values import dataclass
 from jobsched.spec.job import JobSpec
@@ -76,10 +76,11 @@ class Standing(NamedTuple):
 
 
 class Target(NamedTuple):
-    """How many replicas of a role the scheduler wants a job to have, and the places found for them when it starts."""
+    """How many replicas of its elastic roles the scheduler wants a job to have, what it gains by that, and the places
+    found for them when it starts."""
 
-    role: str
-    replicas: int
+    sizes: tuple[tuple[str, int], ...]
+    why: str = ""
     bindings: tuple[Binding, ...] = ()
     coordinator_port: int = 0
 
@@ -467,7 +468,7 @@ class Cluster:
         """Keep `elastic` and `growing` true when a job has entered a phase, or has or wants other replicas."""
         job_id, phase = job.id, job.phase
         if enters:
-            if phase.active and self._known[job_id].shape.elastic and elastic_role(job.spec):
+            if phase.active and self._known[job_id].shape.elastic and any(sized_roles(job.spec)):
                 self.elastic[job_id] = None
             else:
                 self.elastic.pop(job_id, None)
@@ -803,11 +804,11 @@ class Cluster:
     def lacking(self, job: Job) -> dict[str, int]:
         """Role -> how many replicas it has fewer than it should: than its target, its user's wish, or its spec."""
         missing, target = missing_replicas(job), self.targets.get(job.id)
-        if target is not None:
-            have = sum(r.role == target.role and r.binding is not None for r in job.replicas.values())
-            missing.pop(target.role, None)
-            if target.replicas > have:
-                missing[target.role] = target.replicas - have
+        for role, count in target.sizes if target is not None else ():
+            have = sum(r.role == role and r.binding is not None for r in job.replicas.values())
+            missing.pop(role, None)
+            if count > have:
+                missing[role] = count - have
         return missing
 
     def shape(self, job: Job) -> Shape:

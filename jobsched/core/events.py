@@ -256,6 +256,8 @@ class ReplicasBound:
     job_id: JobId
     attempt: int
     bindings: tuple[Binding, ...]
+    why: str = ""
+    """What an elastic job gains by it."""
     kind: Literal["ReplicasBound"] = "ReplicasBound"
 
 
@@ -270,6 +272,8 @@ class ReplicasReleased:
     reason: Reason = Reason.RESCALED
     for_job: JobId = NO_JOB
     """The job for which they make room."""
+    why: str = ""
+    """What it does to the speed of an elastic job."""
     kind: Literal["ReplicasReleased"] = "ReplicasReleased"
 
 

@@ -726,7 +726,9 @@ def grow(run: Pass, job: Job) -> None:
         count = more(cluster, job, role, lacking, kind, run.now_ms)
         bindings = place_more(cluster, shape, role, _free_indices(job, name)[:count], taken, run.policy.score)
         if bindings:
-            run.decisions.append(ev.ReplicasBound(run.now_ms, job.id, job.attempt, bindings))
+            target = cluster.targets.get(job.id)
+            why = target.why if target is not None else ""
+            run.decisions.append(ev.ReplicasBound(run.now_ms, job.id, job.attempt, bindings, why))
             cluster.charge(job, bindings, starts=False)
         else:
             cluster.growing[job.id] = cluster.ledger.freed

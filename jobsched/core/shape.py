@@ -28,14 +28,17 @@ def shape_of_job(job: Job) -> Shape:
     return shape_of(job.spec, dict(job.wanted))
 
 
-def elastic_role(spec: JobSpec) -> str:
-    """The role whose size `policies.elasticity` decides: the first training role with a range and whole GPUs; "": none.
-    """
-    for name in training_roles(spec):
-        role = spec.roles[name]
-        if role.replicas.elastic and role.gpu is not None and role.gpu.milli >= WHOLE_GPU:
-            return name
-    return ""
+def sized_roles(spec: JobSpec) -> tuple[str, str]:
+    """The roles whose numbers `policies.elasticity` decides together: the first training role with a range and whole
+    GPUs, or, where only the servers have a range, with whole GPUs; and `ps`, "" where there is none. Both "": nothing
+    of the job is elastic."""
+    whole = [name for name in training_roles(spec)
+             if (gpu := spec.roles[name].gpu) is not None and gpu.milli >= WHOLE_GPU]  # fmt: skip
+    elastic = [name for name in whole if spec.roles[name].replicas.elastic]
+    servers = "ps" if "ps" in spec.roles else ""
+    if elastic:
+        return elastic[0], servers
+    return (whole[0], servers) if whole and servers and spec.roles[servers].replicas.elastic else ("", "")
 
 
 def role_resources(role: RoleSpec) -> Resources:

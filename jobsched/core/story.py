@@ -103,10 +103,12 @@ def sentence(event: ev.Event) -> str:
         case ev.ReplicasUnbound():
             return f"{', '.join(event.replicas)} lost their place; {event.cause.message}"
         case ev.ReplicasBound():
-            return "grew by " + ", ".join(f"{b.id} on {b.node}" for b in event.bindings)
+            why = f" ({event.why})" if event.why else ""
+            return "grew by " + ", ".join(f"{b.id} on {b.node}" for b in event.bindings) + why
         case ev.ReplicasReleased():
             whom = f", to make room for job {event.for_job}" if event.for_job else ""
-            return f"shrinks by {', '.join(event.replicas)} ({event.reason}{whom})"
+            why = f"; {event.why}" if event.why else ""
+            return f"shrinks by {', '.join(event.replicas)} ({event.reason}{whom}{why})"
         case ev.HangSuspected():
             return f"suspected of hanging: {event.message}; taking stacks"
         case ev.HangCleared():

@@ -203,7 +203,7 @@ class ParameterServer:
                     worker.sequence = int(request["n"])
                     worker.applied = self._apply(name, request, frames)
                     worker.clock += 1
-                answer["applied"] = worker.applied
+                answer |= {"applied": worker.applied, "workers": len(self._live())}
                 if self._too_far_ahead(worker):
                     worker.parked = [identity, json.dumps(answer).encode()]
                     return None, None
@@ -332,6 +332,7 @@ class ParameterClient:
         self._directory = Path(env.checkpoint_dir) if env.checkpoint_dir else None
         self._sequence = 0
         self._sockets: dict[int, Any] = {}
+        self._workers = 0
         self._stepped_s = 0.0
         self._paces: deque[tuple[float, float]] = deque(maxlen=WINDOW)
         """(seconds of a step, seconds of it with the servers) of late."""
@@ -339,6 +340,7 @@ class ParameterClient:
         """Batches done by all workers together, as of the last lease."""
         self.epochs = 0
         self.epochs_exact = 0
+        context.report(asynchronous=1)
         self.pull()
 
     def pull(self) -> None:
@@ -360,20 +362,23 @@ class ParameterClient:
         pushed_s = time.monotonic()
         replies = self._exchange("step", frames, extra)
         self._receive(replies)
-        self._tell_pace(pushed_s, time.monotonic())
+        self._tell_pace(pushed_s, time.monotonic(), int(replies[0][0]["workers"]))
         for parameter in self._parameters:
             parameter.grad = None
         return bool(replies[0][0]["applied"])
 
-    def _tell_pace(self, pushed_s: float, now_s: float) -> None:
-        """What numbers of workers and servers are chosen by. The median, as waits for a server that was away are not
-        what a step takes."""
+    def _tell_pace(self, pushed_s: float, now_s: float, workers: int) -> None:
+        """What numbers of workers and servers are chosen by, with so many workers. The median, as waits for a server
+        that was away are not what a step takes."""
+        if workers != self._workers:
+            self._workers, self._stepped_s = workers, 0.0
+            self._paces.clear()
         if self._stepped_s:
             self._paces.append((now_s - self._stepped_s, now_s - pushed_s))
         self._stepped_s = now_s
         if len(self._paces) >= WINDOW // 4:
             step_s, sync_s = (median(column) for column in zip(*self._paces, strict=True))
-            context.report(step_s=step_s, sync_s=sync_s, asynchronous=1)
+            context.report(world=workers, step_s=step_s, sync_s=sync_s)
 
     def leases(self) -> Iterator[Lease]:
         """Batches to work on, until all epochs are done by all workers together. Told to end (SIGTERM), this

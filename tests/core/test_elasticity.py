@@ -13,7 +13,7 @@ from jobsched.core import events as ev
 from jobsched.core.job import Phase, Reason
 from jobsched.core.observation import Progress
 from jobsched.core.policies.elasticity import Elasticity, Option, share, surplus
-from jobsched.core.resources import JobId
+from jobsched.core.resources import NOTHING, JobId, Resources
 from jobsched.core.schedule import Policy
 from jobsched.spec.job import JobSpec
 from tests.world import World, a_spec
@@ -25,29 +25,63 @@ HOW = Elasticity(every_ms=1_000, restart_ms=1_000)
 
 sizes = st.lists(st.integers(1, 6), min_size=1, max_size=4, unique=True).map(lambda s: [0, *sorted(s)])
 options = st.builds(
-    lambda counts, weight, power: tuple((n, weight * n**power) for n in counts),
-    sizes, st.floats(0.1, 5.0), st.floats(0.2, 1.0),
+    lambda counts, weight, power, each: tuple(Option((n, 0), gpus(n * each), weight * n**power) for n in counts),
+    sizes, st.floats(0.1, 5.0), st.floats(0.2, 1.0), st.sampled_from([1, 2]),
+)  # fmt: skip
+served = st.builds(
+    lambda weight, server_s, cpus: tuple(
+        Option((w, p), Resources(1_000 * (w + cpus * p), 0, 1_000 * w), weight * w / (1 + server_s * w / p))
+        if w else Option((0, 0), NOTHING, 0.0)
+        for w, p in [(0, 0), *product((1, 2, 4), (1, 2, 3))]
+    ), st.floats(0.1, 5.0), st.floats(0.0, 3.0), st.sampled_from([1, 2]),
 )  # fmt: skip
 
 
-@given(st.lists(st.tuples(st.sampled_from([1, 2]), options), min_size=1, max_size=4), st.integers(0, 16))
-def test_share_never_exceeds_and_comes_near_the_optimum(bidders: list[tuple[int, list[Option]]], gpus: int) -> None:
-    chosen = share(bidders, gpus)
-    assert sum(n * each for n, (each, _) in zip(chosen, bidders, strict=True)) <= gpus
-    ours = sum(dict(opts)[n] for n, (_, opts) in zip(chosen, bidders, strict=True))
-    best = max(
-        sum(value for _, value in combination)
-        for combination in product(*(opts for _, opts in bidders))
-        if sum(n * each for (n, _), (each, _) in zip(combination, bidders, strict=True)) <= gpus
+def gpus(count: int) -> Resources:
+    return Resources(gpu_milli=1_000 * count)
+
+
+def best_of(bidders: list[tuple[Option, ...]], free: Resources) -> float:
+    """By trying everything."""
+    return max(
+        sum(option.value for option in combination)
+        for combination in product(*bidders)
+        if sum((option.takes for option in combination), start=NOTHING).fits(free)
     )
-    largest = max(value for _, opts in bidders for _, value in opts)
-    assert ours >= best - largest  # a price leaves at most one choice open
+
+
+@given(st.lists(options, min_size=1, max_size=4), st.integers(0, 16))
+def test_share_never_exceeds_and_comes_near_the_optimum(bidders: list[tuple[Option, ...]], count: int) -> None:
+    chosen = share(bidders, gpus(count))
+    assert sum((option.takes for option in chosen), start=NOTHING).fits(gpus(count))
+    ours, best = sum(option.value for option in chosen), best_of(bidders, gpus(count))
+    assert ours >= best - max(option.value for opts in bidders for option in opts)  # a price leaves one choice open
     assert ours >= 0.5 * best - 1e-9
 
 
+@given(st.lists(served, min_size=1, max_size=3), st.integers(0, 12), st.integers(0, 30))
+def test_share_of_gpus_and_cpus_never_exceeds_either(bidders: list[tuple[Option, ...]], count: int, cpus: int) -> None:
+    free = Resources(cpu_milli=1_000 * cpus, gpu_milli=1_000 * count)
+    chosen = share(bidders, free)
+    assert sum((option.takes for option in chosen), start=NOTHING).fits(free)
+    best = best_of(bidders, free)
+    assert sum(option.value for option in chosen) >= best / 3 - 1e-9
+
+
 def test_share_prefers_the_second_gpu_of_one_to_the_tenth_of_another() -> None:
-    values = tuple((n, log(1.0 + n)) for n in range(1, 11))
-    assert share([(1, values), (1, values)], 11) in ([5, 6], [6, 5])
+    values = tuple(Option((n, 0), gpus(n), log(1.0 + n)) for n in range(1, 11))
+    assert [option.size[0] for option in share([values, values], gpus(11))] in ([5, 6], [6, 5])
+
+
+def test_share_takes_servers_while_there_are_cpus_and_those_that_gain_most_per_share() -> None:
+    """Two jobs with two workers each; a further server brings the second one more."""
+
+    def job(gain: float) -> tuple[Option, ...]:
+        return tuple(Option((2, p), Resources(p, 0, 2_000), gain * (1 - 1 / (p + 1))) for p in range(1, 5))
+
+    for cpus, wanted in ((8, [4, 4]), (5, [1, 4]), (2, [1, 1])):
+        chosen = share([job(1.0), job(20.0)], Resources(cpu_milli=cpus, gpu_milli=4_000))
+        assert [option.size[1] for option in chosen] == wanted
 
 
 # ---- whole changes of size ----
@@ -194,7 +228,7 @@ def test_a_rescale_by_restart_says_what_it_is() -> None:
     assert all(e.outcome.reason is Reason.RESCALED for e in stops)
     assert world.job(job_id).failures == 0
     assert stops[0].outcome.cause is not None
-    assert stops[0].outcome.cause.message == "1 to 4 replicas"
+    assert stops[0].outcome.cause.message == "worker 1 to 4: predicted 4.00 times as fast"
 
 
 def test_the_first_replica_leaves_last_and_scattered_ones_first() -> None:
@@ -263,3 +297,126 @@ def test_a_running_job_never_gets_another_server_in_place() -> None:
     world.tick(10)
     assert counts(world, job_id) == (2, 1)
     assert world.job(job_id).attempt == 1
+
+
+class Serving:
+    """A job whose workers each step for themselves and report how long that takes, by Optimus' formula."""
+
+    def __init__(self, world: World, job_id: JobId, compute_s: float, load_s: float, exchange_s: float = 0.0) -> None:
+        self.world, self.job_id, self.step = world, job_id, 0
+        self.thetas = compute_s, load_s, exchange_s
+
+    def report(self) -> None:
+        job, (workers, servers) = self.world.job(self.job_id), counts(self.world, self.job_id)
+        if job.phase is Phase.RUNNING and workers and servers:
+            compute_s, load_s, exchange_s = self.thetas
+            sync_s = load_s * workers / servers + exchange_s
+            metrics = (("asynchronous", 1.0), ("step_s", compute_s + sync_s), ("sync_s", sync_s))
+            self.step += workers
+            for replica in job.replicas.values():
+                if replica.role == "worker" and replica.binding is not None:
+                    progress = Progress(self.step, world_size=workers, metrics=metrics)
+                    self.world.engine.tell(self.world.key(self.job_id, "worker", replica.index), progress)
+
+
+def rescales(world: World, job_id: JobId) -> list[str]:
+    """What was said at each new attempt that another number of servers brought."""
+    stops = [e.outcome.cause for e in world.events(job_id, ev.AttemptStopping) if isinstance(e, ev.AttemptStopping)]
+    return [cause.message for cause in stops if cause is not None]
+
+
+def serve(world: World, *jobs: Serving | Training, seconds: int = 60) -> None:
+    for _ in range(seconds):
+        for job in jobs:
+            job.report()
+        world.tick(4, step_ms=250)
+
+
+def test_a_job_whose_servers_are_too_few_gets_more_by_a_new_attempt_and_then_stays() -> None:
+    world = a_world()
+    job_id = world.submit(a_ps_job({"min": 1, "max": 4, "prefer": 1}, 4))
+    job = Serving(world, job_id, compute_s=0.1, load_s=0.1)
+    serve(world, job)
+    assert counts(world, job_id) == (4, 4)
+    said = rescales(world, job_id)
+    assert said[0].startswith("ps 1 to ")
+    assert ": predicted 1." in said[0]
+    assert len(said) <= 2
+    serve(world, job)
+    assert rescales(world, job_id) == said
+
+
+def test_a_job_that_waits_for_its_exchange_tries_servers_once_at_most() -> None:
+    world = a_world()
+    job_id = world.submit(a_ps_job({"min": 1, "max": 4, "prefer": 1}, 4))
+    serve(world, Serving(world, job_id, compute_s=0.05, load_s=0.0, exchange_s=0.1), seconds=120)
+    assert len(rescales(world, job_id)) <= 1
+    small = world.submit(a_ps_job({"min": 1, "max": 4, "prefer": 1}, 4))
+    serve(world, Serving(world, small, compute_s=0.1, load_s=0.002), seconds=120)
+    assert rescales(world, small) == []
+
+
+@pytest.mark.parametrize(("load_s", "exchange_s", "wanted"), [(0.1, 0.0, 8), (0.003, 0.02, 4)])
+def test_workers_and_servers_both_grow_to_what_pays(load_s: float, exchange_s: float, wanted: int) -> None:
+    world = a_world(how=Elasticity(every_ms=1_000))
+    free = {"min": 1, "max": 8, "prefer": 1}
+    job_id = world.submit(a_ps_job(free, free))
+    job = Serving(world, job_id, compute_s=0.1, load_s=load_s, exchange_s=exchange_s)
+    serve(world, job, seconds=120)
+    assert counts(world, job_id) == (8, wanted)
+    before = rescales(world, job_id)
+    assert len(before) <= 3
+    serve(world, job, seconds=120)
+    assert rescales(world, job_id) == before
+
+
+def test_workers_of_a_fixed_number_of_servers_come_in_place_as_far_as_these_bear_them() -> None:
+    world = a_world()
+    job_id = world.submit(a_ps_job(1, {"min": 1, "max": 8, "prefer": 1}))
+    serve(world, Serving(world, job_id, compute_s=0.1, load_s=0.1), seconds=60)
+    workers, servers = counts(world, job_id)
+    assert servers == 1
+    assert 2 <= workers <= 4  # 8 of them would be 1.3 times as fast as 3
+    assert world.job(job_id).attempt == 1
+    bound = [e for e in world.events(job_id, ev.ReplicasBound) if isinstance(e, ev.ReplicasBound)]
+    assert bound[0].why == "worker 1 to 4: predicted 2.29 times as fast"
+
+
+def test_servers_take_cpus_only_as_far_as_there_are_some() -> None:
+    world = World(nodes=1, gpus=4)
+    world.boot(Policy(elastic=HOW))
+    world.submit(a_spec(roles={"worker": {"command": "x", "cpu": 57}}))
+    world.tick(3)
+    job_id = world.submit(a_ps_job({"min": 1, "max": 4, "prefer": 1}, 4))
+    serve(world, Serving(world, job_id, compute_s=0.1, load_s=0.1), seconds=60)
+    assert counts(world, job_id) == (4, 3)  # 64 CPUs: 57 of the other, 4 of the workers
+
+
+def test_servers_give_their_cpus_to_a_gang_that_waits() -> None:
+    world = World(nodes=1, gpus=8)
+    world.boot(Policy(elastic=HOW))
+    world.submit(a_spec(roles={"worker": {"command": "x", "cpu": 56}}))
+    job_id = world.submit(a_ps_job({"min": 1, "max": 4, "prefer": 4}, 4))
+    serve(world, job := Serving(world, job_id, compute_s=0.1, load_s=0.1), seconds=20)
+    assert counts(world, job_id) == (4, 4)
+    gang = world.submit(a_spec(roles={"worker": {"command": "x", "gpu": "any:1", "cpu": 3}}, priority=3))
+    serve(world, job, seconds=20)
+    assert world.job(gang).phase is Phase.RUNNING
+    assert counts(world, job_id) == (4, 1)
+    assert any(text.startswith("ps 4 to 1: predicted 0.") for text in rescales(world, job_id))
+
+
+def test_what_was_learned_of_servers_survives_a_new_leader_and_users_pin_either_number() -> None:
+    world = a_world()
+    free = {"min": 1, "max": 4, "prefer": 1}
+    job_id = world.submit(a_ps_job(free, free))
+    world.tick(3)
+    world.wish(ev.JobScaled(world.clock.now_ms(), job_id, "me", {"ps": 2}))
+    job = Serving(world, job_id, compute_s=0.1, load_s=0.1)
+    serve(world, job, seconds=40)
+    assert counts(world, job_id) == (4, 2)
+    known = world.cluster.speeds[job_id].seen
+    world.boot(Policy(elastic=HOW))
+    world.tick(2)
+    assert world.cluster.speeds[job_id].seen.keys() == known.keys()
+    assert {servers for _, _, servers, _ in known} <= {1, 2}

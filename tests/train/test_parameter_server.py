@@ -54,7 +54,7 @@ def test_a_push_is_applied_once_however_often_it_is_sent(lone: Gang, monkeypatch
     before = ask(server, "pull", 1)[1].copy()
     for _ in range(3):
         answer, values = ask(server, "step", 2)
-        assert answer == {"n": 2, "applied": True}
+        assert answer == {"n": 2, "applied": True, "workers": 1}
     np.testing.assert_allclose(values, before - 1)
     assert server.updates == 1
 
@@ -96,7 +96,7 @@ def test_a_worker_too_far_ahead_waits_until_the_slowest_has_caught_up_or_left(
     assert not sent
     ask(server, "step", 2, worker="slow")
     server._unpark(socket)
-    assert json.loads(sent[0][1]) == {"n": 2, "applied": True}
+    assert json.loads(sent[0][1]) == {"n": 2, "applied": True, "workers": 2}
     assert ask(server, "step", 3) == (None, None)
     ask(server, "bye", 3, worker="slow")
     server._unpark(socket)

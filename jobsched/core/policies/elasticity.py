@@ -24,22 +24,23 @@ the decisions: after a crash sizes are worked out anew from where the jobs then 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import log
+from typing import NamedTuple
 
 from jobsched.core import events as ev
 from jobsched.core.cluster import Cluster, Target
 from jobsched.core.job import Cause, FailureClass, Job, Outcome, Phase, Reason, Replica, ReplicaState, RoleShape, Shape
-from jobsched.core.ledger import GpuClass, Short
+from jobsched.core.ledger import ANY, GpuClass, Short
 from jobsched.core.plan import Decision
 from jobsched.core.policies.admission import admit, more
-from jobsched.core.policies.goodput import SpeedModel
+from jobsched.core.policies.goodput import TINY, Size, SpeedModel
 from jobsched.core.policies.placement import Gang, Score, place_gang, place_more
 from jobsched.core.policies.quota import Refused
-from jobsched.core.resources import WHOLE_GPU, JobId
-from jobsched.core.shape import elastic_role
-from jobsched.spec.job import RestartScope, restart_policy
+from jobsched.core.resources import NOTHING, WHOLE_GPU, JobId, Resources
+from jobsched.core.shape import sized_roles
+from jobsched.spec.job import resizes_in_place
 
 FAVOUR = 0.3
 """How strongly jobs that have attained little are favoured; 0: not at all, 1: fully."""
@@ -52,6 +53,13 @@ WAITING = 64
 REVISIONS = 4
 """How often the sizes are worked out again because a gang found no place."""
 BISECTIONS = 40
+TOO_DEAR = 1e12
+"""A price at which everybody takes the least."""
+SERVERS_CLOSE = 8
+"""Numbers of parameter servers up to which each is looked at; further apart beyond."""
+WORTH = 0.01
+"""Each further server has to bring at least so much of a job's speed, however many CPUs are free."""
+NOBODY: Size = (0, 0)
 COMPACT = Score.PACK
 """Peers near each other, holes filled first: what sizes were reckoned with."""
 
@@ -72,8 +80,13 @@ class Elasticity:
     """Measurements are only so good: a change must promise more than this part of the job's speed."""
 
 
-Option = tuple[int, float]
-"""(replicas, value)."""
+class Option(NamedTuple):
+    """One size that a job may have."""
+
+    size: Size
+    takes: Resources
+    """What all replicas of that size take."""
+    value: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,17 +96,35 @@ class Mover:
     job: Job
     shape: Shape
     role: RoleShape
+    """The role that trains."""
+    servers: RoleShape | None
     pool: GpuClass
-    have: int
-    """Replicas now; 0: it waits."""
-    low: int
+    have: Size
+    """Replicas and parameter servers now; zeros: it waits."""
+    low: Size
     options: tuple[Option, ...]
     in_place: bool
+    """Whether replicas of the role come and go while it trains; servers never do."""
+    model: SpeedModel | None
+    nodes: int
+    """Nodes that its replicas are on."""
 
     @property
     def gpus(self) -> int:
         """Of one replica."""
         return self.role.gpu_milli // WHOLE_GPU
+
+    def takes(self, size: Size) -> Resources:
+        """What so many replicas and servers take."""
+        role, count = self.role, size[0]
+        found = Resources(count * role.cpu_milli, count * role.memory_bytes, count * role.gpu_milli)
+        if (servers := self.servers) is None:
+            return found
+        return found + Resources(size[1] * servers.cpu_milli, size[1] * servers.memory_bytes)
+
+    def stays(self, size: Size) -> bool:
+        """Whether the attempt goes on with this size."""
+        return size == self.have or (self.in_place and size[1] == self.have[1])
 
 
 def rebalance(cluster: Cluster, now_ms: int, how: Elasticity, waiting: Sequence[Job]) -> list[Decision]:
@@ -111,10 +142,10 @@ def rebalance(cluster: Cluster, now_ms: int, how: Elasticity, waiting: Sequence[
     for mover in movers:
         cluster.targets.pop(mover.job.id, None)
     for _ in range(REVISIONS):
-        counts = _sizes(movers, free)
-        found = _places(cluster, movers, counts)
+        sizes = _sizes(movers, free)
+        found = _places(cluster, movers, sizes)
         if isinstance(found, dict):
-            return _decisions(cluster, movers, counts, found, now_ms)
+            return _decisions(cluster, movers, sizes, found, now_ms)
         movers = [m if m.job.id != found else replace(m, options=_as_it_is(m)) for m in movers]
     return []
 
@@ -127,42 +158,54 @@ def in_motion(cluster: Cluster) -> bool:
 # ---- who, and what each size is worth ----
 
 
-def _free(cluster: Cluster) -> dict[GpuClass, int]:
-    """GPUs that are wholly free on usable nodes, by class."""
+Amounts = dict[GpuClass, Resources]
+"""GPUs of each class, and under `ANY` CPUs and memory."""
+
+
+def _free(cluster: Cluster) -> Amounts:
+    """What is free on usable nodes; of GPUs those that are wholly free."""
     free: dict[GpuClass, int] = {}
+    cpu = memory = 0
     for name, space in cluster.ledger.spaces.items():
         if cluster.usable(name):
+            cpu, memory = cpu + space.cpu_milli, memory + space.memory_bytes
             for gpu_class, count in space.whole.items():
                 free[gpu_class] = free.get(gpu_class, 0) + count
-    return free
+    return {ANY: Resources(cpu, memory), **{cls: Resources(gpu_milli=n * WHOLE_GPU) for cls, n in free.items()}}
 
 
 def _mover(cluster: Cluster, job: Job, now_ms: int, how: Elasticity) -> Mover | None:
     if job.phase is Phase.QUEUED:
         return _newcomer(cluster, job, now_ms, how)
-    name, model, shape = elastic_role(job.spec), cluster.speeds.get(job.id), cluster.shape(job)
-    if name in job.wanted or job.cancel_by or job.stop_wish is not Reason.NONE:
+    (name, serves), model, shape = sized_roles(job.spec), cluster.speeds.get(job.id), cluster.shape(job)
+    if all(role in job.wanted for role in (name, serves) if _elastic(job, role)):
         return None
-    role = next(r for r in shape.roles if r.role == name)
-    in_place = restart_policy(job.spec, name).scope is RestartScope.REPLICA
-    limits = job.spec.roles[name].replicas
-    bound = [r for r in job.replicas.values() if r.role == name and r.binding is not None]
+    if job.cancel_by or job.stop_wish is not Reason.NONE:
+        return None
+    role, servers = _role(shape, name), _role(shape, serves) if serves else None
+    bound = [r for r in job.replicas.values() if r.role in (name, serves) and r.binding is not None]
     if job.phase is not Phase.RUNNING or job.suspected_since_ms or model is None or not model.seen:
         return None
-    if any(r.state is not ReplicaState.RUNNING for r in bound) or len(bound) < limits.min:
+    trains = [r.binding for r in bound if r.role == name and r.binding is not None]
+    have = len(trains), len(bound) - len(trains)
+    if any(r.state is not ReplicaState.RUNNING for r in bound) or have[0] < job.spec.roles[name].replicas.min:
         return None
-    nodes = {r.binding.node for r in bound if r.binding is not None}
-    first = bound[0].binding
-    assert first is not None
+    first, nodes = trains[0], len({binding.node for binding in trains})
     space = cluster.ledger.spaces.get(first.node)
     if space is None or not first.gpus or first.gpus[0].gpu not in space.gpu_class:
         return None
     pool = space.gpu_class[first.gpus[0].gpu]
-    most = min(limits.max, max(len(bound), how.growth * model.most_tried))
-    most = len(bound) + more(cluster, job, role, most - len(bound), pool[0], now_ms)
-    kept = _kept_after_change(job, model, in_place, how)
-    options = _options(cluster, job, role, pool, model, (limits.min, most), len(bound), len(nodes), kept, now_ms)
-    return Mover(job, shape, role, pool, len(bound), limits.min, options, in_place)
+    limits = [(have[0], have[0]), (have[1], have[1])]
+    for place, (each, tried) in enumerate(zip((role, servers), model.most_tried, strict=True)):
+        if each is not None and _elastic(job, each.role) and each.role not in job.wanted:
+            bounds = job.spec.roles[each.role].replicas
+            most = min(bounds.max, max(have[place], how.growth * tried))
+            most = have[place] + more(cluster, job, each, most - have[place], pool[0] if place == 0 else "", now_ms)
+            limits[place] = bounds.min, most
+    in_place = resizes_in_place(job.spec, name)
+    mover = Mover(job, shape, role, servers, pool, have, (limits[0][0], limits[1][0]), (), in_place, model, nodes)
+    kept = _kept_after_change(job, model, True, how), _kept_after_change(job, model, False, how)
+    return replace(mover, options=_options(cluster, mover, limits, kept, now_ms))
 
 
 def _newcomer(cluster: Cluster, job: Job, now_ms: int, how: Elasticity) -> Mover | None:
@@ -171,20 +214,35 @@ def _newcomer(cluster: Cluster, job: Job, now_ms: int, how: Elasticity) -> Mover
     if isinstance(shape, Refused):
         return None
     devices = [role for role in shape.roles if role.gpu_milli]
-    name, model = elastic_role(job.spec), cluster.speeds.get(job.id)
+    (name, serves), model = sized_roles(job.spec), cluster.speeds.get(job.id)
     role = next((r for r in devices if r.role == name), devices[0] if len(devices) == 1 else None)
     pools = cluster.ledger.matching(role) if role is not None and role.gpu_milli >= WHOLE_GPU else ()
     if role is None or not pools:
         return None
-    free_to_choose = role.role == name and name not in job.wanted
-    low = job.spec.roles[name].replicas.min if free_to_choose else role.min
-    high = low
-    if free_to_choose and model is not None:
-        high = max(low, min(job.spec.roles[name].replicas.max, how.growth * model.most_tried))
-    options = _options(cluster, job, role, pools[0], model, (low, high), 0, 0, 1.0, now_ms)
-    return Mover(
-        job, shape, role, pools[0], 0, low, ((0, 0.0), *((n, value + FIRST) for n, value in options)), False
-    )  # fmt: skip
+    servers = _role(shape, serves) if serves else None
+    limits = [(role.min, role.min), (servers.min, servers.min) if servers is not None else (0, 0)]
+    for place, each in enumerate((role, servers)):
+        if each is None or each.role not in (name, serves):
+            continue
+        if _elastic(job, each.role) and each.role not in job.wanted:
+            bounds = job.spec.roles[each.role].replicas
+            high = bounds.min
+            if model is not None:
+                high = max(high, min(bounds.max, how.growth * model.most_tried[place]))
+            limits[place] = bounds.min, high
+    low = limits[0][0], limits[1][0]
+    mover = Mover(job, shape, role, servers, pools[0], NOBODY, low, (), False, model, 0)
+    found = _options(cluster, mover, limits, (1.0, 1.0), now_ms)
+    options = (Option(NOBODY, NOTHING, 0.0), *(option._replace(value=option.value + FIRST) for option in found))
+    return replace(mover, options=options)
+
+
+def _role(shape: Shape, name: str) -> RoleShape:
+    return next(role for role in shape.roles if role.role == name)
+
+
+def _elastic(job: Job, role: str) -> bool:
+    return bool(role) and job.spec.roles[role].replicas.elastic
 
 
 def _kept_after_change(job: Job, model: SpeedModel, in_place: bool, how: Elasticity) -> float:
@@ -198,21 +256,35 @@ def _kept_after_change(job: Job, model: SpeedModel, in_place: bool, how: Elastic
 
 
 def _options(
-    cluster: Cluster, job: Job, role: RoleShape, pool: GpuClass, model: SpeedModel | None, limits: tuple[int, int],
-    have: int, nodes: int, kept: float, now_ms: int,
-) -> tuple[Option, ...]:  # fmt: skip
-    """Sizes within limits, each with its value; sizes on which the job makes no progress are left out."""
-    gpus = role.gpu_milli // WHOLE_GPU
-    per_node = max(1, cluster.widest(pool) // gpus)
-    weight = (job.gpu_time(now_ms) / (1_000 * WHOLE_GPU) + LITTLE_GPU_S) ** -FAVOUR
+    cluster: Cluster, mover: Mover, limits: Sequence[tuple[int, int]], kept: tuple[float, float], now_ms: int
+) -> tuple[Option, ...]:
+    """Sizes within limits, each with its value; left out are those on which the job makes no progress, and
+    those with more servers that bring next to nothing. `kept`: of the speed, after a change in place and after one by a
+    restart."""
+    weight = (mover.job.gpu_time(now_ms) / (1_000 * WHOLE_GPU) + LITTLE_GPU_S) ** -FAVOUR
+    per_node = max(1, cluster.widest(mover.pool) // mover.gpus)
+    numbers = _candidate_sizes(*limits[1], SERVERS_CLOSE, mover.have[1]) if limits[1][1] else [0]
     found: list[Option] = []
-    for count in _candidate_sizes(limits[0], limits[1], per_node, have):
-        on = nodes if count == have else -(-count // per_node)
-        speed = model.speedup(on, count) if model is not None else float(count)
-        if speed > 0.0:
-            speed *= gpus * (1.0 if count == have else kept)
-            found.append((count, weight * log(1.0 + speed)))
+    for count in _candidate_sizes(*limits[0], per_node, mover.have[0]):
+        best, least = 0.0, numbers[0]
+        for servers in numbers:
+            size = count, servers
+            speed = _speed(mover, size, per_node)
+            if speed <= 0.0:
+                continue
+            speed *= mover.gpus * (1.0 if size == mover.have else kept[not mover.stays(size)])
+            if speed > best * (1.0 + WORTH * (servers - least)) or size == mover.have:
+                best, least = (speed, servers) if speed > best else (best, least)
+                found.append(Option(size, mover.takes(size), weight * log(1.0 + speed)))
     return tuple(found)
+
+
+def _speed(mover: Mover, size: Size, per_node: int) -> float:
+    """Times that of a single replica."""
+    if mover.model is None:
+        return float(size[0])
+    nodes = mover.nodes if size[0] == mover.have[0] else -(-size[0] // per_node)
+    return mover.model.speedup(nodes, *size)
 
 
 def _candidate_sizes(low: int, high: int, per_node: int, have: int) -> list[int]:
@@ -230,104 +302,142 @@ def _candidate_sizes(low: int, high: int, per_node: int, have: int) -> list[int]
 
 
 def _as_it_is(mover: Mover) -> tuple[Option, ...]:
-    return tuple(option for option in mover.options if option[0] == mover.have) or ((mover.have, 0.0),)
+    here = tuple(option for option in mover.options if option.size == mover.have)
+    return here or (Option(mover.have, mover.takes(mover.have), 0.0),)
 
 
 # ---- sizes ----
 
 
-def _sizes(movers: Sequence[Mover], free: Mapping[GpuClass, int]) -> dict[JobId, int]:
-    """Replicas for each job: within a pool higher priorities choose first, among what the minima of the lower leave."""
-    counts: dict[JobId, int] = {}
+def _sizes(movers: Sequence[Mover], free: Amounts) -> dict[JobId, Size]:
+    """The size of each job: within a pool higher priorities choose first, among what the minima of the lower leave.
+    CPUs and memory that one pool's jobs leave are there for those of the next."""
+    sizes: dict[JobId, Size] = {}
+    hosts = free[ANY]
     for pool in dict.fromkeys(mover.pool for mover in movers):
         mine = [mover for mover in movers if mover.pool == pool]
-        left = free.get(pool, 0) + sum(mover.have * mover.gpus for mover in mine)
-        kept = sum(mover.low * mover.gpus for mover in mine if mover.have)
+        left = hosts + free.get(pool, NOTHING) + _sum(mover.takes(mover.have) for mover in mine)
+        kept = _sum(mover.takes(mover.low) for mover in mine if any(mover.have))
         for priority in sorted({mover.job.priority for mover in mine}, reverse=True):
             group = [mover for mover in mine if mover.job.priority == priority]
-            kept -= sum(mover.low * mover.gpus for mover in group if mover.have)
-            chosen = share([(mover.gpus, mover.options) for mover in group], left - kept)
-            for mover, count in zip(group, chosen, strict=True):
-                counts[mover.job.id] = count
-                left -= count * mover.gpus
-    return counts
+            kept -= _sum(mover.takes(mover.low) for mover in group if any(mover.have))
+            chosen = share([mover.options for mover in group], left - kept)
+            sizes |= {mover.job.id: option.size for mover, option in zip(group, chosen, strict=True)}
+            left -= _sum(option.takes for option in chosen)
+        hosts = replace(left, gpu_milli=0)
+    return sizes
 
 
-def share(bidders: Sequence[tuple[int, Sequence[Option]]], gpus: int) -> list[int]:
-    """Divide `gpus` among bidders, each (GPUs a replica, options by rising size), for nearly the greatest sum.
+def share(bidders: Sequence[Sequence[Option]], free: Resources) -> list[Option]:
+    """Choose one option (they are of rising size) for each, such that all fit into `free`, for nearly the greatest sum
+    of values.
 
-    At the lowest price at which all choices fit; then what is left goes to the best further steps. The smallest options
-    are always granted."""
-    chosen = [options[0] for _, options in bidders]
-    low, high = 0.0, 1.0 + 2.0 * max((value for _, options in bidders for _, value in options), default=0.0)
-    cheap = _bids(bidders, 0.0)
-    if _taken(bidders, cheap) <= gpus:
-        return [count for count, _ in cheap]
-    for _ in range(BISECTIONS):
-        price = (low + high) / 2
-        bids = _bids(bidders, price)
-        if _taken(bidders, bids) > gpus:
-            low = price
-        else:
-            high, chosen = price, bids
-    least = [options[0] for _, options in bidders]
-    filled = [_fill(bidders, *how) for how in ((chosen, gpus, True), (chosen, gpus, False), (least, gpus, False))]
-    return [count for count, _ in max(filled, key=lambda options: sum(value for _, value in options))]
+    At the lowest price at which all choices fit; then what is left goes to the best further steps. Priced is the
+    dominant share that an option takes of what there is too little of for everybody's largest: marginal gain per
+    dominant resource share, as in Optimus; usually these are the GPUs. The smallest options are always granted."""
+    scarce = [i for i, most in enumerate(_amounts(free))
+              if sum(max(_amounts(option.takes)[i] for option in options) for options in bidders) > most]  # fmt: skip
+    most = [_amounts(free)[i] for i in scarce]
+    offers = [[_offer(option, scarce, most) for option in options] for options in bidders]
+    chosen = [options[0] for options in offers]
+    if not _fit(cheap := _bids(offers, 0.0), most):
+        low, high = 0.0, 1.0
+        while high < TOO_DEAR and not _fit(_bids(offers, high), most):
+            low, high = high, 4.0 * high
+        for _ in range(BISECTIONS):
+            price = (low + high) / 2
+            bids = _bids(offers, price)
+            if _fit(bids, most):
+                high, chosen = price, bids
+            else:
+                low = price
+        least = [options[0] for options in offers]
+        filled = [_fill(offers, *how, most) for how in ((chosen, True), (chosen, False), (least, False))]
+        cheap = max(filled, key=lambda offers: sum(offer.value for offer in offers))
+    return [offer.option for offer in cheap]
+
+
+class Offer(NamedTuple):
+    """An option as `share` sees it."""
+
+    value: float
+    part: float
+    """Its dominant share."""
+    takes: tuple[int, ...]
+    """Of each resource that is scarce."""
+    option: Option
+
+
+def _offer(option: Option, scarce: Sequence[int], most: Sequence[int]) -> Offer:
+    amounts = _amounts(option.takes)
+    takes = tuple([amounts[i] for i in scarce])
+    part = max([amount / max(1, whole) for amount, whole in zip(takes, most, strict=True)], default=0.0)
+    return Offer(option.value, part, takes, option)
+
+
+def _amounts(resources: Resources) -> tuple[int, int, int]:
+    return resources.gpu_milli, resources.cpu_milli, resources.memory_bytes
+
+
+def _fit(chosen: Sequence[Offer], most: Sequence[int]) -> bool:
+    return all(sum([offer.takes[i] for offer in chosen]) <= limit for i, limit in enumerate(most))
+
+
+def _bids(offers: Sequence[Sequence[Offer]], price: float) -> list[Offer]:
+    return [max(options, key=lambda o: (o[0] - price * o[1], -o[1])) for options in offers]
 
 
 def _fill(
-    bidders: Sequence[tuple[int, Sequence[Option]]], chosen: Sequence[Option], gpus: int, per_gpu: bool
-) -> list[Option]:
-    """Further steps into what is left: those of the greatest gain per GPU, or of the greatest gain, first."""
+    offers: Sequence[Sequence[Offer]], chosen: Sequence[Offer], per_part: bool, most: Sequence[int]
+) -> list[Offer]:
+    """Further steps into what is left: those of the greatest gain per share, or of the greatest gain, first."""
     chosen = list(chosen)
-    left = gpus - _taken(bidders, chosen)
-    while left > 0:
+    left = [limit - sum(offer.takes[i] for offer in chosen) for i, limit in enumerate(most)]
+    while True:
         steps = [
-            ((value - chosen[i][1]) / ((count - chosen[i][0]) * each if per_gpu else 1), -i, count, value)
-            for i, (each, options) in enumerate(bidders)
-            for count, value in options
-            if 0 < (count - chosen[i][0]) * each <= left and value > chosen[i][1]
+            ((offer.value - now.value) / (max(TINY, offer.part - now.part) if per_part else 1.0), -i, -place)
+            for i, (options, now) in enumerate(zip(offers, chosen, strict=True))
+            for place, offer in enumerate(options)
+            if offer.value > now.value
+            and all(new - old <= room for new, old, room in zip(offer.takes, now.takes, left, strict=True))
         ]
         if not steps:
-            break
-        _, minus_i, count, value = max(steps)
-        left -= (count - chosen[-minus_i][0]) * bidders[-minus_i][0]
-        chosen[-minus_i] = (count, value)
-    return chosen
+            return chosen
+        _, minus_i, minus_place = max(steps)
+        step, now = offers[-minus_i][-minus_place], chosen[-minus_i]
+        left = [room - new + old for room, new, old in zip(left, step.takes, now.takes, strict=True)]
+        chosen[-minus_i] = step
 
 
-def _bids(bidders: Sequence[tuple[int, Sequence[Option]]], price: float) -> list[Option]:
-    return [max(options, key=lambda o: (o[1] - price * o[0] * each, -o[0])) for each, options in bidders]
-
-
-def _taken(bidders: Sequence[tuple[int, Sequence[Option]]], chosen: Sequence[Option]) -> int:
-    return sum(count * each for (each, _), (count, _) in zip(bidders, chosen, strict=True))
+def _sum(amounts: Iterable[Resources]) -> Resources:
+    return sum(amounts, start=NOTHING)
 
 
 # ---- places ----
 
 
-def _places(cluster: Cluster, movers: Sequence[Mover], counts: Mapping[JobId, int]) -> dict[JobId, Gang] | JobId:
+def _places(cluster: Cluster, movers: Sequence[Mover], sizes: Mapping[JobId, Size]) -> dict[JobId, Gang] | JobId:
     """Places of the gangs that start anew, the largest first, while everything else stays where it is; or the first job
     for which there are none. Leaves the ledger as it was."""
     mark = cluster.mark()
     try:
         for mover in movers:
-            count = counts[mover.job.id]
-            if mover.have and count != mover.have and not mover.in_place:
+            size = sizes[mover.job.id]
+            if any(mover.have) and not mover.stays(size):
                 cluster.lend(mover.job, [r for r in mover.job.replicas.values() if r.binding is not None])
-            elif mover.in_place and count < mover.have:
-                cluster.lend(mover.job, surplus(mover.job, mover.role.role, mover.have - count))
+            elif mover.in_place and size[0] < mover.have[0]:
+                cluster.lend(mover.job, surplus(mover.job, mover.role.role, mover.have[0] - size[0]))
         found: dict[JobId, Gang] = {}
-        fresh = [m for m in movers if counts[m.job.id] not in (0, m.have) and not (m.have and m.in_place)]
-        for mover in sorted(fresh, key=lambda m: -counts[m.job.id] * m.gpus):
-            gang = place_gang(cluster, sized(mover.shape, mover.role.role, counts[mover.job.id]), score=COMPACT)
+        fresh = [m for m in movers if any(sizes[m.job.id]) and not m.stays(sizes[m.job.id])]
+        for mover in sorted(fresh, key=lambda m: -sizes[m.job.id][0] * m.gpus):
+            gang = place_gang(cluster, sized(mover.shape, _named(mover, sizes[mover.job.id])), score=COMPACT)
             if not isinstance(gang, Gang):
                 return mover.job.id
             found[mover.job.id] = gang
         for mover in movers:
-            by = counts[mover.job.id] - mover.have
-            if mover.in_place and mover.have and by > 0 and not _grows(cluster, mover, by):
+            size = sizes[mover.job.id]
+            by = size[0] - mover.have[0]
+            if any(mover.have) and mover.stays(size) and by > 0 and not _grows(cluster, mover, by):
                 return mover.job.id
         return found
     finally:
@@ -336,13 +446,19 @@ def _places(cluster: Cluster, movers: Sequence[Mover], counts: Mapping[JobId, in
 
 def _grows(cluster: Cluster, mover: Mover, by: int) -> bool:
     taken = [r.binding for r in mover.job.replicas.values() if r.binding is not None]
-    return bool(place_more(cluster, mover.shape, mover.role, range(mover.have, mover.have + by), taken))
+    indices = range(mover.have[0], mover.have[0] + by)
+    return bool(place_more(cluster, mover.shape, mover.role, indices, taken))
 
 
-def sized(shape: Shape, role: str, count: int) -> Shape:
-    """The same gang with exactly so many replicas of a role."""
+def _named(mover: Mover, size: Size) -> dict[str, int]:
+    """Role -> how many replicas."""
+    return {role.role: n for role, n in zip((mover.role, mover.servers), size, strict=True) if role is not None}
+
+
+def sized(shape: Shape, counts: Mapping[str, int]) -> Shape:
+    """The same gang with exactly so many replicas of these roles."""
     return replace(
-        shape, roles=tuple(replace(r, min=count, prefer=count) if r.role == role else r for r in shape.roles)
+        shape, roles=tuple(replace(r, min=n, prefer=n) if (n := counts.get(r.role)) else r for r in shape.roles)
     )
 
 
@@ -370,29 +486,39 @@ def surplus(job: Job, role: str, count: int) -> list[Replica]:
 
 
 def _decisions(
-    cluster: Cluster, movers: Sequence[Mover], counts: Mapping[JobId, int], gangs: Mapping[JobId, Gang], now_ms: int
+    cluster: Cluster, movers: Sequence[Mover], sizes: Mapping[JobId, Size], gangs: Mapping[JobId, Gang], now_ms: int
 ) -> list[Decision]:
     decisions: list[Decision] = []
     for mover in movers:
-        job, count = mover.job, counts[mover.job.id]
-        if not count:
+        job, size = mover.job, sizes[mover.job.id]
+        if not any(size):
             continue
-        gang = gangs.get(job.id)
+        gang, changes = gangs.get(job.id), any(mover.have) and size != mover.have
+        why = _why(cluster, mover, size) if changes else ""
+        named = tuple(_named(mover, size).items())
         cluster.targets[job.id] = Target(
-            mover.role.role, count, gang.bindings if gang else (), gang.coordinator_port if gang else 0
-        )
-        if not mover.have or count == mover.have:
+            named, why, gang.bindings if gang else (), gang.coordinator_port if gang else 0
+        )  # fmt: skip
+        if not changes:
             continue
-        if not mover.in_place:
-            text = f"{mover.have} to {count} replicas"
-            outcome = Outcome(Phase.QUEUED, Reason.RESCALED, Cause(Reason.RESCALED, FailureClass.NONE, text))
+        if not mover.stays(size):
+            outcome = Outcome(Phase.QUEUED, Reason.RESCALED, Cause(Reason.RESCALED, FailureClass.NONE, why))
             decisions.append(ev.AttemptStopping(now_ms, job.id, job.attempt, outcome))
-        elif count < mover.have:
-            leaving = tuple(r.id for r in surplus(job, mover.role.role, mover.have - count))
-            decisions.append(ev.ReplicasReleased(now_ms, job.id, job.attempt, leaving))
+        elif size[0] < mover.have[0]:
+            leaving = tuple(r.id for r in surplus(job, mover.role.role, mover.have[0] - size[0]))
+            decisions.append(ev.ReplicasReleased(now_ms, job.id, job.attempt, leaving, why=why))
         else:
             cluster.growing[job.id] = -1
     return decisions
+
+
+def _why(cluster: Cluster, mover: Mover, size: Size) -> str:
+    """`ps 1 to 2: predicted 1.31 times as fast`."""
+    had = _named(mover, mover.have)
+    changes = [f"{name} {had[name]} to {count}" for name, count in _named(mover, size).items() if count != had[name]]
+    per_node = max(1, cluster.widest(mover.pool) // mover.gpus)
+    before, after = _speed(mover, mover.have, per_node), _speed(mover, size, per_node)
+    return f"{' and '.join(changes)}: predicted {after / before:.2f} times as fast" if before > 0.0 else changes[0]
 
 
 # ---- what other steps ask ----
@@ -402,20 +528,33 @@ def start_gang(cluster: Cluster, job: Job, shape: Shape, now_ms: int) -> Gang | 
     """The gang of a waiting job that has a target: in the places kept for it, else wherever as many fit. Short: there
     is no room, or somebody still leaves those places. Must run inside a trial; what it takes stays taken."""
     target = cluster.targets[job.id]
-    role = next(r for r in shape.roles if r.role == target.role)
-    count = more(cluster, job, role, target.replicas, role.gpu_kinds[0] if len(role.gpu_kinds) == 1 else "", now_ms)
-    if count == target.replicas and _all_free(cluster, job, target):
-        roles = {r.role: r for r in shape.roles}
+    roles = {role.role: role for role in shape.roles}
+    counts: dict[str, int] = {}
+    for name, wanted in target.sizes:
+        kinds = roles[name].gpu_kinds
+        counts[name] = more(cluster, job, roles[name], wanted, kinds[0] if len(kinds) == 1 else "", now_ms)
+    if tuple(counts.items()) == target.sizes and _all_free(cluster, job, target):
         for binding in target.bindings:
             cluster.ledger.take(binding, roles[binding.role])
         return Gang(target.bindings, target.coordinator_port)
+    first = roles[target.sizes[0][0]]
     if in_motion(cluster):
-        return Short(role, 0)
-    for fewer in range(count, role.min - 1, -1):
-        gang = place_gang(cluster, sized(shape, target.role, fewer), score=COMPACT)
+        return Short(first, 0)
+    for fewer in _fewer(counts, roles, first):
+        gang = place_gang(cluster, sized(shape, fewer), score=COMPACT)
         if isinstance(gang, Gang):
             return gang
-    return Short(role, 0)
+    return Short(first, 0)
+
+
+def _fewer(counts: Mapping[str, int], roles: Mapping[str, RoleShape], first: RoleShape) -> Iterator[dict[str, int]]:
+    """Ever smaller gangs down to the minimum of the role that trains, each with as many servers as wanted, else with
+    as few as may be."""
+    least = {name: min(count, roles[name].min) for name, count in counts.items()}
+    for count in range(counts[first.role], first.min - 1, -1):
+        yield {**counts, first.role: count}
+        if any(least[name] != counts[name] for name in counts if name != first.role):
+            yield {**least, first.role: count}
 
 
 def _all_free(cluster: Cluster, job: Job, target: Target) -> bool:
