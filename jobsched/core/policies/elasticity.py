@@ -17,8 +17,11 @@ Nobody moves for little: a job that changes counts as slower by `doubt`, and by 
 the replicas that it was measured with. Minima are never touched, and a job that its user has scaled, or that reports no
 speed, is left as it is. Higher priorities choose first.
 
-Roles whose replicas come and go in place grow and shrink while the attempt runs. All others save, stop, and start again
-with another size; the places found for them are kept in `Cluster.targets` until then. Nothing of this is in the log but
+The number of parameter servers is decided together with that of the workers. Servers need CPUs and memory, seldom GPUs,
+so where these are short, too, a size is priced by its dominant share of what is there (Optimus, EuroSys'18).
+
+Roles whose replicas come and go in place grow and shrink while the attempt runs. All others, and parameter servers in any
+case, save, stop, and start again with another size; the places found for them are kept in `Cluster.targets` until then. Nothing of this is in the log but
 the decisions: after a crash sizes are worked out anew from where the jobs then stand.
 """
 
