@@ -20,9 +20,10 @@ speed, is left as it is. Higher priorities choose first.
 The number of parameter servers is decided together with that of the workers. Servers need CPUs and memory, seldom GPUs,
 so where these are short, too, a size is priced by its dominant share of what is there (Optimus, EuroSys'18).
 
-Roles whose replicas come and go in place grow and shrink while the attempt runs. All others, and parameter servers in any
-case, save, stop, and start again with another size; the places found for them are kept in `Cluster.targets` until then. Nothing of this is in the log but
-the decisions: after a crash sizes are worked out anew from where the jobs then stand.
+Roles whose replicas come and go in place grow and shrink while the attempt runs. All others, and parameter servers in
+any case, save, stop, and start again with another size; the places found for them are kept in `Cluster.targets` until
+then. Nothing of this is in the log but the decisions: after a crash sizes are worked out anew from where the jobs then
+stand.
 """
 
 from __future__ import annotations
