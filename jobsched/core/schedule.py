@@ -15,7 +15,7 @@ from jobsched.core import events as ev
 from jobsched.core.cluster import Alike, Cluster, Line, Place, Rank, all_alike, equal_rank
 from jobsched.core.job import Binding, Job, Reason, ReplicaState, Shape
 from jobsched.core.plan import Decision, Plan, Reservation
-from jobsched.core.policies.admission import admit, least_needs, limited, more
+from jobsched.core.policies.admission import admit, least_needs, more
 from jobsched.core.policies.backfill import (
     Backfill,
     Guard,
@@ -33,8 +33,9 @@ from jobsched.core.policies.health import Health
 from jobsched.core.policies.ordering import Factors, Ordering, OrderKey, multifactor, priority
 from jobsched.core.policies.placement import Gang, Score, place_gang, place_more
 from jobsched.core.policies.preemption import Replan, replan
-from jobsched.core.policies.quota import Refused
-from jobsched.core.policies.victims import NOTHING, Hunt, Preemption, Victim, evictions, hold, may_claim
+from jobsched.core.policies.quota import Books, Refused
+from jobsched.core.policies.room import Room
+from jobsched.core.policies.victims import Preemption, Victim, evictions, may_claim
 from jobsched.core.pools import NodePool
 from jobsched.core.resources import JobId
 from jobsched.spec.job import resizes_in_place
@@ -96,27 +97,22 @@ class Pass:
     examined: int = 0
     settled: set[JobId] = field(default_factory=set)
     """Waiting jobs about which this pass has decided: they start, or places are kept for them."""
-    evicted: list[tuple[Job, Victim]] = field(default_factory=list)
-    """Who leaves for whom."""
-    vain: dict[str, int] = field(default_factory=dict)
-    """Queue -> searches for room in vain."""
-    promised: dict[tuple[str, str], int] = field(default_factory=dict)
-    """(Queue or cohort, limit) -> what is booked for jobs that cannot start yet."""
-    awaited: list[Binding] = field(default_factory=list)
-    """Devices that are kept for somebody once those who hold them have left."""
     guard: Guard = field(init=False)
     """Keeps reserved seats free."""
+    room: Room = field(init=False)
+    """Who leaves for whom, and what there is then."""
     _ends: list[tuple[int, JobId]] | None = None
     sought: int = 0
     """Searches for seats that are too far off to tell."""
 
     def __post_init__(self) -> None:
         self.guard = Guard(self.cluster)
+        self.room = Room(self.cluster, self.guard)
 
     @property
     def full(self) -> bool:
         """Whether the rest is left to the next pass."""
-        return len(self.decisions) >= self.policy.batch or len(self.evicted) >= EVICTIONS
+        return len(self.decisions) >= self.policy.batch or len(self.room.evicted) >= EVICTIONS
 
     def ends(self) -> list[tuple[int, JobId]]:
         """When those that run are likely to end; reckoned when first asked for."""
@@ -148,12 +144,8 @@ class Pass:
 
     def keep(self, job: Job, gang: Gang) -> None:
         """Keep places for a job that cannot start in them yet."""
-        self.awaited += hold(self.cluster, job, gang.bindings)
-        self.cluster.charge(job, gang.bindings, starts=True)
+        self.room.keep(job, gang)
         self.settled.add(job.id)
-        for key, amount in limited(self.cluster, job, gang.bindings).items():
-            for account in self.cluster.quotas.account(job.spec.queue).path:
-                self.promised[account.name, key] = self.promised.get((account.name, key), 0) + amount
 
     def heads(self, line: Line) -> Iterator[Job]:
         """The jobs of a line about which nothing is decided yet, best first."""
@@ -222,11 +214,11 @@ def _steps(run: Pass, hungry: Sequence[Job], lines: Sequence[Line]) -> None:
     else:
         start_nominated(run)
         start_waiting(run, lines)
-        run.decisions += evictions(run.evicted, run.now_ms)
-        if policy.defragmentation is not None and not run.evicted:
+        run.decisions += evictions(run.room.evicted, run.now_ms)
+        if policy.defragmentation is not None and not run.room.evicted:
             moving = defragment(run, policy.defragmentation)
     run.decisions += moving
-    if policy.elastic is not None and not run.evicted and not moving:
+    if policy.elastic is not None and not run.room.evicted and not moving:
         run.decisions += resize(run, policy.elastic)
     if len(run.decisions) < policy.batch:
         for job in hungry:
@@ -255,7 +247,7 @@ def _replan(run: Pass, how: Replan) -> None:
         if job.array_id or cluster.quotas.account(job.spec.queue).bounded:
             cluster.charge(job, bindings, starts=True)
 
-    with cluster.quotas.blank():
+    with cluster.quotas.seen_as(Books()):
         decisions, examined = replan(
             cluster, now_ms, how, policy.score,
             admit=lambda job: admit(cluster, job, now_ms),
@@ -321,12 +313,14 @@ def start_waiting(run: Pass, lines: Iterable[Line]) -> None:
             _reserve(run, policy.backfill, job, shape, key, claims)
         if policy.strict:
             cluster.stuck[line.key.queue] = line
+    run.room.leave()
     run.guard.let_go()
 
 
 def _start(run: Pass, job: Job, shape: Shape, others: Sequence[Reservation]) -> bool:
     """Start a job that has to leave the seats of others alone: in those that were reserved for it, else in any. Where
     it may use reserved seats, it takes others if there are any."""
+    run.room.leave()
     guard, mine = run.guard, run.cluster.reservations.get(job.id)
     kept = [claim for claim in others if claim.seats]
     if mine is None and all(claim in guard.claims for claim in kept):
@@ -347,7 +341,7 @@ def _freer(run: Pass, key: OrderKey, claims: Sequence[Reservation], than: int, j
 
 def _might_fit(run: Pass, shape: Shape) -> bool:
     """Whether there are enough GPUs for a gang if none are kept free for others."""
-    return shape.least_gpu_milli <= run.cluster.ledger.free_gpu_milli + run.guard.milli
+    return shape.least_gpu_milli <= run.room.free_milli
 
 
 def _sit_down(run: Pass, job: Job, shape: Shape, claim: Reservation) -> bool:
@@ -372,6 +366,7 @@ def _reserve(
         return
     if run.sought >= how.depth + VAIN or run.cluster.far_off.get(job.id, 0) > run.now_ms:
         return
+    run.room.leave()
     run.guard.let_go()
     found = reserve(run.cluster, job, shape, key(), others, run.ends(), run.now_ms, run.policy.score)
     if isinstance(found, int):
@@ -396,6 +391,7 @@ def _claim_limit(
         or any(claim.limits(job) for claim in claims)
     ):
         return
+    run.room.leave()
     _keep(run, job, reserve_limit(run.cluster, job, refused, key(), run.ends(), run.now_ms), claims)
 
 
@@ -628,37 +624,36 @@ def _real(run: Pass, job: Job, gang: Gang) -> bool:
 def make_room(run: Pass, how: Preemption, line: Line) -> None:
     """Look for room for the jobs of a line whose head does not fit, until one is sought in vain. Works on what is there
     once everybody who leaves has left, so that a job which only has to wait for that makes nobody else leave."""
-    cluster, queue = run.cluster, line.key.queue
-    if run.vain.get(queue, 0) >= how.tries or not may_claim(cluster, how, line.key):
+    cluster, room, queue = run.cluster, run.room, line.key.queue
+    if room.vain.get(queue, 0) >= how.tries or not may_claim(cluster, how, line.key):
         return
-    run.guard.let_go()
     found: list[tuple[Job, Gang, tuple[Victim, ...]]] = []
-    hunt = Hunt(cluster, how, run.policy.score, run.now_ms, run.promised)
-    mark = cluster.mark()
-    cluster.lend_leaving()
-    for _, victim in run.evicted:
-        cluster.lend(victim.job, victim.replicas)
-        hunt.lent.update((victim.job.id, replica.id) for replica in victim.replicas)
-    for binding in run.awaited:
-        cluster.ledger.take(binding, NOTHING)
-    victims_found = 0
-    for job in run.heads(line):
-        if len(run.decisions) + len(found) >= run.policy.batch or len(run.evicted) + victims_found >= EVICTIONS:
-            line.blocked_at = -1
-            break
-        room = hunt.room_for(job)
-        if room is None:
-            run.vain[queue] = run.vain.get(queue, 0) + 1
-            break
-        found.append((job, *room))
-        victims_found += len(room[1])
-    cluster.rollback(mark)
+    hunt = room.hunt(how, run.policy.score, run.now_ms)
+    if ready_ms := hunt.candidates.ready_ms(line.key):
+        cluster.ripening[line.key] = ready_ms
+        room.vain[queue] = room.vain.get(queue, 0) + 1
+        return
+    with room.ahead():
+        leaving = len(room.evicted)
+        for job in run.heads(line):
+            if len(run.decisions) + len(found) >= run.policy.batch or leaving >= EVICTIONS:
+                line.blocked_at = -1
+                break
+            way = hunt.room_for(job)
+            if way is None:
+                room.vain[queue] = room.vain.get(queue, 0) + 1
+                break
+            found.append((job, *way))
+            leaving += len(way[1])
+        for job, gang, victims in found:
+            if not victims:
+                room.forgo(job, gang)
     if hunt.wait_ms:
         cluster.ripening[line.key] = hunt.wait_ms
     for job, gang, victims in found:
         if victims:
             run.keep(job, gang)
-        run.evicted += ((job, victim) for victim in victims)
+            room.evicted += [(job, victim) for victim in victims]
 
 
 def defragment(run: Pass, how: Defragmentation) -> list[Decision]:

@@ -157,6 +157,16 @@ class Account:
         return before + self.held.get(GPUS, 0) * (now_ms - max(begin, min(now_ms, self.spent_at_ms)))
 
 
+@dataclass(slots=True)
+class Books:
+    """What is held, as one may think it to be: `Quotas.seen_as`. Without anything: as if nothing ran."""
+
+    accounts: dict[str, tuple[dict[str, int], dict[str, int], dict[str, int], int]] = field(default_factory=dict)
+    """Account -> its `held`, `users`, `used` and `booked`."""
+    arrays: dict[str, int] = field(default_factory=dict)
+    undo: list[tuple[str, str, Amounts, int]] = field(default_factory=list)
+
+
 @dataclass(frozen=True, slots=True)
 class AccountNote:
     """What an account's jobs used and the jobs that live cannot tell: spent in the budget's window, and in the past."""
@@ -373,21 +383,28 @@ class Quotas:
                 self.arrays[name] -= sign
 
     @contextmanager
-    def blank(self) -> Iterator[None]:
-        """Inside a trial: as if nothing ran. O(queues)."""
+    def seen_as(self, books: Books) -> Iterator[None]:
+        """Inside a trial: as other books have it; they keep what is booked inside. O(queues)."""
         assert self._undo is not None
-        mark = self.mark()
-        kept = {name: (a.held, a.users, a.used) for name, a in self.accounts.items()}
-        for account in self.accounts.values():
-            account.held, account.users, account.used = {}, {}, {}
-        arrays, self.arrays = self.arrays, {}
+        kept = self._exchange(books)
         try:
             yield
         finally:
-            del self._undo[mark:]
-            self.arrays = arrays
-            for name, account in self.accounts.items():
-                account.held, account.users, account.used = kept.get(name, ({}, {}, {}))
+            now = self._exchange(kept)
+            books.accounts, books.arrays, books.undo = now.accounts, now.arrays, now.undo
+
+    def copied(self) -> Books:
+        """A copy of the books as they are. O(queues + users)."""
+        held = {n: (dict(a.held), dict(a.users), dict(a.used), a.booked) for n, a in self.accounts.items()}
+        return Books(held, dict(self.arrays))
+
+    def _exchange(self, books: Books) -> Books:
+        kept = Books({n: (a.held, a.users, a.used, a.booked) for n, a in self.accounts.items()}, self.arrays)
+        kept.undo, self._undo = self._undo or [], books.undo
+        self.arrays = books.arrays
+        for name, account in self.accounts.items():
+            account.held, account.users, account.used, account.booked = books.accounts.get(name) or ({}, {}, {}, 0)
+        return kept
 
     # ---- admission ----
 

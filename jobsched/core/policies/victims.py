@@ -19,7 +19,7 @@ acknowledged checkpoint, and its restart.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from math import inf
@@ -27,7 +27,6 @@ from math import inf
 from jobsched.core import events as ev
 from jobsched.core.cluster import Cluster, LineKey
 from jobsched.core.job import (
-    Binding,
     Cause,
     FailureClass,
     Job,
@@ -37,17 +36,12 @@ from jobsched.core.job import (
     Replica,
     ReplicaId,
     ReplicaState,
-    RoleShape,
 )
 from jobsched.core.plan import Decision
-from jobsched.core.policies.admission import admit, least_needs, limited
-from jobsched.core.policies.placement import Gang, Score, place_gang
-from jobsched.core.policies.quota import Account, Refused
+from jobsched.core.policies.admission import least_needs, limited
+from jobsched.core.policies.quota import Account
 from jobsched.core.resources import JobId, NodeName
 from jobsched.spec.job import resizes_in_place
-
-PRUNED = 64
-"""Of so many victims it is asked whether the job could do without them."""
 
 
 class Scope(StrEnum):
@@ -87,103 +81,125 @@ class Victim:
     reclaimed: bool
     cost: int
     """GPU time lost, in thousandths of a GPU times milliseconds; of jobs without GPUs, milliseconds."""
+    gpu_milli: int
+    """GPUs that become free, in thousandths."""
 
 
-@dataclass(frozen=True, slots=True)
-class Given:
-    """What a victim gives up beside those chosen before it: who stops after it has shrunk gives the rest of it."""
-
-    victim: Victim
-    replicas: tuple[Replica, ...]
-    mark: tuple[int, int]
-    """The trial before that."""
+Lent = dict[JobId, dict[ReplicaId, None]]
+"""Job -> those of its replicas that are taken to be gone."""
 
 
 @dataclass(slots=True)
-class Hunt:
-    """The search for room for one line of like jobs, inside a trial in which everything that leaves anyhow is lent.
-    `wait_ms`: when a job that is protected now will no longer be; 0: none is."""
+class Offers:
+    """What jobs could give up for one claimant."""
+
+    stops: list[Victim] = field(default_factory=list)
+    """All that a job holds; one a job."""
+    shrinks: list[Victim] = field(default_factory=list)
+    """A replica each of elastic jobs' surplus."""
+    wait_ms: int = 0
+    """When a job that is protected now will no longer be; 0: none is."""
+
+    def __bool__(self) -> bool:
+        return bool(self.stops or self.shrinks)
+
+
+@dataclass(slots=True)
+class Candidates:
+    """Who might be made to give way in one pass, and what each would lose. Each job is looked at once, for whomever."""
 
     cluster: Cluster
     how: Preemption
-    score: Score
     now_ms: int
     promised: Mapping[tuple[str, str], int]
     """(Queue or cohort, limit) -> what is booked for jobs that do not run yet, so that it makes nobody a borrower."""
-    lent: set[tuple[JobId, ReplicaId]] = field(default_factory=set)
-    """Replicas that were made to leave already, by earlier searches of the same pass too."""
-    wait_ms: int = 0
-    _left: list[Victim] | None = None
-    """Candidates, the best last."""
+    lent: Lent
+    """Replicas that were made to leave in this pass already, or leave anyhow."""
+    _ripe: dict[tuple[str, int], tuple[list[Job], int]] = field(default_factory=dict)
+    """(Queue, priority) -> who is not protected, and when the first of those that are will no longer be."""
+    _stops: dict[tuple[JobId, bool], Victim | None] = field(default_factory=dict)
+    """(Job, whether it is reclaimed) -> all it has; None: it cannot afford that."""
 
-    def room_for(self, job: Job) -> tuple[Gang, tuple[Victim, ...]] | None:
-        """Where the job would run and who gives way: nobody, when what leaves anyhow is enough. What the victims hold
-        stays lent and the job's places stay taken. None: no room can be made.
-
-        O(candidates log) for the first job of a line, then O(victims)."""
-        gang = self._place(job)
-        if gang is not None:
-            return gang, ()
-        if self._left is None:
-            self._left = self._candidates(job)
-        mark = self.cluster.mark()
-        chosen = self._enough(job)
-        if not chosen:
-            self.cluster.rollback(mark)
-            return None
-        gang, chosen = self._only_needed(job, chosen)
-        return gang, tuple(replace(given.victim, replicas=given.replicas) for given in chosen)
-
-    # ---- who may be made to give way ----
-
-    def _claim(self, job: Job, theirs: Account) -> Claim | None:
-        return Claim.of(self.cluster, self.how, job, theirs, self.promised)
-
-    def _leaves_quota(self, claim: Claim, victim: Job, replicas: Iterable[Replica]) -> bool:
-        """Whether their side still has all of its quota in use without these replicas: what they hold was borrowed."""
-        takes = limited(self.cluster, victim, [r.binding for r in replicas if r.binding is not None])
-        pairs = ((a, key) for a in claim.chain for key in takes if a.nominal.get(key))
-        return all(_spare(a, key, self.promised) + takes[key] <= 0 for a, key in pairs)
-
-    def _candidates(self, job: Job) -> list[Victim]:
-        cluster = self.cluster
-        mine = cluster.quotas.account(job.spec.queue)
-        found: list[Victim] = []
-        for queue in mine.root.tree:
-            claim = self._claim(job, queue)
+    def offers(self, job: Job) -> Offers:
+        """By those from whom a job may take. O(those), O(active jobs) once a pass."""
+        cluster, found, waits = self.cluster, Offers(), []
+        for account in cluster.quotas.account(job.spec.queue).root.tree:
+            claim = self.claim(job, account)
             if claim is None:
                 continue
-            levels = cluster.active.get(queue.name, {})
-            ids = dict.fromkeys(
-                job_id for level, jobs in levels.items() if claim.reclaims or level < job.priority for job_id in jobs
-            )
-            for job_id in ids | cluster.surplus.get(queue.name, {}):
-                found += self._offers(cluster.jobs[job_id], claim)
-        bundles = _by_place(cluster, job, [v for v in found if v.stops])
-        bundles.sort(key=self._straddles)
-        shrinks = sorted((v for v in found if not v.stops), key=_cheapest)
-        return [*reversed(bundles), *reversed(shrinks)]
+            for level in cluster.active.get(account.name, {}):
+                if not (claim.reclaims or (claim.below and level < job.priority)):
+                    continue
+                ripe, ready_ms = self._ripe_at(account.name, level)
+                if ready_ms:
+                    waits.append(ready_ms)
+                for other in ripe:
+                    if (victim := self._stop(other, claim.reclaims)) is not None:
+                        found.stops.append(victim)
+            for job_id in cluster.surplus.get(account.name, ()):
+                found.shrinks += self._shrinks(cluster.jobs[job_id], claim)
+        found.wait_ms = min(waits, default=0)
+        return found
 
-    def _offers(self, job: Job, claim: Claim) -> Iterator[Victim]:
-        if job.cancel_by or job.stop_wish is not Reason.NONE:
-            return
-        bound = [r for r in job.replicas.values() if r.binding is not None and (job.id, r.id) not in self.lent]
-        restart_ms = self._restart_ms(job)
-        surplus = tuple(_surplus(job, bound)) if job.phase is Phase.RUNNING and claim.surplus_of(job) else ()
-        for replica in surplus:
-            yield Victim(job, (replica,), False, claim.reclaims, restart_ms * _size((replica,)))
-        if not claim.all_of(job) or not bound:
-            return
-        since = job.attempt_started_at_ms
-        if self.now_ms - since < self.how.min_runtime_ms:
-            ready = since + self.how.min_runtime_ms
-            self.wait_ms = min(self.wait_ms or ready, ready)
-            return
+    def ready_ms(self, key: LineKey) -> int:
+        """When the first may be stopped of all from whom a job of this line might take; 0: somebody may already. For a
+        quick answer: O(queues of its tree)."""
+        cluster, waits = self.cluster, [0]
+        mine = cluster.quotas.account(key.queue)
+        for account in mine.root.tree:
+            for level in cluster.active.get(account.name, {}):
+                if level < key.priority or (account is not mine and self.how.reclaim):
+                    ripe, ready_ms = self._ripe_at(account.name, level)
+                    if ripe:
+                        return 0
+                    waits.append(ready_ms)
+            if cluster.surplus.get(account.name):
+                return 0
+        return min([ready_ms for ready_ms in waits if ready_ms], default=0)
+
+    def claim(self, job: Job, theirs: Account) -> Claim | None:
+        return Claim.of(self.cluster, self.how, job, theirs, self.promised)
+
+    def _ripe_at(self, queue: str, priority: int) -> tuple[list[Job], int]:
+        known = self._ripe.get((queue, priority))
+        if known is None:
+            jobs, last_ms = self.cluster.jobs, self.now_ms - self.how.min_runtime_ms
+            free = [
+                job for job_id in self.cluster.active[queue][priority]
+                if not (job := jobs[job_id]).cancel_by and job.stop_wish is Reason.NONE
+            ]  # fmt: skip
+            ripe = [job for job in free if job.attempt_started_at_ms <= last_ms]
+            ready_ms = 0
+            if len(ripe) < len(free):
+                first_ms = min([s for job in free if (s := job.attempt_started_at_ms) > last_ms])
+                ready_ms = first_ms + self.how.min_runtime_ms
+            known = self._ripe[queue, priority] = (ripe, ready_ms)
+        return known
+
+    def _stop(self, job: Job, reclaimed: bool) -> Victim | None:
+        lent = self.lent.get(job.id)
+        if lent is not None:
+            return self._all_of(job, reclaimed, [r for r in _bound(job) if r.id not in lent])
+        key = (job.id, reclaimed)
+        if key not in self._stops:
+            self._stops[key] = self._all_of(job, reclaimed, _bound(job))
+        return self._stops[key]
+
+    def _all_of(self, job: Job, reclaimed: bool, bound: Sequence[Replica]) -> Victim | None:
         saved = job.checkpoint.at_ms if job.checkpoint is not None else 0
-        lost_ms = self.now_ms - max(since, saved)
-        if not claim.reclaims and not self._affords(job, lost_ms):
+        lost_ms = self.now_ms - max(job.attempt_started_at_ms, saved)
+        if not bound or not (reclaimed or self._affords(job, lost_ms)):
+            return None
+        milli = _gpu_milli(bound)
+        return Victim(job, tuple(bound), True, reclaimed, (lost_ms + self._restart_ms(job)) * (milli or 1), milli)
+
+    def _shrinks(self, job: Job, claim: Claim) -> Iterator[Victim]:
+        if job.cancel_by or job.stop_wish is not Reason.NONE or job.phase is not Phase.RUNNING:
             return
-        yield Victim(job, tuple(bound), True, claim.reclaims, (lost_ms + restart_ms) * _size(bound))
+        lent = self.lent.get(job.id, ())
+        for replica in _surplus(job, [r for r in _bound(job) if r.id not in lent]) if claim.surplus_of(job) else ():
+            milli = _gpu_milli((replica,))
+            yield Victim(job, (replica,), False, claim.reclaims, self._restart_ms(job) * (milli or 1), milli)
 
     def _affords(self, job: Job, lost_ms: int) -> bool:
         """The job's budget: what preemption has made it lose, and would now, against what it ran."""
@@ -194,123 +210,30 @@ class Hunt:
         started = job.running_since_ms - job.attempt_started_at_ms if job.running_since_ms else 0
         return started if started > 0 else self.how.restart_ms
 
+    def best_last(self, job: Job, offers: Offers) -> list[Victim]:
+        """In the order in which they are to give way for a job, the first at the end: who shrinks, cheapest first; who
+        stops, by the places that it makes; last whose queue would fall below its quota. O(offers log)."""
+        bundles = _by_place(self.cluster, job, offers.stops)
+        bundles.sort(key=self._straddles)
+        return [*reversed(bundles), *sorted(offers.shrinks, key=_cheapest, reverse=True)]
+
     def _straddles(self, victim: Victim) -> bool:
         """Whether its queue would fall below its quota, so that it goes last."""
+        if not victim.reclaimed:
+            return False
         theirs = self.cluster.quotas.account(victim.job.spec.queue)
         alone = Claim(0, True, False, False, theirs.path[:1])
-        return victim.reclaimed and not self._leaves_quota(alone, victim.job, victim.replicas)
+        return not self.leaves_quota(alone, victim.job, victim.replicas)
 
-    # ---- how many ----
+    def leaves_quota(self, claim: Claim, victim: Job, replicas: Iterable[Replica]) -> bool:
+        """Whether their side still has all of its quota in use without these replicas: what they hold was borrowed."""
+        takes = limited(self.cluster, victim, [r.binding for r in replicas if r.binding is not None])
+        pairs = ((a, key) for a in claim.chain for key in takes if a.nominal.get(key))
+        return all(_spare(a, key, self.promised) + takes[key] <= 0 for a, key in pairs)
 
-    def _place(self, job: Job) -> Gang | None:
-        """Take places for the job at its minimum, if its queue admits it and they are there."""
-        shape = admit(self.cluster, job, self.now_ms, least=True)
-        if isinstance(shape, Refused):
-            return None
-        mark = self.cluster.mark()
-        gang = place_gang(self.cluster, shape, job.avoid, self.score)
-        if isinstance(gang, Gang):
-            self.cluster.charge(job, gang.bindings, starts=True)
-            return gang
-        self.cluster.rollback(mark)
-        return None
 
-    def _enough(self, job: Job) -> list[Given]:
-        """The shortest row of candidates, best first, whose leaving makes room; they stay lent, nothing is taken. Tries
-        1, 2, 4, … of them, then halves the last step."""
-        assert self._left is not None
-        lent: list[Given] = []
-        passed: list[Victim] = []
-        want, low, fits = 1, 0, False
-        while not fits:
-            while len(lent) < want and self._left:
-                victim = self._left.pop()
-                given = self._lend(job, victim)
-                if given is None:
-                    passed.append(victim)
-                else:
-                    lent.append(given)
-            if len(lent) == low:
-                break
-            fits = self._would_fit(job)
-            if not fits:
-                low, want = len(lent), 2 * len(lent)
-        if not fits:
-            self._unlend(lent, 0)
-            self._left = []
-            return []
-        high = len(lent)
-        order = [given.victim for given in lent]
-        while high - low > 1:
-            middle = (low + high) // 2
-            self._unlend(lent, middle)
-            if self._would_fit(job):
-                high = middle
-            else:
-                low = middle
-            for victim in order[len(lent) : high]:
-                again = self._lend(job, victim)
-                if again is not None:
-                    lent.append(again)
-        self._unlend(lent, high)
-        self._left += [*passed, *reversed(order[high:])]
-        return lent
-
-    def _would_fit(self, job: Job) -> bool:
-        mark = self.cluster.mark()
-        fits = self._place(job) is not None
-        self.cluster.rollback(mark)
-        return fits
-
-    def _lend(self, job: Job, victim: Victim) -> Given | None:
-        """As if the victim had left; None when the claim on it no longer holds, or it has given that way already."""
-        rest = self._rest(victim)
-        claim = self._claim(job, self.cluster.quotas.account(victim.job.spec.queue))
-        if not rest or claim is None or not claim.covers(victim):
-            return None
-        if claim.chain and not self._leaves_quota(claim, victim.job, rest) and not (
-            claim.reclaims and isinstance(admit(self.cluster, job, self.now_ms, least=True), Refused)
-        ):  # fmt: skip
-            return None  # what is not wholly borrowed goes only where the quota itself is needed back
-        return self._give(victim, rest)
-
-    def _rest(self, victim: Victim) -> tuple[Replica, ...]:
-        """What the victim still has to give."""
-        return tuple(r for r in victim.replicas if (victim.job.id, r.id) not in self.lent)
-
-    def _give(self, victim: Victim, replicas: tuple[Replica, ...]) -> Given:
-        mark = self.cluster.mark()
-        self.cluster.lend(victim.job, replicas)
-        self.lent.update((victim.job.id, r.id) for r in replicas)
-        return Given(victim, replicas, mark)
-
-    def _unlend(self, lent: list[Given], keep: int) -> None:
-        if len(lent) > keep:
-            self.cluster.rollback(lent[keep].mark)
-        while len(lent) > keep:
-            given = lent.pop()
-            self.lent.difference_update((given.victim.job.id, r.id) for r in given.replicas)
-
-    def _only_needed(self, job: Job, chosen: list[Given]) -> tuple[Gang, list[Given]]:
-        """Put back, dearest first, whoever the job does not need after all."""
-        assert self._left is not None
-        dearest = sorted((g.victim for g in chosen), key=lambda v: (v.cost, str(v.job.id)), reverse=True)
-        for victim in dearest[:PRUNED] if len(chosen) > 1 else ():
-            before = [given.victim for given in chosen]
-            self._unlend(chosen, 0)
-            chosen = self._give_all(v for v in before if v is not victim)
-            if chosen and self._would_fit(job):
-                self._left.append(victim)
-            else:
-                self._unlend(chosen, 0)
-                chosen = self._give_all(before)
-        gang = self._place(job)
-        assert gang is not None, "it fitted a moment ago"
-        return gang, chosen
-
-    def _give_all(self, victims: Iterable[Victim]) -> list[Given]:
-        """Lend each without asking for a claim, what those before it left of it."""
-        return [self._give(victim, rest) for victim in victims if (rest := self._rest(victim))]
+def _bound(job: Job) -> list[Replica]:
+    return [r for r in job.replicas.values() if r.binding is not None]
 
 
 def may_claim(cluster: Cluster, how: Preemption, key: LineKey) -> bool:
@@ -397,9 +320,8 @@ def _surplus(job: Job, bound: Iterable[Replica]) -> Iterator[Replica]:
             yield from reversed(held[role.replicas.min :])
 
 
-def _size(replicas: Iterable[Replica]) -> int:
-    """GPUs in thousandths; 1 for replicas without."""
-    return sum(sum(s.milli for s in r.binding.gpus) for r in replicas if r.binding is not None) or 1
+def _gpu_milli(replicas: Iterable[Replica]) -> int:
+    return sum([share.milli for r in replicas if r.binding is not None for share in r.binding.gpus])
 
 
 def _cheapest(victim: Victim) -> tuple[bool, int, int, int, str, int]:
@@ -462,27 +384,6 @@ def _bundles(
             start = -max(v.job.attempt_started_at_ms for v in bundle)
             yield from (((*least, start, str(node)), place - len(bundle) + 1 + i, v) for i, v in enumerate(bundle))
             bundle, free = [], free % each if each else 0
-
-
-def hold(cluster: Cluster, job: Job, bindings: Iterable[Binding]) -> tuple[Binding, ...]:
-    """Inside a trial: keep the part of promised places that is free already, so that nobody else takes it. Returns the
-    other part: devices of those that are still leaving."""
-    roles = {role.role: role for role in cluster.shape(job).roles}
-    awaited = []
-    for binding in bindings:
-        space = cluster.ledger.spaces.get(binding.node)
-        if space is None:
-            continue
-        free = tuple(s for s in binding.gpus if space.gpu_free.get(s.gpu, 0) >= s.milli)
-        cluster.ledger.take(replace(binding, gpus=free, ports=()), roles[binding.role])
-        if len(free) < len(binding.gpus):
-            rest = tuple(s for s in binding.gpus if s not in free)
-            awaited.append(replace(binding, gpus=rest, ports=()))
-    return tuple(awaited)
-
-
-NOTHING = RoleShape("", 0, 0, 0, 0, 0)
-"""Books devices alone, where CPUs and memory are booked already."""
 
 
 def evictions(victims: Iterable[tuple[Job, Victim]], now_ms: int) -> list[Decision]:
