@@ -732,6 +732,15 @@ class Cluster:
             self.ledger.lend(replica.binding, self.on_node[replica.binding.node][job.id, replica.id][1])
             self.quotas.book(job.spec.queue, job.owner, self._charged[job.id, replica.id], -1)
 
+    def take_back(self, job: Job, replicas: Iterable[Replica]) -> None:
+        """Inside a trial: these are not gone after all."""
+        for replica in replicas:
+            binding = replica.binding
+            assert binding is not None
+            if binding.node in self.ledger.spaces:
+                self.ledger.take(binding, self.on_node[binding.node][job.id, replica.id][1])
+            self.quotas.book(job.spec.queue, job.owner, self._charged[job.id, replica.id], 1)
+
     def lend_leaving(self) -> None:
         """Inside a trial: as if everything that stops had stopped. O(its replicas)."""
         for job_id in self.leaving:

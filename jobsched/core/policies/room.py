@@ -258,33 +258,45 @@ class Hunt:
         if len(lent) > keep:
             self.cluster.rollback(lent[keep].mark)
         while len(lent) > keep:
-            given = lent.pop()
-            gone = self.candidates.lent[given.victim.job.id]
-            for replica in given.replicas:
-                del gone[replica.id]
-            if not gone:
-                del self.candidates.lent[given.victim.job.id]
+            self._forget(lent.pop())
+
+    def _forget(self, given: Given) -> None:
+        """It is not lent after all."""
+        lent, job_id = self.candidates.lent, given.victim.job.id
+        for replica in given.replicas:
+            del lent[job_id][replica.id]
+        if not lent[job_id]:
+            del lent[job_id]
 
     def _only_needed(self, job: Job, chosen: list[Given]) -> tuple[Gang, list[Given]]:
-        """Put back, dearest first, whoever the job does not need after all."""
+        """Take back, dearest first, whoever the job does not need after all. O(victims) placements."""
         assert self._left is not None
-        dearest = sorted((g.victim for g in chosen), key=lambda v: (v.cost, str(v.job.id)), reverse=True)
-        for victim in dearest[:PRUNED] if len(chosen) > 1 else ():
-            before = [given.victim for given in chosen]
-            self._unlend(chosen, 0)
-            chosen = self._give_all(v for v in before if v is not victim)
-            if chosen and self._would_fit(job):
-                self._left.append(victim)
+        dearest = sorted([given.victim for given in chosen], key=lambda v: (v.cost, str(v.job.id)), reverse=True)
+        for victim in dearest[:PRUNED]:
+            given = next(each for each in chosen if each.victim is victim)
+            rest = [each for each in chosen if each is not given]
+            heir = next((each for each in rest if each.victim.stops and each.victim.job is victim.job), None)
+            if heir is not None:  # it stops anyhow
+                all_of_it = replace(heir, replicas=(*given.replicas, *heir.replicas))
+                chosen = [all_of_it if each is heir else each for each in rest]
+            elif rest and self._fits_without(job, given):
+                chosen = rest
             else:
-                self._unlend(chosen, 0)
-                chosen = self._give_all(before)
+                continue
+            self._left.append(victim)
         gang = self._place(job)
         assert gang is not None, "it fitted a moment ago"
         return gang, chosen
 
-    def _give_all(self, victims: Iterable[Victim]) -> list[Given]:
-        """Lend each without asking for a claim, what those before it left of it."""
-        return [self._give(victim, rest) for victim in victims if (rest := self._rest(victim))]
+    def _fits_without(self, job: Job, given: Given) -> bool:
+        """Whether the job fits while one of its victims stays, which then is no longer lent."""
+        mark = self.cluster.mark()
+        self.cluster.take_back(given.victim.job, given.replicas)
+        if self._would_fit(job):
+            self._forget(given)
+            return True
+        self.cluster.rollback(mark)
+        return False
 
 
 def hold(cluster: Cluster, job: Job, bindings: Iterable[Binding]) -> tuple[Binding, ...]:

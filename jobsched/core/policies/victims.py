@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from math import inf
+from operator import attrgetter, itemgetter
 
 from jobsched.core import events as ev
 from jobsched.core.cluster import Cluster, LineKey
@@ -37,6 +38,7 @@ from jobsched.core.job import (
     ReplicaId,
     ReplicaState,
 )
+from jobsched.core.ledger import GpuClass
 from jobsched.core.plan import Decision
 from jobsched.core.policies.admission import least_needs, limited
 from jobsched.core.policies.quota import Account
@@ -83,6 +85,22 @@ class Victim:
     """GPU time lost, in thousandths of a GPU times milliseconds; of jobs without GPUs, milliseconds."""
     gpu_milli: int
     """GPUs that become free, in thousandths."""
+    frees: Mapping[NodeName, int]
+    """The same by node; of jobs without GPUs: 0s."""
+    key: tuple[bool, int, int, int, str, int]
+    """Borrowers first, then lower priority, cheaper, younger."""
+
+    @classmethod
+    def of(cls, job: Job, replicas: Sequence[Replica], stops: bool, reclaimed: bool, cost_ms: int) -> Victim:
+        """`cost_ms`: run time lost."""
+        frees: dict[NodeName, int] = {}
+        for replica in replicas:
+            if (binding := replica.binding) is not None:
+                frees[binding.node] = frees.get(binding.node, 0) + sum([share.milli for share in binding.gpus])
+        milli = sum(frees.values())
+        cost, last = cost_ms * (milli or 1), max([replica.index for replica in replicas])
+        key = (not reclaimed, job.priority, cost, -job.attempt_started_at_ms, str(job.id), -last)
+        return cls(job, tuple(replicas), stops, reclaimed, cost, milli, frees, key)
 
 
 Lent = dict[JobId, dict[ReplicaId, None]]
@@ -190,16 +208,14 @@ class Candidates:
         lost_ms = self.now_ms - max(job.attempt_started_at_ms, saved)
         if not bound or not (reclaimed or self._affords(job, lost_ms)):
             return None
-        milli = _gpu_milli(bound)
-        return Victim(job, tuple(bound), True, reclaimed, (lost_ms + self._restart_ms(job)) * (milli or 1), milli)
+        return Victim.of(job, bound, True, reclaimed, lost_ms + self._restart_ms(job))
 
     def _shrinks(self, job: Job, claim: Claim) -> Iterator[Victim]:
         if job.cancel_by or job.stop_wish is not Reason.NONE or job.phase is not Phase.RUNNING:
             return
         lent = self.lent.get(job.id, ())
         for replica in _surplus(job, [r for r in _bound(job) if r.id not in lent]) if claim.surplus_of(job) else ():
-            milli = _gpu_milli((replica,))
-            yield Victim(job, (replica,), False, claim.reclaims, self._restart_ms(job) * (milli or 1), milli)
+            yield Victim.of(job, (replica,), False, claim.reclaims, self._restart_ms(job))
 
     def _affords(self, job: Job, lost_ms: int) -> bool:
         """The job's budget: what preemption has made it lose, and would now, against what it ran."""
@@ -215,7 +231,7 @@ class Candidates:
         stops, by the places that it makes; last whose queue would fall below its quota. O(offers log)."""
         bundles = _by_place(self.cluster, job, offers.stops)
         bundles.sort(key=self._straddles)
-        return [*reversed(bundles), *sorted(offers.shrinks, key=_cheapest, reverse=True)]
+        return [*reversed(bundles), *sorted(offers.shrinks, key=_CHEAPEST, reverse=True)]
 
     def _straddles(self, victim: Victim) -> bool:
         """Whether its queue would fall below its quota, so that it goes last."""
@@ -320,70 +336,69 @@ def _surplus(job: Job, bound: Iterable[Replica]) -> Iterator[Replica]:
             yield from reversed(held[role.replicas.min :])
 
 
-def _gpu_milli(replicas: Iterable[Replica]) -> int:
-    return sum([share.milli for r in replicas if r.binding is not None for share in r.binding.gpus])
-
-
-def _cheapest(victim: Victim) -> tuple[bool, int, int, int, str, int]:
-    """Borrowers first, then lower priority, cheaper, younger."""
-    job = victim.job
-    return (not victim.reclaimed, job.priority, victim.cost, -job.attempt_started_at_ms, str(job.id),
-            -max(r.index for r in victim.replicas))  # fmt: skip
+_CHEAPEST = attrgetter("key")
 
 
 def _by_place(cluster: Cluster, job: Job, victims: list[Victim]) -> list[Victim]:
     """Victims in the order in which they make places for one replica of the job at the least cost: per node the
     cheapest that free enough for one more replica form a bundle, and the cheapest bundles go first."""
-    shape = cluster.shape(job)
-    widest = max(shape.roles, key=lambda r: (r.gpu_milli, r.cpu_milli))
+    widest = max(cluster.shape(job).roles, key=lambda r: (r.gpu_milli, r.cpu_milli))
     on_node: dict[NodeName, list[tuple[Victim, int]]] = {}
-    pool, classes = cluster.pool(shape), set(cluster.ledger.matching(widest)) if widest.gpu_milli else set()
-    for victim in sorted(victims, key=_cheapest):
-        frees: dict[NodeName, int] = {}
-        for replica in victim.replicas:
-            binding = replica.binding
-            assert binding is not None
-            space = cluster.ledger.spaces.get(binding.node)
-            if space is None or binding.node not in pool:
+    pool, spaces, cheapest = cluster.pool(cluster.shape(job)), cluster.ledger.spaces, sorted(victims, key=_CHEAPEST)
+    classes = dict.fromkeys(cluster.ledger.matching(widest)) if widest.gpu_milli else {}
+    for victim in cheapest:
+        for node, amount in victim.frees.items():
+            if node not in pool:
                 continue
-            if widest.gpu_milli:
-                amount = sum(s.milli for s in binding.gpus if space.gpu_class.get(s.gpu) in classes)
-            else:
-                amount = cluster.on_node[binding.node][victim.job.id, replica.id][1].cpu_milli
-            frees[binding.node] = frees.get(binding.node, 0) + amount
-        for node, amount in frees.items():
+            if not classes or not spaces[node].whole.keys() <= classes.keys():
+                amount = _frees_on(cluster, victim, node, classes)
             if amount:
                 on_node.setdefault(node, []).append((victim, amount))
     each = widest.gpu_milli or widest.cpu_milli
     rows: list[tuple[tuple[bool, int, float, int, str], int, Victim]] = []
-    for node in sorted(on_node):
-        space = cluster.ledger.spaces[node]
-        free = (sum(space.whole.get(c, 0) for c in classes) * 1_000 if widest.gpu_milli else max(0, space.cpu_milli))
-        rows += _bundles(node, free % max(1, each), each, on_node[node])
-    rows.sort(key=lambda row: row[:2])
+    for node, offers in on_node.items():
+        space = spaces[node]
+        free = sum([space.whole.get(c, 0) for c in classes]) * 1_000 if classes else max(0, space.cpu_milli)
+        rows += _bundles(node, free % max(1, each), each, offers)
+    rows.sort(key=itemgetter(0, 1))
     seen: dict[JobId, Victim] = {}
     for _, _, victim in rows:
         seen.setdefault(victim.job.id, victim)
-    rest = (v for v in sorted(victims, key=_cheapest) if v.job.id not in seen)
-    return [*seen.values(), *rest]
+    return [*seen.values(), *(v for v in cheapest if v.job.id not in seen)]
+
+
+def _frees_on(cluster: Cluster, victim: Victim, node: NodeName, classes: Mapping[GpuClass, None]) -> int:
+    """Thousandths of GPUs of these classes that a victim frees on a node; without any: of CPUs."""
+    found, space = 0, cluster.ledger.spaces[node]
+    for replica in victim.replicas:
+        binding = replica.binding
+        if binding is None or binding.node != node:
+            continue
+        if classes:
+            found += sum([share.milli for share in binding.gpus if space.gpu_class.get(share.gpu) in classes])
+        else:
+            found += cluster.on_node[node][victim.job.id, replica.id][1].cpu_milli
+    return found
 
 
 def _bundles(
-    node: NodeName, free: int, each: int, offers: list[tuple[Victim, int]]
+    node: NodeName, free: int, each: int, offers: Sequence[tuple[Victim, int]]
 ) -> Iterator[tuple[tuple[bool, int, float, int, str], int, Victim]]:
-    """Rows (key of the bundle, place in it, victim) of one node; a later bundle never goes before an earlier one."""
-    bundle: list[Victim] = []
-    least = (False, -(10**9), -inf)
-    for place, (victim, amount) in enumerate(offers):
-        bundle.append(victim)
+    """Rows (key of the bundle, place of the victim among the node's, victim) of one node; a later bundle never goes
+    before an earlier one."""
+    first, least = 0, (False, -(10**9), -inf)
+    for place, (_, amount) in enumerate(offers):
         free += amount
-        if free >= each or place == len(offers) - 1:
-            whole = free >= each
-            cost = sum(v.cost for v in bundle) if whole else inf
-            least = max(least, (not all(v.reclaimed for v in bundle), max(v.job.priority for v in bundle), cost))
-            start = -max(v.job.attempt_started_at_ms for v in bundle)
-            yield from (((*least, start, str(node)), place - len(bundle) + 1 + i, v) for i, v in enumerate(bundle))
-            bundle, free = [], free % each if each else 0
+        whole = free >= each
+        if whole or place == len(offers) - 1:
+            bundle = [victim for victim, _ in offers[first : place + 1]]
+            cost = sum([victim.cost for victim in bundle]) if whole else inf
+            taken = any(not victim.reclaimed for victim in bundle)
+            least = max(least, (taken, max([victim.job.priority for victim in bundle]), cost))
+            key = (*least, -max([victim.job.attempt_started_at_ms for victim in bundle]), node)
+            for at, victim in enumerate(bundle, first):
+                yield key, at, victim
+            first, free = place + 1, free % each if each else 0
 
 
 def evictions(victims: Iterable[tuple[Job, Victim]], now_ms: int) -> list[Decision]:
