@@ -26,6 +26,7 @@ def actuate(backend: Backend, actions: Iterable[Action], sight: Sight, now_ms: i
                 backend.ask_stacks(keys)
             case Forget(keys):
                 backend.forget(keys)
+                sight.forget(keys)
             case Start(launches):
                 starts += launches
             case _:

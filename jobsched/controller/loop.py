@@ -252,7 +252,8 @@ class Controller:
         needs none. Store and backend are called without it: readers wait for computing, never for a disk or an engine.
         """
         now = self._clock.now_ms()
-        self._wake.clear()
+        if self._wake.is_set():
+            self._wake.clear()
         fence = self._leader.hold(now)
         if fence is not None and fence != self._fence:
             self._looks_wanted = self._looks + 1
@@ -339,7 +340,8 @@ class Controller:
         settled: set[JobId] = set()
         for _ in range(JUDGE_ROUNDS):
             cluster.touched.clear()
-            found = judge(cluster, sight, [job_id for job_id in look if job_id not in settled], now, self._senses)
+            unsettled = [job_id for job_id in look if job_id not in settled] if settled else look
+            found = judge(cluster, sight, unsettled, now, self._senses)
             samples = state.sampler.samples(cluster, sight, look, now)
             if samples:
                 with self._lock:
@@ -492,8 +494,11 @@ class Controller:
         if not events:
             return True
         jobs = state.cluster.jobs
-        ids = map(ev.job_id_of, events)
-        expected = {job_id: jobs[job_id].version for job_id in ids if job_id is not None and job_id in jobs}
+        expected: dict[JobId, int] = {}
+        for event in events:
+            job_id = ev.job_id_of(event)
+            if job_id is not None and job_id not in expected and job_id in jobs:
+                expected[job_id] = jobs[job_id].version
         result = self._store.append(events, expected, fence)
         for rejected in result.rejected:
             self.health.rejected += 1

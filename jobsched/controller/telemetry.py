@@ -113,13 +113,13 @@ class Sampler:
 
     def samples(self, cluster: Cluster, sight: Sight, job_ids: Iterable[JobId], now_ms: int) -> list[Sample]:
         found: list[Sample] = []
+        if not sight.beat_at_ms and not self._last:
+            return found  # nobody says anything
         for job_id in job_ids:
             job = cluster.jobs.get(job_id)
             if job is None or not job.phase.active:
                 self._last.pop(job_id, None)
                 continue
-            if not sight.beat_at_ms:
-                continue  # nobody says anything: the common case must be cheap
             if not any(r.progress for key in sight.by_job.get(job_id, ()) if (r := sight.replicas.get(key))):
                 continue
             progress = progress_of(job, sight, now_ms)

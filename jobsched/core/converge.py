@@ -7,11 +7,11 @@ stopped, whoever started it: that is why a crash anywhere needs no recovery path
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from jobsched.contract import ReplicaEnv
 from jobsched.core.cluster import Cluster
-from jobsched.core.job import Binding, FailureClass, Job, Phase, Reason, Replica, ReplicaId, ReplicaState, replica_id
+from jobsched.core.job import Binding, FailureClass, Job, Phase, Reason, Replica, ReplicaId, ReplicaState
 from jobsched.core.judge import ranks
 from jobsched.core.launch import Action, AskStacks, Forget, Launch, LaunchKey, Start, Stop, launch_key
 from jobsched.core.observation import Sight
@@ -58,13 +58,16 @@ def converge(
 
 def _clear(sight: Sight, job_id: JobId) -> list[Action]:
     """Nothing of this job should exist."""
-    keys = sorted(sight.by_job.get(job_id, ()))
-    alive = tuple([k for k in keys if sight.alive(k)])
-    ended = tuple([k for k in keys if k in sight.replicas and k not in alive])
+    known = sight.by_job.get(job_id)
+    return _end(sight, sorted(known)) if known else []
+
+
+def _end(sight: Sight, keys: Sequence[LaunchKey]) -> list[Action]:
+    """Stop those that live at once; what has ended may be forgotten."""
     actions: list[Action] = []
-    if alive:
+    if alive := tuple([k for k in keys if sight.alive(k)]):
         actions.append(Stop(alive, STALE_GRACE_MS))
-    if ended:
+    if ended := tuple([k for k in keys if k in sight.replicas and not sight.alive(k)]):
         actions.append(Forget(ended))
     return actions
 
@@ -78,21 +81,15 @@ def _job(cluster: Cluster, sight: Sight, job: Job, now_ms: int, addresses: Addre
             desired[key] = replica
         elif replica.state is ReplicaState.STOPPING:
             leaving.append(key)
-    surplus = sorted([k for k in sight.by_job.get(job.id, ()) if k not in desired])
-    stale = tuple([k for k in surplus if k not in leaving and sight.alive(k)])
-    ended = tuple([k for k in surplus if k in sight.replicas and not sight.alive(k)])
-    actions: list[Action] = []
-    if stale:
-        actions.append(Stop(stale, STALE_GRACE_MS))
-    if ended:
-        actions.append(Forget(ended))
+    surplus = sorted([k for k in sight.by_job.get(job.id, ()) if k not in desired and k not in leaving])
+    actions = _end(sight, surplus) if surplus else []
     if released := tuple([k for k in leaving if sight.alive(k)]):
         actions.append(Stop(released, job.spec.checkpoint.grace))
     if job.phase is Phase.STOPPING:
         if alive := tuple([k for k in desired if sight.alive(k)]):
             actions.append(Stop(alive, stop_grace_ms(job)))
         return actions
-    occupied = {_place_of(k) for k in stale}
+    occupied = {_place_of(k) for k in surplus if sight.alive(k)}
     starts = [
         (key, replica)
         for key, replica in desired.items()
@@ -140,35 +137,30 @@ class _Gang:
     def __init__(self, cluster: Cluster, job: Job, addresses: Addresses) -> None:
         self._job = job
         self._checkpoint_dir = _checkpoint_dir(job, addresses)
-        placed = {rid: r for rid, r in job.replicas.items() if r.binding is not None}
-        hosts = {rid: addresses.host(cluster, job, r) for rid, r in placed.items()}
         self._ranks = ranks(job)
-        self._coordinator = ""
-        for first in self._ranks:
-            self._coordinator = f"{hosts[first]}:{job.coordinator_port or PEER_PORT + 1}"
-            break
-        self._peers: dict[str, tuple[str, ...]] = {}
         self._held: dict[str, list[int]] = {name: [] for name in job.spec.roles}
         """Role -> indices that have a place, in order."""
-        for r in placed.values():
-            self._held[r.role].append(r.index)
+        at: dict[str, dict[int, str]] = {name: {} for name in job.spec.roles}
+        for r in job.replicas.values():
+            if r.binding is not None:
+                self._held[r.role].append(r.index)
+                at[r.role][r.index] = f"{addresses.host(cluster, job, r)}:{_peer_port(r)}"
+        self._peers: dict[str, tuple[str, ...]] = {}
         for name, role in job.spec.roles.items():
-            held = self._held[name]
+            held, places = self._held[name], at[name]
             held.sort()
-            top = held[-1] + 1 if held else 0
-            if name != "ps":  # all servers of an attempt are there from its start
-                top = max(top, role.replicas.max)
-            found = [""] * top  # empty while it has no place
-            for index in held:
-                rid = replica_id(name, index)
-                found[index] = f"{hosts[rid]}:{_peer_port(placed[rid])}"
-            self._peers[name] = tuple(found)
+            top = max(role.replicas.max, held[-1] + 1 if held else 0)
+            self._peers[name] = tuple([places.get(index, "") for index in range(top)])  # empty while it has no place
         self._mates: dict[NodeName, list[ReplicaId]] = {}
         """Node -> those with a rank that are on it, by rank."""
+        self._coordinator = ""
         for rid in self._ranks:
-            binding = placed[rid].binding
+            replica, binding = job.replicas[rid], job.replicas[rid].binding
             if binding is not None:
                 self._mates.setdefault(binding.node, []).append(rid)
+                if not self._coordinator:
+                    port = job.coordinator_port or PEER_PORT + 1
+                    self._coordinator = f"{addresses.host(cluster, job, replica)}:{port}"
         self._nodes = {name: place for place, name in enumerate(self._mates)}
         trains = training_roles(job.spec)
         self._sparse = any(job.spec.roles[name].replicas.elastic for name in trains)

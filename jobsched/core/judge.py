@@ -79,7 +79,7 @@ def judge(
 def settled_by(events: Iterable[ev.JobEvent]) -> set[JobId]:
     """Jobs about which judge has nothing to add once these events, which it found, are applied."""
     found = {event.job_id for event in events}
-    return found.difference([event.job_id for event in events if not isinstance(event, STARTS)])
+    return found.difference([event.job_id for event in events if type(event) not in STARTS])
 
 
 def judge_nodes(
@@ -111,18 +111,22 @@ class _Court:
 
     def rules(self) -> Iterator[ev.JobEvent]:
         """What each rule finds, in turn; whoever asks applies it to `job` before the next."""
-        if self.job.phase is Phase.QUEUED:
-            yield from self._queued()
+        job = self.job
+        if job.phase is Phase.QUEUED:
+            if job.cancel_by or job.waiting_for or job.spec.queue_deadline:
+                yield from self._queued()
             return
-        yield from self._wishes()
+        if job.cancel_by or job.stop_wish is not Reason.NONE or job.wanted or self.cluster.cordoned:
+            yield from self._wishes()
         seen = self._seen()
-        yield from self._checkpoints(seen)
+        if self.sight.beat_at_ms:
+            yield from self._checkpoints(seen)
         yield from self._started(seen)
         yield from self._ends(seen)
         if self.job.phase.runs:
             yield from self._deadlines()
-        if self.job.phase is Phase.RUNNING and not self.senses.blind:
-            yield from self._hang()
+            if self.job.phase is Phase.RUNNING and not self.senses.blind:
+                yield from self._hang()
         yield from self._released()
         if self.job.phase is Phase.STOPPING and all(map(self._gone, self.job.replicas.values())):
             assert self.job.outcome is not None
@@ -194,8 +198,9 @@ class _Court:
 
     def _seen(self) -> Seeing:
         found: Seeing = {}
-        for rid, replica in self.job.replicas.items():
-            report = self._report(replica)
+        job, sighted = self.job, self.sight.replicas
+        for rid, r in job.replicas.items():
+            report = sighted.get(launch_key(job.id, job.attempt, r.role, r.index, r.restart))
             if report is not None:
                 found[rid] = report
         return found

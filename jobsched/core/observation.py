@@ -6,6 +6,7 @@ that from the server's own clock.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import field
 from enum import StrEnum
 
@@ -137,13 +138,14 @@ class Sight:
             key = report.key
             job_id = JobId(key.split("/", 1)[0])
             before = self.replicas.get(key)
-            if before != report:
-                jobs.add(job_id)
             self.replicas[key] = report
             if before is None:
+                jobs.add(job_id)
                 self.by_job.setdefault(job_id, set()).add(key)
                 self.absent_at_ms.pop(key, None)
                 self.ordered_at_ms.pop(key, None)
+            elif before != report:
+                jobs.add(job_id)
             if report.state is not Seen.STARTING:
                 self.running_at_ms.setdefault(key, now_ms)
             if report.progress is not None:
@@ -172,16 +174,29 @@ class Sight:
         self.observed_at_ms = now_ms
         return jobs, names
 
+    def forget(self, keys: Iterable[LaunchKey]) -> None:
+        """The engine was told that it may drop these, whose end is in the log: that it has is no news."""
+        for key in keys:
+            job_id = JobId(key.split("/", 1)[0])
+            known = self.by_job.get(job_id)
+            if known is not None:
+                known.discard(key)
+                if not known:
+                    del self.by_job[job_id]
+            self.replicas.pop(key, None)
+            self._forget_instants(key)
+
     def forget_ended(self, job_id: JobId) -> None:
         """Drop what is remembered of a job that is over, once none of its replicas exist any more."""
         keys = self.by_job[job_id]
-        if not keys.isdisjoint(self.replicas):
-            return
-        del self.by_job[job_id]
-        for key in keys:
-            for instants in (self.step_at_ms, self.beat_at_ms, self.running_at_ms, self.absent_at_ms,
-                             self.ordered_at_ms):
-                instants.pop(key, None)
+        if keys.isdisjoint(self.replicas):
+            del self.by_job[job_id]
+            for key in keys:
+                self._forget_instants(key)
+
+    def _forget_instants(self, key: LaunchKey) -> None:
+        for instants in (self.step_at_ms, self.beat_at_ms, self.running_at_ms, self.absent_at_ms, self.ordered_at_ms):
+            instants.pop(key, None)
 
     def alive(self, key: LaunchKey) -> bool:
         report = self.replicas.get(key)

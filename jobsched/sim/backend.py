@@ -105,17 +105,21 @@ class SimBackend:
             self._coming[name] = [entry for entry in coming if entry not in come]
         while (at := self._next_due_ms()) is not None and at <= now:
             self._changed[heapq.heappop(self._due)[1]] = None
-        full, self._full = self._full, False
         have, nodes = self._replicas, self._nodes
-        keys = list(have) if full else [k for k in self._changed if k in have]
-        names = list(nodes) if full else [n for n in self._nodes_changed if n in nodes]
-        observation = Observation(
-            full=full,
-            nodes=tuple([nodes[name] for name in names]),
-            replicas=tuple([self._report(have[key], now) for key in keys]),
-            gone=() if full else tuple([k for k in self._gone if k not in have]),
-            gone_nodes=() if full else tuple([n for n in self._nodes_changed if n not in nodes]),
-        )
+        if self._full:
+            self._full = False
+            observation = Observation(
+                full=True, nodes=tuple(nodes.values()), replicas=tuple([self._report(r, now) for r in have.values()])
+            )
+        else:
+            names = self._nodes_changed
+            observation = Observation(
+                full=False,
+                nodes=tuple([nodes[n] for n in names if n in nodes]) if names else (),
+                replicas=tuple([self._report(have[key], now) for key in self._changed if key in have]),
+                gone=tuple([k for k in self._gone if k not in have]) if self._gone else (),
+                gone_nodes=tuple([n for n in names if n not in nodes]) if names else (),
+            )
         self._changed.clear()
         self._gone.clear()
         self._vanished = False

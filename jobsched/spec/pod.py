@@ -132,6 +132,8 @@ def merge(below: JsonValue, above: JsonValue, field: str = "") -> JsonValue:
 
 def both(job: Mapping[str, JsonValue], role: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     """A role's overlay over its job's."""
+    if not job and not role:
+        return {}
     merged = merge(_named(dict(job)), _named(dict(role)))
     assert isinstance(merged, dict)
     return merged

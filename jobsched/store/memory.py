@@ -1,6 +1,7 @@
 """The in-memory store: the same promises as `SqlStore`, for tests and the simulator. Nothing outlives the process.
 
-Values are kept as they came, without encoding; appending costs O(events), whatever else the store holds.
+Values are kept as they came, without encoding; appending costs O(events), whatever else the store holds. What only
+readers ask for, histories and listings, is brought up to the end of the log when one asks.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class MemoryStore:
         self._lock = threading.RLock()
         self._now = Projections()
         self._log: list[Stored] = []
+        self._filed = 0
+        """Events of the log that are in what follows: see `_file`."""
         self._history: defaultdict[JobId, list[Stored]] = defaultdict(list)
         self._live: dict[JobId, Job] = {}
         self._order: list[tuple[int, JobId]] = []
@@ -44,30 +47,32 @@ class MemoryStore:
         assert_fenced(events, fence)
         with self._lock:
             check_fence(fence, self._lease.fence)
-            jobs, end = self._now.jobs, self._now.seq
-            ids = dict.fromkeys(map(job_id_of, events))
-            before = [(job_id, jobs.get(job_id)) for job_id in ids if job_id is not None]
+            end = self._now.seq
             appended = self._now.append(events, expected or {})
             for stored in appended.stored:
-                if stored.seq > end:
+                if stored.seq > end:  # else it had been sent before
                     end = stored.seq
                     self._log.append(stored)
-                    if (job_id := job_id_of(stored.event)) is not None:
-                        self._history[job_id].append(stored)
-            for job_id, was in before:
-                self._refile(was, jobs.get(job_id))
             return appended
 
-    def _refile(self, before: Job | None, after: Job | None) -> None:
-        if after is None or after is before:
-            return
-        if before is None:
-            insort(self._order, (after.submitted_at_ms, after.id))
-        if after.phase.terminal:
-            self._live.pop(after.id, None)
-            self._ended[after.phase] += 1
-        else:
-            self._live[after.id] = after
+    def _file(self) -> None:
+        """Take what was appended since the last look into histories, listings and counts."""
+        jobs, changed = self._now.jobs, dict[JobId, None]()
+        for stored in self._log[self._filed :]:
+            job_id = job_id_of(stored.event)
+            if job_id is not None:
+                changed[job_id] = None
+                if not (history := self._history[job_id]):
+                    insort(self._order, (jobs[job_id].submitted_at_ms, job_id))
+                history.append(stored)
+        self._filed = len(self._log)
+        for job_id in changed:
+            job = jobs[job_id]
+            if not job.phase.terminal:
+                self._live[job_id] = job
+            else:
+                self._live.pop(job_id, None)
+                self._ended[job.phase] += 1
 
     def read(self, after: int, limit: int = 10_000) -> Sequence[Stored]:
         with self._lock:
@@ -76,12 +81,14 @@ class MemoryStore:
 
     def history(self, job_id: JobId, after: int = 0, limit: int = 10_000) -> Sequence[Stored]:
         with self._lock:
+            self._file()
             events = self._history.get(job_id, [])
             start = bisect_left(events, after + 1, key=lambda s: s.seq)
             return tuple(events[start : start + limit])
 
     def load(self) -> Loaded:
         with self._lock:
+            self._file()
             live = sorted(self._live.values(), key=lambda job: (job.submitted_at_ms, job.id))
             return loaded(self._now.seq, live, self._now.nodes, list(self._now.queues.values()))
 
@@ -90,6 +97,7 @@ class MemoryStore:
 
     def jobs(self, query: JobQuery) -> Sequence[Job]:
         with self._lock:
+            self._file()
             return tuple(islice(self._select(query), query.limit))
 
     def _select(self, query: JobQuery) -> Iterator[Job]:
@@ -107,13 +115,16 @@ class MemoryStore:
 
     def count(self, by: Literal["phase", "queue"] = "phase") -> Mapping[str, int]:
         with self._lock:
+            self._file()
             if by == "phase":
                 return dict(Counter(job.phase for job in self._live.values()) + self._ended)
             return dict(Counter(job.spec.queue for job in self._live.values()))
 
     def ended(self) -> int:
         """How many jobs are over."""
-        return self._ended.total()
+        with self._lock:
+            self._file()
+            return self._ended.total()
 
     def usage(self, since_ms: int, now_ms: int) -> Sequence[Usage]:
         found: dict[tuple[str, str], Usage] = {}

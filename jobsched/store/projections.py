@@ -29,13 +29,15 @@ Request = tuple[str, str]
 
 def request_of(event: ev.Event) -> Request | None:
     """The identity of a submission that may be sent twice; None for everything else."""
-    if isinstance(event, ev.JobSubmitted) and event.request_id:
+    if type(event) is ev.JobSubmitted and event.request_id:
         return event.owner, event.request_id
     return None
 
 
 NodeEvent = ev.NodeSeen | ev.NodeLost | ev.NodeCordoned | ev.NodeUncordoned
-APPLIED: Final = (ev.JobSubmitted, ev.NodeSeen, ev.NodeLost, ev.NodeCordoned, ev.NodeUncordoned, ev.QueueDefined)
+APPLIED: Final = frozenset(
+    (ev.JobSubmitted, ev.NodeSeen, ev.NodeLost, ev.NodeCordoned, ev.NodeUncordoned, ev.QueueDefined)
+)
 """Events that change more than their job."""
 
 
@@ -123,7 +125,7 @@ class Projections:
             elif not rejected or ev.job_id_of(event) not in rejected:
                 seq += 1
                 stored.append(ev.Stored(seq, event))
-                if isinstance(event, APPLIED):
+                if type(event) in APPLIED:
                     self._apply(stored[-1])
         self.seq = seq
         self.jobs.update(jobs)
@@ -142,20 +144,24 @@ class Projections:
             if job_id is None:
                 assert isinstance(event, ev.ClusterEvent), f"not an event: {event!r}"
                 continue
-            request = request_of(event) if isinstance(event, ev.JobSubmitted) else None
+            request = request_of(event)
             if request is not None and (request in self.requests or request in fresh):
                 repeats[place] = request
                 continue
-            if job_id in rejected:
+            if rejected and job_id in rejected:
                 continue
-            before = self.jobs.get(job_id)
-            version = before.version if before is not None else 0
+            before = changed.get(job_id)
             try:
-                if expected.get(job_id, version) != version:
-                    raise Illegal(f"job {job_id} is at version {version}")
-                changed[job_id] = evolve_job(changed.get(job_id, before), cast(ev.JobEvent, event))
+                if before is None:
+                    before = self.jobs.get(job_id)
+                    version = before.version if before is not None else 0
+                    if expected.get(job_id, version) != version:
+                        raise Illegal(f"job {job_id} is at version {version}")
+                changed[job_id] = evolve_job(before, cast(ev.JobEvent, event))
             except Illegal:
                 changed.pop(job_id, None)
+                known = self.jobs.get(job_id)
+                version = known.version if known is not None else 0
                 rejected[job_id] = Rejected(job_id, expected.get(job_id, version), version)
             else:
                 if request is not None:
