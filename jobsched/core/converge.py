@@ -149,7 +149,9 @@ class _Gang:
         for name, role in job.spec.roles.items():
             held, places = self._held[name], at[name]
             held.sort()
-            top = max(role.replicas.max, held[-1] + 1 if held else 0)
+            top = held[-1] + 1 if held else 0
+            if name != "ps":  # all servers of an attempt are there from its start
+                top = max(top, role.replicas.max)
             self._peers[name] = tuple([places.get(index, "") for index in range(top)])  # empty while it has no place
         self._mates: dict[NodeName, list[ReplicaId]] = {}
         """Node -> those with a rank that are on it, by rank."""
