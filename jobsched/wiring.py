@@ -294,7 +294,10 @@ def _policy(config: PolicyConfig, pools: Sequence[spec.NodePool]) -> Policy:
             how.reclaim, Scope(how.priority), how.min_runtime, how.lost_percent
         ),
         score=Score(config.score),
-        elastic=Elasticity() if config.elastic else None,
+        elastic=None if (sizes := config.elastic) is None else Elasticity(
+            every_ms=sizes.every, growth=sizes.growth, horizon_ms=sizes.horizon, restart_ms=sizes.restart,
+            in_place_ms=sizes.in_place, doubt=sizes.gain_percent / 100,
+        ),
         defragmentation=Defragmentation() if config.defragmentation else None,
         health=None if health is None else Health(
             threshold=health.threshold, half_life_ms=health.half_life, recheck_ms=health.recheck,

@@ -37,8 +37,17 @@ def build_model() -> nn.Module:
 
 def serve(plan: Plan, options: argparse.Namespace) -> int:
     """Role ps."""
-    ParameterServer(build_model(), lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.5), plan=plan,
-                    max_staleness=options.max_staleness, checkpoint_every_s=options.checkpoint_s).serve()
+    model = build_model()
+    whole = sum(parameter.numel() for parameter in model.parameters())
+
+    def optimizer(shard: list[nn.Parameter]) -> torch.optim.Optimizer:
+        made = torch.optim.SGD(shard, lr=0.05, momentum=0.5)
+        pause_s = options.apply_ms / 1_000 * sum(parameter.numel() for parameter in shard) / whole
+        made.register_step_post_hook(lambda *_: time.sleep(pause_s))
+        return made
+
+    ParameterServer(model, optimizer, plan=plan, max_staleness=options.max_staleness,
+                    checkpoint_every_s=options.checkpoint_s).serve()
     return 0
 
 
@@ -75,6 +84,8 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--pause-ms", type=float, default=20, help="extra time per step, to watch it")
+    parser.add_argument("--apply-ms", type=float, default=0, help="extra time per push over the whole model: servers "
+                        "are then what a job waits for")
     parser.add_argument("--max-staleness", type=int, default=None, help="pushes a worker may be ahead of the slowest")
     parser.add_argument("--accuracy", type=float, default=0.95, help="fail below this")
     parser.add_argument("--checkpoint-s", type=float, help="default: the interval in job.yaml")

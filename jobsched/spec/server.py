@@ -506,6 +506,28 @@ class PreemptionConfig(SpecModel):
     """Most of a job's run time that higher priorities may make it lose, counted from its last checkpoint."""
 
 
+class ElasticConfig(SpecModel):
+    """When elastic jobs change their size."""
+
+    every: Annotated[DurationMs, Field(ge=1_000)] = 10_000
+    """How often sizes are reconsidered."""
+    horizon: Annotated[DurationMs, Field(ge=1_000)] = 300_000
+    """A change must pay for itself within this time, or before the job's end."""
+    restart: DurationMs = 30_000
+    """What a change costs at least where the job has to start again: time without progress."""
+    in_place: DurationMs = 5_000
+    """And where its replicas come and go in place."""
+    growth: Annotated[int, Field(strict=True, ge=2, le=1_000)] = 4
+    """Most replicas for a job, in multiples of what it was measured with."""
+    gain_percent: Annotated[int, Field(strict=True, ge=0, le=90)] = 10
+    """What a change must promise beside its cost, of the job's speed: measurements are only so good."""
+
+
+def _on_or_off(value: object) -> object:
+    """`true` and `false` for a part that is there as it is, or not at all."""
+    return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+
 class NodePool(SpecModel):
     """Like nodes that do not exist yet and can be had, by whatever the backend has for that."""
 
@@ -592,8 +614,9 @@ class PolicyConfig(SpecModel):
     """Which of several nodes is taken. pack: the one left fullest. spread: the emptiest. fragmentation: where the free
     GPUs stay most useful to what is usually submitted. auto: fragmentation once a job asks for part of a GPU, else
     pack."""
-    elastic: bool = True
-    """Elastic jobs get the sizes that speed them up most, by the throughput that they report."""
+    elastic: Annotated[ElasticConfig | None, BeforeValidator(_on_or_off)] = ElasticConfig()
+    """Elastic jobs get the numbers of workers and parameter servers that speed them up most, by what they report;
+    `false`: those that their specs prefer."""
     defragmentation: bool = True
     """Jobs that lose little (elastic ones, and those that saved a moment ago) move when a waiting gang then starts."""
 

@@ -333,7 +333,8 @@ class ParameterClient:
         self._sequence = 0
         self._sockets: dict[int, Any] = {}
         self._workers = 0
-        self._stepped_s = 0.0
+        self._stepped_s, self._served_s = 0.0, 0.0
+        """When the last step ended, and the time since then that requests took."""
         self._paces: deque[tuple[float, float]] = deque(maxlen=WINDOW)
         """(seconds of a step, seconds of it with the servers) of late."""
         self.done = 0
@@ -359,23 +360,23 @@ class ParameterClient:
         if lease is not None:
             extra["done"] = lease.position
             frames[0] += (np.ascontiguousarray(lease.indices if used is None else used, np.int64),)
-        pushed_s = time.monotonic()
         replies = self._exchange("step", frames, extra)
         self._receive(replies)
-        self._tell_pace(pushed_s, time.monotonic(), int(replies[0][0]["workers"]))
+        self._tell_pace(int(replies[0][0]["workers"]))
         for parameter in self._parameters:
             parameter.grad = None
         return bool(replies[0][0]["applied"])
 
-    def _tell_pace(self, pushed_s: float, now_s: float, workers: int) -> None:
+    def _tell_pace(self, workers: int) -> None:
         """What numbers of workers and servers are chosen by, with so many workers. The median, as waits for a server
         that was away are not what a step takes."""
+        now_s = time.monotonic()
         if workers != self._workers:
             self._workers, self._stepped_s = workers, 0.0
             self._paces.clear()
         if self._stepped_s:
-            self._paces.append((now_s - self._stepped_s, now_s - pushed_s))
-        self._stepped_s = now_s
+            self._paces.append((now_s - self._stepped_s, self._served_s))
+        self._stepped_s, self._served_s = now_s, 0.0
         if len(self._paces) >= WINDOW // 4:
             step_s, sync_s = (median(column) for column in zip(*self._paces, strict=True))
             context.report(world=workers, step_s=step_s, sync_s=sync_s)
@@ -428,6 +429,7 @@ class ParameterClient:
                 self._collect(missing, left, replies)
                 missing = [s for s in frames if s not in replies]
             if not missing:
+                self._served_s += time.monotonic() - began
                 if time.monotonic() - began > RETRY_S[0]:
                     context.report(message="")
                 return {s: replies[s] for s in frames}

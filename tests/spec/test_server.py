@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from jobsched.spec.queue import QueueSpec
-from jobsched.spec.server import GpuStock, Listen, PortRange, ServerConfig, VirtualNodes
+from jobsched.spec.server import ElasticConfig, GpuStock, Listen, PortRange, ServerConfig, VirtualNodes
 
 
 def test_a_server_needs_no_configuration() -> None:
@@ -103,6 +103,8 @@ def test_ray_clusters_that_cannot_be(ray: object, complaint: str) -> None:
         {"queues": []},
         {"queues": [{"name": "a"}, {"name": "a"}]},
         {"policy": {"ordering": "x"}},
+        {"policy": {"elastic": {"every": "0s"}}},
+        {"policy": {"elastic": 5}},
         {"timers": {"lease_ttl": 0}},
         {"queues": [{"paused": "yes"}]},
         {"queues": [{"weight": -1}]},
@@ -111,6 +113,15 @@ def test_ray_clusters_that_cannot_be(ray: object, complaint: str) -> None:
 def test_configurations_that_cannot_be(fields: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         ServerConfig.model_validate(fields)
+
+
+def test_elasticity_is_on_off_or_told_how() -> None:
+    def policy(elastic: object) -> object:
+        return ServerConfig.model_validate({"policy": {"elastic": elastic}}).policy.elastic
+
+    assert policy(True) == policy({}) == ServerConfig().policy.elastic == ElasticConfig()
+    assert policy(False) is None
+    assert policy({"restart": "2s"}) == ElasticConfig(restart=2_000)
 
 
 def test_port_ranges() -> None:

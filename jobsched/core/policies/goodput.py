@@ -179,7 +179,7 @@ class Serving:
         return replicas / servers, 1.0, float(replicas), float(servers)
 
 
-SERVING_RIDGE = (RIDGE, RIDGE, 10 * RIDGE, 10 * RIDGE)
+SERVING_RIDGE = (RIDGE, RIDGE, 100 * RIDGE, 100 * RIDGE)
 """Servers' load and exchange are what there always is; what each further worker or server adds has to show."""
 
 
