@@ -15,6 +15,7 @@ from jobsched.core import events as ev
 from jobsched.core.cluster import Cluster, Line, Standing
 from jobsched.core.job import Binding, Cause, FailureClass, Job, Outcome, Phase, Reason, RoleShape, Shape
 from jobsched.core.plan import Decision
+from jobsched.core.policies.gathering import exchange, gather, lend
 from jobsched.core.policies.parts import PoolKey
 from jobsched.core.policies.placement import Gang, Score, place_gang
 from jobsched.core.policies.quota import Refused
@@ -215,7 +216,7 @@ def _choose_beside(
     start = ledger.mark()
     for job_id, bookings in held.items():
         if cluster.jobs[job_id].phase is Phase.STOPPING:
-            _lend(cluster, bookings)
+            lend(cluster, bookings)
     wanted: dict[JobId, _Wanted] = {}
     too_big: set[tuple[int, str]] = set()
     last = [turn.job.id for turn in reversed(turns) if turn.job.id in held]
@@ -241,34 +242,38 @@ def _choose_beside(
                 lent.update(leave)
                 last = [other for other in last if other not in leave] if leave else last
                 if mine is not None and job.id not in lent:
-                    _lend(cluster, mine)
+                    lend(cluster, mine)
                 wanted[job.id] = _Wanted(shape, gang.bindings)
                 booked(job, gang.bindings)
                 continue
             if mine is None:
                 continue
-        gang = _gather(cluster, turn, mine, score) if turn.gather and job.id not in lent else None
+        gang = None
+        if turn.gather and job.id not in lent:
+            gang = gather(cluster, of_kind(cluster.shape(job), turn.kind), mine, score)
         if gang is None and job.id in lent and not _sit_again(cluster, mine):
             continue
         bindings = gang.bindings if gang is not None else tuple(binding for binding, _ in mine)
         wanted[job.id] = _Wanted(cluster.shape(job), bindings)
         booked(job, bindings)
+    _exchange(cluster, turns, held, wanted, score)
     ledger.rollback(start)
     return wanted
 
 
-def _gather(cluster: Cluster, turn: Turn, mine: Sequence[tuple[Binding, RoleShape]], score: Score) -> Gang | None:
-    """Seats on fewer nodes than a job has, which it then takes instead of its own."""
-    nodes = len({binding.node for binding, _ in mine})
-    if nodes == 1:
-        return None
-    mark = cluster.ledger.mark()
-    _lend(cluster, mine)
-    gang = place_gang(cluster, of_kind(cluster.shape(turn.job), turn.kind), (), score)
-    if isinstance(gang, Gang) and len({binding.node for binding in gang.bindings}) < nodes:
-        return gang
-    cluster.ledger.rollback(mark)
-    return None
+def _exchange(
+    cluster: Cluster, turns: Sequence[Turn], held: _Held, wanted: dict[JobId, _Wanted], score: Score
+) -> None:
+    """Those that run on more nodes than they would have to change places with others; changes `wanted`."""
+    shapes, seats = {}, {}
+    for turn in turns:
+        job_id, shape = turn.job.id, cluster.shape(turn.job)
+        if turn.gather and job_id in held and job_id in wanted:
+            roles = {role.role: role for role in shape.roles}
+            shapes[job_id] = of_kind(shape, turn.kind)
+            seats[job_id] = [(binding, roles[binding.role]) for binding in wanted[job_id].bindings]
+    for job_id, gang in exchange(cluster, shapes, seats, score).items():
+        wanted[job_id] = replace(wanted[job_id], bindings=gang.bindings)
 
 
 def of_kind(shape: Shape, kind: str) -> Shape:
@@ -290,7 +295,7 @@ def _fewest_victims(
 
     def seat(beyond: int, count: int) -> Gang | None:
         for job_id in last[beyond:count]:
-            _lend(cluster, held[job_id])
+            lend(cluster, held[job_id])
         gang = place_gang(cluster, shape, (), score)
         return gang if isinstance(gang, Gang) else None
 
@@ -308,11 +313,6 @@ def _fewest_victims(
         few, many = (few, middle) if seat(0, middle) is not None else (middle, many)
     cluster.ledger.rollback(mark)
     return many, seat(0, many)
-
-
-def _lend(cluster: Cluster, bookings: Sequence[tuple[Binding, RoleShape]]) -> None:
-    for binding, role in bookings:
-        cluster.ledger.lend(binding, role)
 
 
 def _sit_again(cluster: Cluster, bookings: Sequence[tuple[Binding, RoleShape]]) -> bool:
