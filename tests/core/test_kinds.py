@@ -11,10 +11,11 @@ import pytest
 from jobsched.core.events import AttemptPlaced, AttemptStopping
 from jobsched.core.job import Reason
 from jobsched.core.policies.kinds import Choice, choose_kinds, fill
+from jobsched.core.policies.placement import Score
 from jobsched.core.resources import WHOLE_GPU, JobId, NodeName
 from jobsched.sim.run import POLICIES, Result, Simulation
 from jobsched.sim.throughput import Seats, Steady
-from jobsched.sim.workload import Arrival, Workload, gang_spec, make_nodes
+from jobsched.sim.workload import Arrival, Rules, Workload, gang_spec, make_nodes
 from jobsched.spec.server import PolicyConfig
 from jobsched.wiring import _policy
 
@@ -167,12 +168,14 @@ def test_what_fits_no_kind_by_itself_runs_on_several() -> None:
     assert result.accounts.jobs[JobId("000")].jct_ms == pytest.approx(2 * HOUR_MS, rel=0.01)
 
 
-def test_a_spread_gang_changes_places_with_what_is_smaller() -> None:
+@pytest.mark.parametrize("score", [Score.PACK, Score.SPREAD])
+def test_a_spread_gang_changes_places_with_what_is_smaller(score: Score) -> None:
     """Each of two nodes has one GPU free; the gang of two comes together, the job beside it goes where it was."""
     arrivals = (
         a_job(0, 0, 6, fast=1), a_job(1, 0, 0.2, fast=1), a_job(2, 1, 8, fast=1), a_job(3, 1_000, 5, gpus=2, fast=1)
     )
-    result = run("kinds", *arrivals, nodes="2x2:fast")
+    workload = Workload("test", arrivals, make_nodes("2x2:fast"), rules=Rules(score=score))
+    result = Simulation(workload, POLICIES["kinds"], "kinds").run()
     seats: dict[JobId, list[set[NodeName]]] = {}
     for stored in result.store.read(0, 1 << 30):
         if isinstance(stored.event, AttemptPlaced):

@@ -6,7 +6,7 @@ have much to win by it, or little to lose: who asks to gather has long to run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 from jobsched.core.cluster import Cluster
 from jobsched.core.job import Binding, RoleShape, Shape
@@ -37,11 +37,13 @@ def gather(cluster: Cluster, shape: Shape, mine: Bookings, score: Score) -> Gang
 
 
 def exchange(
-    cluster: Cluster, shapes: Mapping[JobId, Shape], seats: Mapping[JobId, Bookings], score: Score
-) -> dict[JobId, Gang]:
+    cluster: Cluster, shapes: Mapping[JobId, Shape], seats: Mapping[JobId, Bookings], runs: Container[JobId],
+    score: Score,
+) -> dict[JobId, Gang]:  # fmt: skip
     """Jobs that change places: one that is spread over nodes comes together on one of them, those that are wholly on
-    that node go where it has been. `shapes`: who may be moved, best first; `seats`: what they have now, all of it
-    taken. Nobody ends up on more nodes than before, so that it comes to rest. O(jobs on the nodes of spread jobs)."""
+    that node go where it has been. `shapes`: who may be moved, best first; `seats`: what they have or will have, all of
+    it taken; `runs`: who has been started, and moves only for others that have. Nobody ends up on more nodes than
+    before, so that it comes to rest. O(jobs on the nodes of spread jobs)."""
     found: dict[JobId, Gang] = {}
     lives: dict[NodeName, list[JobId]] = {}
     for job_id in shapes:
@@ -52,7 +54,7 @@ def exchange(
         if job_id in found or len(nodes) <= _fewest(cluster, seats[job_id]):
             continue
         for node in sorted(nodes, key=lambda name: (-nodes[name], name)):
-            others = [other for other in lives.get(node, ()) if other not in found]
+            others = [o for o in lives.get(node, ()) if o not in found and (job_id in runs or o not in runs)]
             if moved := _exchanged(cluster, job_id, node, others, shapes, seats, score):
                 found |= moved
                 break

@@ -146,8 +146,8 @@ def _replan_part(
     running = set(stays)
     if not (how.settle and leaving):
         for job in fresh:
-            gang = place_gang(cluster, wanted[job.id].shape, job.avoid, score)
-            if not isinstance(gang, Gang):
+            gang = _seat(cluster, job, wanted[job.id], score)
+            if gang is None:
                 break
             running.add(job.id)
             decisions.append(ev.AttemptPlaced(now_ms, job.id, job.attempt + 1, gang.bindings, gang.coordinator_port))
@@ -165,6 +165,8 @@ def _counts(turn: Turn, running: set[JobId]) -> bool:
 class _Wanted:
     shape: Shape
     bindings: tuple[Binding, ...]
+    exchanged: Gang | None = None
+    """Set: it must have exactly these seats, as others go elsewhere for it."""
 
 
 _Held = dict[JobId, list[tuple[Binding, RoleShape]]]
@@ -264,16 +266,27 @@ def _choose_beside(
 def _exchange(
     cluster: Cluster, turns: Sequence[Turn], held: _Held, wanted: dict[JobId, _Wanted], score: Score
 ) -> None:
-    """Those that run on more nodes than they would have to change places with others; changes `wanted`."""
+    """Those that would be on more nodes than they have to change places with others; changes `wanted`."""
     shapes, seats = {}, {}
     for turn in turns:
-        job_id, shape = turn.job.id, cluster.shape(turn.job)
-        if turn.gather and job_id in held and job_id in wanted:
-            roles = {role.role: role for role in shape.roles}
-            shapes[job_id] = of_kind(shape, turn.kind)
-            seats[job_id] = [(binding, roles[binding.role]) for binding in wanted[job_id].bindings]
-    for job_id, gang in exchange(cluster, shapes, seats, score).items():
-        wanted[job_id] = replace(wanted[job_id], bindings=gang.bindings)
+        job_id = turn.job.id
+        if turn.gather and (want := wanted.get(job_id)) is not None:
+            roles = {role.role: role for role in want.shape.roles}
+            shapes[job_id] = of_kind(want.shape, turn.kind)
+            seats[job_id] = [(binding, roles[binding.role]) for binding in want.bindings]
+    for job_id, gang in exchange(cluster, shapes, seats, held, score).items():
+        wanted[job_id] = replace(wanted[job_id], bindings=gang.bindings, exchanged=gang)
+
+
+def _seat(cluster: Cluster, job: Job, want: _Wanted, score: Score) -> Gang | None:
+    """The seats of one that is to start, taken."""
+    gang = want.exchanged
+    if gang is not None and not any(b.node in job.avoid or not cluster.usable(b.node) for b in gang.bindings):
+        roles = {role.role: role for role in want.shape.roles}
+        if _sit_again(cluster, [(binding, roles[binding.role]) for binding in gang.bindings]):
+            return gang
+    placed = place_gang(cluster, want.shape, job.avoid, score)
+    return placed if isinstance(placed, Gang) else None
 
 
 def of_kind(shape: Shape, kind: str) -> Shape:
