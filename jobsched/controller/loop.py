@@ -337,11 +337,9 @@ class Controller:
         state.nodes_known = True
         look = self._to_look_at(state, seen_jobs, now)
         everyone = dict(look)
-        settled: set[JobId] = set()
         for _ in range(JUDGE_ROUNDS):
             cluster.touched.clear()
-            unsettled = [job_id for job_id in look if job_id not in settled] if settled else look
-            found = judge(cluster, sight, unsettled, now, self._senses)
+            found = judge(cluster, sight, look, now, self._senses)
             samples = state.sampler.samples(cluster, sight, look, now)
             if samples:
                 with self._lock:
@@ -351,9 +349,11 @@ class Controller:
             if not found:
                 break
             alone = self._append(state, found, fence, news)
-            look = dict(cluster.touched)
-            everyone |= look
-            settled = settled_by(found) if alone else set()
+            everyone |= cluster.touched
+            settled = settled_by(found) if alone else ()
+            look = {job_id: None for job_id in cluster.touched if job_id in cluster.jobs and job_id not in settled}
+            if not look:
+                break
         health = self._policy.health
         if health is not None:
             with self._lock:
@@ -434,8 +434,10 @@ class Controller:
         for job_id in job_ids:
             job = state.cluster.jobs.get(job_id)
             state.timers.arm(job_id, None if job is None else deadline(job, sight, now, self._senses))
-            if (job is None or not job.phase.active) and job_id in sight.by_job:
-                sight.forget_ended(job_id)
+            if job is None or not job.phase.active:
+                state.sampler.forget(job_id)
+                if job_id in sight.by_job:
+                    sight.forget_ended(job_id)
 
     def _note_absent(self, cluster: Cluster, now: int) -> None:
         """What the log expects and a full observation did not show is absent from now on."""

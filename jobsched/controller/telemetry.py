@@ -111,14 +111,15 @@ class Sampler:
     def __init__(self) -> None:
         self._last: dict[JobId, Sample] = {}
 
+    def forget(self, job_id: JobId) -> None:
+        """The attempt is over."""
+        self._last.pop(job_id, None)
+
     def samples(self, cluster: Cluster, sight: Sight, job_ids: Iterable[JobId], now_ms: int) -> list[Sample]:
         found: list[Sample] = []
-        if not sight.beat_at_ms and not self._last:
-            return found  # nobody says anything
-        for job_id in job_ids:
+        for job_id in job_ids if sight.beat_at_ms else ():  # mostly nobody says anything
             job = cluster.jobs.get(job_id)
             if job is None or not job.phase.active:
-                self._last.pop(job_id, None)
                 continue
             if not any(r.progress for key in sight.by_job.get(job_id, ()) if (r := sight.replicas.get(key))):
                 continue

@@ -18,7 +18,7 @@ from typing import NamedTuple, assert_never
 from jobsched.core import events as ev
 from jobsched.core.job import Asked, Binding, Job, Phase, Replica, ReplicaId, ReplicaState, RoleShape, Shape
 from jobsched.core.ledger import GpuClass, Ledger
-from jobsched.core.lifecycle import take_evolved
+from jobsched.core.lifecycle import REBINDS, take_evolved
 from jobsched.core.node import Cordon, Node
 from jobsched.core.plan import Reservation
 from jobsched.core.policies.estimate import Estimates
@@ -269,7 +269,7 @@ class Cluster:
         elif after.phase.terminal:
             self._remove_job(before, after, event.at_ms)
         else:
-            self._change_job(before, after, event.at_ms)
+            self._change_job(before, after, event.at_ms, type(event) in REBINDS)
 
     def _evolve_nodes(self, event: ev.ClusterEvent) -> None:
         match event:
@@ -429,15 +429,15 @@ class Cluster:
         for known in (self.jobs, self._known, self.growing, self.standing, self.elastic, self.speeds, self.targets):
             known.pop(job_id, None)
 
-    def _change_job(self, before: Job, after: Job, at_ms: int) -> None:
-        """Something happened to a job that lives on."""
+    def _change_job(self, before: Job, after: Job, at_ms: int, rebinds: bool) -> None:
+        """Something happened to a job that lives on; `rebinds`: its replicas may have other places now."""
         job_id, phase, was = after.id, after.phase, before.phase
         enters, moves = phase is not was, before.replicas is not after.replicas
         self.touched[job_id] = None
         if was is Phase.QUEUED:
             self._leave_line(job_id)
-        rebinds = moves and self._rebind(before, after, at_ms)
-        if enters:
+        rebinds = rebinds and self._rebind(before, after, at_ms)
+        if enters and after.array_id:
             self._count_array(was.active, after)
         if after.owner == BY:
             self._note_check(after, at_ms)
@@ -519,7 +519,10 @@ class Cluster:
         leaves = after.outcome.for_job if phase is Phase.STOPPING and after.outcome is not None else None
         if runs and before is not None and before.replicas is after.replicas:
             return
-        if runs and self.shape(after).elastic and has_surplus(after):
+        elastic = self._known[job_id].shape.elastic
+        if runs and not elastic and job_id not in self.leaving and queue not in self.surplus:
+            return
+        if runs and elastic and has_surplus(after):
             self.surplus.setdefault(queue, {})[job_id] = None
         elif queue in self.surplus:
             self.surplus[queue].pop(job_id, None)

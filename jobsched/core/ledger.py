@@ -290,6 +290,8 @@ class Ledger:
         """Changes whenever something becomes free on a node that carries all these labels (and maybe more often)."""
         if not labels:
             return self.freed
+        if len(labels) == 1:
+            return max(self._freed_everywhere, self._freed_with.get(labels[0], 0))
         return max(self._freed_everywhere, min([self._freed_with.get(label, 0) for label in labels]))
 
     def _book(self, binding: Binding, role: RoleShape, sign: int) -> None:
@@ -305,7 +307,8 @@ class Ledger:
                 space.next_port = max(binding.ports) + 1
             else:
                 space.ports_used.difference_update(binding.ports)
-        space.notes.clear()
+        if space.notes:
+            space.notes.clear()
         self.note_change(binding.node)
         if not binding.gpus:
             return
@@ -319,9 +322,10 @@ class Ledger:
             before = gpu_free.get(gpu)
             if before is None:
                 continue
-            after = gpu_free[gpu] = before - sign * share.milli
+            change = -sign * share.milli
+            after = gpu_free[gpu] = before + change
             cls = gpu_class[gpu]
-            self.free_gpu_milli += after - before
+            self.free_gpu_milli += change
             if before == WHOLE_GPU:
                 gained[cls] = gained.get(cls, 0) - 1
             elif before > 0:

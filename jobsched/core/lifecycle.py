@@ -62,7 +62,9 @@ LEGAL: Final[Mapping[type, tuple[Phase, ...]]] = {
 }  # fmt: skip
 """Terminal phases allow nothing: an ended job never changes again."""
 
-REBINDS: Final = (ev.AttemptPlaced, ev.AttemptEnded, ev.ReplicasBound, ev.ReplicasUnbound, ev.ReplicasGone)
+REBINDS: Final = frozenset(
+    (ev.AttemptPlaced, ev.AttemptEnded, ev.ReplicasBound, ev.ReplicasUnbound, ev.ReplicasGone)
+)
 """Events after which a job may hold other GPUs than before."""
 
 COUNTED: Final = (FailureClass.USER, FailureClass.OOM, FailureClass.HANG)

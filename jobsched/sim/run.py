@@ -181,9 +181,9 @@ class Player:
 
     def catch_up(self) -> None:
         """Read what ended since the last look, and count what it achieved."""
-        for stored in self._store.read(self._seq, 1 << 30):
-            self._seq = stored.seq
-            event = stored.event
+        news = self._store.read(self._seq, 1 << 30)
+        self._seq += len(news)
+        for event in [stored.event for stored in news]:
             if isinstance(event, ev.AttemptStopping):
                 run = self._runs.get(event.job_id)
                 if run is not None and run.attempt == event.attempt:

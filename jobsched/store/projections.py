@@ -29,7 +29,7 @@ Request = tuple[str, str]
 
 def request_of(event: ev.Event) -> Request | None:
     """The identity of a submission that may be sent twice; None for everything else."""
-    if type(event) is ev.JobSubmitted and event.request_id:
+    if isinstance(event, ev.JobSubmitted) and event.request_id:
         return event.owner, event.request_id
     return None
 
@@ -118,16 +118,14 @@ class Projections:
         rejects the job like a version that moved on. Changes nothing when it raises."""
         jobs, rejected, repeats = self._judge(events, expected)
         stored: list[ev.Stored] = []
-        seq = self.seq
         for place, event in enumerate(events):
             if repeats and place in repeats:
                 stored += filter(None, [self.requests.get(repeats[place])])
             elif not rejected or ev.job_id_of(event) not in rejected:
-                seq += 1
-                stored.append(ev.Stored(seq, event))
+                self.seq += 1
+                stored.append(ev.Stored(self.seq, event))
                 if type(event) in APPLIED:
                     self._apply(stored[-1])
-        self.seq = seq
         self.jobs.update(jobs)
         return Appended(tuple(stored), tuple(rejected.values()))
 
@@ -144,7 +142,7 @@ class Projections:
             if job_id is None:
                 assert isinstance(event, ev.ClusterEvent), f"not an event: {event!r}"
                 continue
-            request = request_of(event)
+            request = request_of(event) if type(event) is ev.JobSubmitted else None
             if request is not None and (request in self.requests or request in fresh):
                 repeats[place] = request
                 continue
