@@ -26,7 +26,7 @@ USER_WINS = (
 SERVING_ROLES = ("ps", "evaluator")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that would make each of its fields ten times as dear to fill, for every launch
 class ReplicaEnv:
     """Everything one replica needs to know about itself and its peers.
 

@@ -20,15 +20,15 @@ def actuate(backend: Backend, actions: Iterable[Action], sight: Sight, now_ms: i
     starts: list[Launch] = []
     for action in actions:
         match action:
-            case Stop(keys, grace_ms):
-                backend.stop(keys, grace_ms)
-            case AskStacks(keys):
-                backend.ask_stacks(keys)
-            case Forget(keys):
-                backend.forget(keys)
-                sight.forget(keys)
-            case Start(launches):
-                starts += launches
+            case Start():
+                starts += action.launches
+            case Forget():
+                backend.forget(action.keys)
+                sight.forget(action.keys)
+            case Stop():
+                backend.stop(action.keys, action.grace_ms)
+            case AskStacks():
+                backend.ask_stacks(action.keys)
             case _:
                 assert_never(action)
     if starts:

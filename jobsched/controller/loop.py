@@ -26,7 +26,7 @@ from jobsched.core.converge import Addresses, converge
 from jobsched.core.job import Job, Phase, ReplicaState
 from jobsched.core.judge import Senses, judge, judge_nodes, settled_by
 from jobsched.core.launch import launch_key
-from jobsched.core.observation import Observation, Sight
+from jobsched.core.observation import NO_NEWS, Observation, Sight
 from jobsched.core.policies import provisioning
 from jobsched.core.policies.health import doubts, next_look_ms
 from jobsched.core.pools import Demand
@@ -45,7 +45,6 @@ JUDGE_ROUNDS = 8
 OBSERVE_WAIT_MS = 1_000
 NEWS = 10_000
 """Events read from the log at a time."""
-NO_NEWS = Observation(full=False)
 RETRY_MS = 1_000
 LEARNED_FROM = (Phase.SUCCEEDED, Phase.FAILED)
 LEARNED_JOBS = 1_000

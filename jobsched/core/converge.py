@@ -138,20 +138,17 @@ class _Gang:
         self._job = job
         self._checkpoint_dir = _checkpoint_dir(job, addresses)
         self._ranks = ranks(job)
-        self._held: dict[str, list[int]] = {name: [] for name in job.spec.roles}
-        """Role -> indices that have a place, in order."""
         at: dict[str, dict[int, str]] = {name: {} for name in job.spec.roles}
         for r in job.replicas.values():
             if r.binding is not None:
-                self._held[r.role].append(r.index)
                 at[r.role][r.index] = f"{addresses.host(cluster, job, r)}:{_peer_port(r)}"
+        self._held = {name: sorted(places) for name, places in at.items()}
+        """Role -> indices that have a place, in order."""
         self._peers: dict[str, tuple[str, ...]] = {}
-        for name, role in job.spec.roles.items():
-            held, places = self._held[name], at[name]
-            held.sort()
-            top = held[-1] + 1 if held else 0
+        for name, places in at.items():
+            top = max(places) + 1 if places else 0
             if name != "ps":  # all servers of an attempt are there from its start
-                top = max(top, role.replicas.max)
+                top = max(top, job.spec.roles[name].replicas.max)
             self._peers[name] = tuple([places.get(index, "") for index in range(top)])  # empty while it has no place
         self._mates: dict[NodeName, list[ReplicaId]] = {}
         """Node -> those with a rank that are on it, by rank."""

@@ -110,6 +110,9 @@ class Observation:
     gone_nodes: tuple[NodeName, ...] = ()
 
 
+NO_NEWS = Observation(full=False)
+
+
 @dataclass(slots=True)
 class Sight:
     """All observations folded: the newest report per replica and node. Owned by the controller, rebuilt on start by a
@@ -134,6 +137,7 @@ class Sight:
         O(known replicas) when it is full."""
         jobs: set[JobId] = set()
         names: set[NodeName] = set()
+        self.observed_at_ms = now_ms
         for report in observation.replicas:
             key = report.key
             job_id = JobId(key.split("/", 1)[0])
@@ -152,12 +156,12 @@ class Sight:
                 if report.progress.step >= 0:
                     self.step_at_ms[key] = now_ms - report.progress.step_age_ms
                 self.beat_at_ms[key] = now_ms - report.progress.beat_age_ms
-        gone = set(observation.gone)
-        lost_nodes = set(observation.gone_nodes)
+        gone: Iterable[LaunchKey] = observation.gone
+        lost_nodes: Iterable[NodeName] = observation.gone_nodes
         if observation.full:
             listed = {r.key for r in observation.replicas}
-            gone |= self.replicas.keys() - listed
-            lost_nodes |= self.nodes.keys() - {n.name for n in observation.nodes}
+            gone = {*gone, *(self.replicas.keys() - listed)}
+            lost_nodes = {*lost_nodes, *(self.nodes.keys() - {n.name for n in observation.nodes})}
         for key in gone:
             if self.replicas.pop(key, None) is not None or key in self.ordered_at_ms:
                 self.absent_at_ms[key] = now_ms
@@ -171,7 +175,6 @@ class Sight:
             if self.nodes.pop(name, None) is not None:
                 self.node_absent_at_ms[name] = now_ms
                 names.add(name)
-        self.observed_at_ms = now_ms
         return jobs, names
 
     def forget(self, keys: Iterable[LaunchKey]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from jobsched.core.job import Reason
 from jobsched.core.launch import Launch, LaunchKey
 from jobsched.core.node import Node
-from jobsched.core.observation import Observation, Progress, ReplicaReport, Seen
+from jobsched.core.observation import NO_NEWS, Observation, Progress, ReplicaReport, Seen
 from jobsched.core.pools import Demand, NodePool
 from jobsched.core.resources import NodeName
 from jobsched.core.values import dataclass
@@ -111,6 +111,8 @@ class SimBackend:
             observation = Observation(
                 full=True, nodes=tuple(nodes.values()), replicas=tuple([self._report(r, now) for r in have.values()])
             )
+        elif not (self._changed or self._gone or self._nodes_changed):
+            return NO_NEWS
         else:
             names = self._nodes_changed
             observation = Observation(
