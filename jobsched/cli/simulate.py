@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jobsched.sim.run import Result, Simulation
     from jobsched.sim.workload import Workload
 
-SYNTHETIC = "synthetic"
+SYNTHETIC, SERVED = "synthetic", "served"
 FAULT_SPAN_MS = 30 * 86_400_000
 
 
@@ -38,14 +38,16 @@ def simulate(
     fmt: str, trace: str, nodes: str, policy: str, compare: tuple[str, ...], faults: str, jobs: int, seed: int,
     folder: Path | None, output: str,
 ) -> None:  # fmt: skip
-    """Run a workload through the real scheduler in virtual time. FORMAT is synthetic (the default), or that of a
-    recorded trace: philly, muri, pollux, gavel, shockwave, chronus, elasticflow, tiresias, openb.
+    """Run a workload through the real scheduler in virtual time. FORMAT is synthetic (the default), served (jobs
+    with parameter servers; TRACE says how they are numbered: free, workers, 1:4 or 1:1), or that of a recorded trace:
+    philly, muri, pollux, gavel, shockwave, chronus, elasticflow, tiresias, openb.
 
     \b
     Examples:
       jobsched simulate
       jobsched simulate muri trace3 --policy srsf --compare las
       jobsched simulate synthetic --faults all --seed 7
+      jobsched simulate served free --policy elastic
     """
     from jobsched.sim.report import plotting, write_report
 
@@ -65,7 +67,7 @@ def simulate(
 
 def _workload(fmt: str, trace: str, nodes: str, policy: str, jobs: int, seed: int) -> Workload:
     from jobsched.sim import traces
-    from jobsched.sim.workload import make_nodes, synthetic
+    from jobsched.sim.workload import RATIOS, make_nodes, served, synthetic
 
     try:
         cluster = make_nodes(nodes) if nodes else ()
@@ -74,10 +76,14 @@ def _workload(fmt: str, trace: str, nodes: str, policy: str, jobs: int, seed: in
     if fmt == SYNTHETIC:
         size = int(trace) if trace.isdigit() else jobs or 2_000
         workload = synthetic(size, seed, nodes or "16x8")
+    elif fmt == SERVED:
+        if trace and trace not in RATIOS:
+            raise UsageError(f"servers cannot be numbered {trace!r}", hint=f"known ways: {', '.join(RATIOS)}")
+        workload = served(jobs or 300, seed, trace or RATIOS[0])
     elif fmt in traces.FORMATS:
         workload = traces.read(fmt, trace, policy)
     else:
-        known = ", ".join([SYNTHETIC, *traces.FORMATS])
+        known = ", ".join([SYNTHETIC, SERVED, *traces.FORMATS])
         raise UsageError(f"there is no trace format {fmt!r}", hint=f"known formats: {known}")
     if jobs:
         workload = replace(workload, arrivals=workload.arrivals[:jobs])

@@ -15,7 +15,7 @@ from jobsched.controller.loop import Controller
 from jobsched.core import events as ev
 from jobsched.core.accounting import Accounts, Summary
 from jobsched.core.job import FailureClass, Job
-from jobsched.core.launch import Launch, LaunchKey
+from jobsched.core.launch import Launch, LaunchKey, parse_key
 from jobsched.core.observation import Progress
 from jobsched.core.policies.backfill import Backfill
 from jobsched.core.policies.elasticity import Elasticity
@@ -42,8 +42,9 @@ from jobsched.core.resources import WHOLE_GPU, JobId, NodeName
 from jobsched.core.schedule import Policy
 from jobsched.sim.backend import FOREVER_MS, Script, SimBackend
 from jobsched.sim.clock import SimClock
-from jobsched.sim.throughput import AdaptiveCourse, Course, Seats, Steady, SteadyCourse
+from jobsched.sim.throughput import SERVER, AdaptiveCourse, Course, Seats, ServedCourse, Steady, SteadyCourse
 from jobsched.sim.workload import Arrival, Workload
+from jobsched.spec.job import SERVING_ROLES
 from jobsched.store.memory import MemoryStore
 
 START_MS = 1_699_920_000_000
@@ -112,6 +113,8 @@ class Player:
             run = self._runs[job_id] = _Run(job.attempt, now, self._seats(job), start_ms, now)
         run.keys.append(launch.key)
         course, rules = self.course(job_id), self.workload.rules
+        if launch.contract.role in SERVING_ROLES:  # never ends by itself
+            return Script(run_ms=FOREVER_MS, kill_ms=rules.kill_ms)
         left = run.pause_ms + course.left_ms(run.seats) - run.ran_ms(self._clock.now_ms())
         run_ms = max(1, round(left)) if left < FOREVER_MS else FOREVER_MS
         if not (self._reports and isinstance(course, SteadyCourse) and course.work.steps and len(run.keys) == 1):
@@ -130,6 +133,11 @@ class Player:
         now = self._clock.now_ms()
         for job_id, run in self._runs.items():
             course, ran = self.course(job_id), run.ran_ms(now)
+            if isinstance(course, ServedCourse) and ran:
+                step, workers, told = course.told(run.seats, ran)
+                for key in run.keys:
+                    if parse_key(key).role not in SERVING_ROLES:
+                        engine.tell(key, Progress(step, course.work.steps, workers, metrics=told))
             if not isinstance(course, AdaptiveCourse) or run.ends_at_ms or not ran:
                 continue
             course.advance(run.seats, ran - run.counted_ms)
@@ -201,10 +209,12 @@ class Player:
                 node, gpus = replica.binding.node, replica.binding.gpus
                 milli = seats.get(node, ("", 0))[1] + sum(share.milli for share in gpus)
                 seats[node] = (self._kinds[node][gpus[0].gpu], milli)
+        servers = sum(r.role == "ps" and r.binding is not None for r in job.replicas.values())
         if not seats:  # waits: as if all its GPUs were on one node
             asked = sum(r.gpu.milli * r.replicas.prefer for r in job.spec.roles.values() if r.gpu)
-            return (("", asked or WHOLE_GPU),)
-        return tuple(seats.values())
+            servers = job.spec.roles["ps"].replicas.prefer if "ps" in job.spec.roles else 0
+            return (("", asked or WHOLE_GPU), *(SERVER,) * servers)
+        return (*seats.values(), *(SERVER,) * servers)
 
 
 @dataclass(slots=True)

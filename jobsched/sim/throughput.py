@@ -10,12 +10,16 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil, inf
+from random import Random
 from typing import Protocol
 
 from jobsched.core.policies.goodput import Batches, Report, SpeedModel
+from jobsched.core.resources import WHOLE_GPU
 
 Seats = tuple[tuple[str, int], ...]
-"""Where a gang sits: (GPU kind, GPUs in thousandths) per node, in order of its replicas' binding."""
+"""Where a gang sits: (GPU kind, GPUs in thousandths) per node, in order of its replicas' binding; then `SERVER` for
+each of its parameter servers."""
+SERVER = ("ps", 0)
 
 
 class Course(Protocol):
@@ -74,6 +78,58 @@ class SteadyCourse:
         """Steps made when it has run so long since it was last advanced."""
         left = max(0.0, self.left - ran_ms * self.work.speed(seats))
         return int(self.work.steps * (1 - left / self.work.work_ms))
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """So many steps by asynchronous workers of one GPU each, whose time follows Optimus (EuroSys'18): computing, the
+    servers' load, an exchange, and what each further worker and server adds. Reports are off by `noise`."""
+
+    steps: int
+    thetas: tuple[float, ...]
+    """Seconds: computing, a server's load by one worker, an exchange, a worker, a server."""
+    noise: float = 0.03
+    seed: int = 0
+    start_ms: int = 30_000
+
+    def begin(self) -> ServedCourse:
+        return ServedCourse(self, float(self.steps), Random(self.seed))
+
+    def step_s(self, workers: int, servers: int) -> tuple[float, float]:
+        """(seconds of a worker's step, seconds of it with the servers)."""
+        compute_s, load_s, exchange_s, worker_s, server_s = self.thetas
+        sync_s = load_s * workers / servers + exchange_s + worker_s * workers + server_s * servers
+        return compute_s + sync_s, sync_s
+
+
+@dataclass(slots=True)
+class ServedCourse:
+    work: Served
+    left: float
+    random: Random
+
+    def left_ms(self, seats: Seats) -> float:
+        return self.left / self._per_ms(seats)
+
+    def advance(self, seats: Seats, ran_ms: float) -> None:
+        self.left = max(0.0, self.left - ran_ms * self._per_ms(seats))
+
+    def told(self, seats: Seats, ran_ms: float) -> tuple[int, int, tuple[tuple[str, float], ...]]:
+        """(step, workers, what a worker reports) when it has run so long since it was last advanced."""
+        workers, servers = _counted(seats)
+        step_s, sync_s = self.work.step_s(workers, servers)
+        off = self.random.lognormvariate(0.0, self.work.noise)
+        step = self.work.steps - self.left + ran_ms * self._per_ms(seats)
+        return int(step), workers, (("asynchronous", 1.0), ("step_s", off * step_s), ("sync_s", off * sync_s))
+
+    def _per_ms(self, seats: Seats) -> float:
+        workers, servers = _counted(seats)
+        return workers / (1_000.0 * self.work.step_s(workers, servers)[0])
+
+
+def _counted(seats: Seats) -> tuple[int, int]:
+    """(workers, servers)."""
+    return sum(milli for _, milli in seats) // WHOLE_GPU, max(1, sum(seat == SERVER for seat in seats))
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from jobsched.core.node import Gpu, Node
 from jobsched.core.policies.ordering import TIRESIAS_GPU_S
 from jobsched.core.policies.placement import Score
 from jobsched.core.resources import GpuId, JobId, NodeName
-from jobsched.sim.throughput import Steady, Work
+from jobsched.sim.throughput import Served, Steady, Work
 from jobsched.spec.job import JobSpec
 from jobsched.spec.queue import QueueSpec
 
@@ -135,6 +135,51 @@ def elastic_spec(most: int) -> JobSpec:
     role = {"command": "train", "cpu": "1m", "replicas": {"min": 1, "max": most, "prefer": 1}, "gpu": "any:1"}
     never = {"start_timeout": 0, "heartbeat_timeout": 0, "checkpoint": {"grace": 0}}
     return JobSpec.model_validate({"roles": {"worker": {**role, "restart": {"scope": "job"}}}, **never})
+
+
+@cache
+def served_spec(workers: str, servers: str) -> JobSpec:
+    """So many workers of one GPU and parameter servers (`4`, or `1..16`, of which one to begin with: nothing is known
+    yet); both need four CPUs. A change of either is a new start, as nothing tells how long one in place would take."""
+
+    def replicas(bounds: str) -> dict[str, int]:
+        low, _, high = bounds.partition("..")
+        return {"min": int(low), "max": int(high or low), "prefer": int(low)}
+
+    worker = {"command": "train", "cpu": 4, "gpu": "any:1", "replicas": replicas(workers), "restart": {"scope": "job"}}
+    roles = {"ps": {"command": "serve", "cpu": 4, "replicas": replicas(servers)}, "worker": worker}
+    never = {"start_timeout": 0, "heartbeat_timeout": 0, "checkpoint": {"grace": 0}}
+    return JobSpec.model_validate({"roles": roles, **never})
+
+
+RATIOS = ("free", "workers", "1:4", "1:1")
+"""How `served` numbers workers and servers. free: both elastic. workers: only they are, with four servers, one for each
+four that there may be. 1:4, 1:1: as many workers as the user asks for, and so many servers a worker."""
+
+
+def served(
+    jobs: int = 300, seed: int = 0, ratio: str = "free", nodes: int = 8, load: float = 0.7, median_s: float = 5_400.0
+) -> Workload:
+    """`jobs` with parameter servers whose true speeds follow Optimus' formula, on `nodes` of 8 GPUs and 64 CPUs. Jobs
+    differ in how much of a step their servers take: from next to nothing to more than the workers. `load`: of all GPUs,
+    if they spent their time computing."""
+    random = Random(seed)
+    cluster = tuple(make_node(f"n{i:04}", 8, cpu_milli=64_000) for i in range(nodes))
+    at_s, arrivals = 0.0, []
+    drawn = [min(random.lognormvariate(log(median_s), 1.2), 30 * median_s) for _ in range(jobs)]
+    between_s = sum(drawn) / (8 * nodes * load * jobs)
+    for place, gpu_s in enumerate(drawn):
+        at_s += random.expovariate(1 / between_s)
+        compute_s = random.lognormvariate(log(0.2), 0.5)
+        parts = (1.0, 10 ** random.uniform(-1.7, 0.1), *(random.uniform(0.0, most) for most in (0.1, 0.01, 0.01)))
+        thetas = tuple(compute_s * part for part in parts)
+        asked = random.choices((1, 2, 4, 8), (0.25, 0.25, 0.3, 0.2))[0]
+        numbers = {"free": ("1..16", "1..16"), "workers": ("1..16", "4"), "1:4": (str(asked), str(-(-asked // 4))),
+                   "1:1": (str(asked), str(asked))}[ratio]  # fmt: skip
+        work = Served(max(1, round(gpu_s / compute_s)), thetas, seed=random.randrange(1 << 30))
+        arrivals.append(Arrival(round(1_000 * at_s), JobId(f"{place:06}"), served_spec(*numbers), work))
+    rules = Rules(pass_every_ms=60_000, report_every_ms=60_000)
+    return Workload(f"served-{ratio}-{jobs}-{seed}", tuple(arrivals), cluster, rules=rules)
 
 
 SIZES: Sequence[tuple[int, float]] = ((1, 0.70), (2, 0.10), (4, 0.10), (8, 0.08), (16, 0.015), (32, 0.005))

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-SUITES = ("local", "scale", "store", "train", "faults", "elastic", "admit", "fill", "place", "cycle", "jct")
+SUITES = ("local", "scale", "store", "train", "faults", "elastic", "served", "admit", "fill", "place", "cycle", "jct")
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ from jobsched.core.resources import JobId
 from jobsched.sim import traces
 from jobsched.sim.run import POLICIES, START_MS, Result, Simulation
 from jobsched.sim.throughput import Steady
-from jobsched.sim.workload import Arrival, Workload, gang_spec, make_nodes, synthetic
+from jobsched.sim.workload import RATIOS, Arrival, Workload, gang_spec, make_nodes, served, synthetic
 
 KEYS = [
     "jobs", "avg_jct_s", "p50_jct_s", "p99_jct_s", "avg_queue_s", "p99_queue_s", "makespan_s", "gpu_allocation_pct",
@@ -181,5 +181,25 @@ def test_an_elastic_run_is_the_same_twice() -> None:
 
     def log() -> list[bytes]:
         return [EVENT.dump_json(s.event) for s in run(workload, "elastic").store.read(0, 1 << 30)]
+
+    assert log() == log()
+
+
+def test_free_numbers_of_workers_and_servers_beat_fixed_ones() -> None:
+    """Speeds follow Optimus' formula, which nobody is told; every change of either number costs half a minute."""
+    jct = {}
+    for ratio in RATIOS:
+        result = run(served(15, 1, ratio, nodes=1, median_s=2_400), "elastic")
+        assert all(job.phase is Phase.SUCCEEDED for job in result.accounts.jobs.values())
+        jct[ratio] = result.summary.avg_jct_s
+        assert (result.summary.rescales > 0) is (ratio in ("free", "workers"))
+        assert result.summary.rescales < 15 * 12
+    assert jct["free"] < 0.9 * min(jct["workers"], jct["1:4"], jct["1:1"]), jct
+
+
+def test_a_run_with_servers_is_the_same_twice() -> None:
+    def log() -> list[bytes]:
+        result = run(served(5, nodes=1, median_s=1_800), "elastic")
+        return [EVENT.dump_json(s.event) for s in result.store.read(0, 1 << 30)]
 
     assert log() == log()

@@ -345,12 +345,12 @@ def share(bidders: Sequence[Sequence[Option]], free: Resources) -> list[Option]:
     offers = [[_offer(option, scarce, most) for option in options] for options in bidders]
     chosen = [options[0] for options in offers]
     if not _fit(cheap := _bids(offers, 0.0), most):
-        low, high = 0.0, 1.0
-        while high < TOO_DEAR and not _fit(_bids(offers, high), most):
+        low, high, hulls = 0.0, 1.0, [_hull(options) for options in offers]
+        while high < TOO_DEAR and not _fit(_bids(hulls, high), most):
             low, high = high, 4.0 * high
         for _ in range(BISECTIONS):
             price = (low + high) / 2
-            bids = _bids(offers, price)
+            bids = _bids(hulls, price)
             if _fit(bids, most):
                 high, chosen = price, bids
             else:
@@ -387,8 +387,27 @@ def _fit(chosen: Sequence[Offer], most: Sequence[int]) -> bool:
     return all(sum([offer.takes[i] for offer in chosen]) <= limit for i, limit in enumerate(most))
 
 
+def _hull(offers: Sequence[Offer]) -> list[Offer]:
+    """Those that are the best at some price: the upper convex hull of value over part."""
+    found: list[Offer] = []
+    for offer in sorted(offers, key=lambda offer: (offer.part, -offer.value)):
+        if found and offer.value <= found[-1].value:
+            continue
+        while len(found) > 1:
+            (first, at, *_), (second, then, *_) = found[-2], found[-1]
+            if (second - first) * (offer.part - then) > (offer.value - second) * (then - at):
+                break
+            found.pop()
+        found.append(offer)
+    return found
+
+
 def _bids(offers: Sequence[Sequence[Offer]], price: float) -> list[Offer]:
     return [max(options, key=lambda o: (o[0] - price * o[1], -o[1])) for options in offers]
+
+
+Step = tuple[float, int, int]
+"""(gain, minus the bidder's place, minus the option's place)."""
 
 
 def _fill(
@@ -397,20 +416,35 @@ def _fill(
     """Further steps into what is left: those of the greatest gain per share, or of the greatest gain, first."""
     chosen = list(chosen)
     left = [limit - sum(offer.takes[i] for offer in chosen) for i, limit in enumerate(most)]
-    while True:
-        steps = [
+
+    def fits(offer: Offer, now: Offer) -> bool:
+        return all(new - old <= room for new, old, room in zip(offer.takes, now.takes, left, strict=True))
+
+    def best(i: int) -> Step | None:
+        """The step of one bidder from where it is."""
+        now = chosen[i]
+        return max([
             ((offer.value - now.value) / (max(TINY, offer.part - now.part) if per_part else 1.0), -i, -place)
-            for i, (options, now) in enumerate(zip(offers, chosen, strict=True))
-            for place, offer in enumerate(options)
-            if offer.value > now.value
-            and all(new - old <= room for new, old, room in zip(offer.takes, now.takes, left, strict=True))
-        ]
-        if not steps:
-            return chosen
-        _, minus_i, minus_place = max(steps)
-        step, now = offers[-minus_i][-minus_place], chosen[-minus_i]
-        left = [room - new + old for room, new, old in zip(left, step.takes, now.takes, strict=True)]
-        chosen[-minus_i] = step
+            for place, offer in enumerate(offers[i]) if offer.value > now.value and fits(offer, now)
+        ], default=None)  # fmt: skip
+
+    steps = {i: step for i in range(len(offers)) if (step := best(i)) is not None}
+    while steps:
+        _, minus_i, minus_place = max(steps.values())
+        i, again = -minus_i, [-minus_i]
+        new, now = offers[i][-minus_place], chosen[i]
+        if fits(new, now):
+            left = [room - more + less for room, more, less in zip(left, new.takes, now.takes, strict=True)]
+            chosen[i] = new
+            if any(more < less for more, less in zip(new.takes, now.takes, strict=True)):
+                again = list(range(len(offers)))  # what it gave back may do for others
+        for j in again:
+            found = best(j)
+            if found is None:
+                steps.pop(j, None)
+            else:
+                steps[j] = found
+    return chosen
 
 
 def _sum(amounts: Iterable[Resources]) -> Resources:
