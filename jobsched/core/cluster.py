@@ -21,6 +21,7 @@ from jobsched.core.ledger import GpuClass, Ledger
 from jobsched.core.lifecycle import REBINDS, take_evolved
 from jobsched.core.node import Cordon, Node
 from jobsched.core.plan import Reservation
+from jobsched.core.policies.ends import Ends
 from jobsched.core.policies.estimate import Estimates
 from jobsched.core.policies.fragmentation import Learned, Mix
 from jobsched.core.policies.goodput import SpeedModel
@@ -217,6 +218,8 @@ class Cluster:
     """When the next budget window begins; 0: no queue has a budget."""
     estimates: Estimates = field(default_factory=Estimates)
     """How long jobs run, learned from those that ran."""
+    ends: Ends = field(default_factory=Ends)
+    """When running jobs are likely to end; scratch of `policies.backfill`."""
     paces: Paces = field(default_factory=Paces)
     """How fast jobs go on each kind of GPU, learned from what they report."""
     elastic: dict[JobId, None] = field(default_factory=dict)
@@ -514,6 +517,7 @@ class Cluster:
                 self._part(before)
             if runs:
                 self.active.setdefault(queue, {}).setdefault(after.priority, {})[job_id] = None
+                self.ends.begins(job_id)
             if phase is not Phase.QUEUED:
                 self.nominated.pop(job_id, None)
         leaves = after.outcome.for_job if phase is Phase.STOPPING and after.outcome is not None else None

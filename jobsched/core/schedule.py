@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from jobsched.core import events as ev
-from jobsched.core.cluster import Alike, Cluster, Line, Place, Rank, all_alike, equal_rank
+from jobsched.core.cluster import Alike, Cluster, Line, Rank, all_alike, equal_rank
 from jobsched.core.job import Binding, Job, Reason, ReplicaState, Shape
 from jobsched.core.plan import Decision, Plan, Reservation
 from jobsched.core.policies.admission import admit, least_needs, more
@@ -45,6 +45,8 @@ EVICTIONS = 100
 """Most victims found in one pass, give or take those of one gang: each search costs what those before it found."""
 BEHIND = 50
 """Jobs looked at in a pass behind those that only a reservation keeps from starting."""
+DROPS = 8
+"""All lines are looked through once one in so many was dropped."""
 VAIN = 2
 """Gangs more than may hold reservations for which seats are sought in a pass, when those are too far off to tell."""
 
@@ -101,13 +103,19 @@ class Pass:
     """Keeps reserved seats free."""
     room: Room = field(init=False)
     """Who leaves for whom, and what there is then."""
-    _ends: list[tuple[int, JobId]] | None = None
+    claims: list[Reservation] = field(init=False)
+    """Reservations, with those that this pass makes."""
     sought: int = 0
     """Searches for seats that are too far off to tell."""
+    _ends: list[tuple[int, JobId]] | None = None
+    _sated: bool | None = None
+    _claimants: dict[tuple[str, int], bool] = field(default_factory=dict)
+    """(Queue, priority) -> whether its jobs may make others leave."""
 
     def __post_init__(self) -> None:
         self.guard = Guard(self.cluster)
         self.room = Room(self.cluster, self.guard)
+        self.claims = list(self.cluster.reservations.values())
 
     @property
     def full(self) -> bool:
@@ -120,10 +128,46 @@ class Pass:
             self._ends = soonest(self.cluster, self.now_ms)
         return self._ends
 
-    def key(self, line: Line, job: Job) -> OrderKey:
-        """Where a job of a line stands in the policy's order."""
-        rank = self.cluster.rank(job, self.cluster.estimates)
-        return self.policy.ordering(line.key, Place(rank, job.submitted_at_ms, job.id))
+    @property
+    def sated(self) -> bool:
+        """Whether the pass has no reservation for those without one: all are held, or too many were sought in vain."""
+        if self._sated is None:
+            how = self.policy.backfill
+            held = sum([1 for claim in self.claims if claim.seats])
+            self._sated = how is None or held >= how.depth or self.sought >= how.depth + VAIN
+        return self._sated
+
+    def reserved(self, job: Job, found: Reservation | None) -> None:
+        """A job has this reservation in place of what it had."""
+        self._sated = None
+        self.claims[:] = [claim for claim in self.claims if claim.job_id != job.id]
+        if found is not None:
+            self.cluster.claims_made += 1
+            self.cluster.reservations[job.id] = found
+            self.claims.append(found)
+        else:
+            self.cluster.reservations.pop(job.id, None)
+
+    def pass_over(self, line: Line, head: JobId) -> bool:
+        """Whether nothing can come of a look at a line: its jobs need more GPUs than are free, there is no reservation
+        to give, and nobody would have to leave for them. If so, it is left alone until something becomes free."""
+        cluster, key, how = self.cluster, line.key, self.policy.preemption
+        if (
+            key.shape.least_gpu_milli <= self.room.free_milli
+            or self.policy.strict or not self.sated or head in cluster.reservations
+        ):  # fmt: skip
+            return False
+        if cluster.quotas.account(key.queue).bounded:
+            return False
+        if how is not None and self.room.vain.get(key.queue, 0) < how.tries:
+            level = (key.queue, key.priority)
+            if level not in self._claimants:
+                self._claimants[level] = may_claim(cluster, how, key)
+            if self._claimants[level]:
+                return False
+        line.blocked_at = cluster.ledger.freed_for(key.shape.node_labels)
+        line.hindered_at = -1
+        return True
 
     def start(self, job: Job, shape: Shape) -> bool:
         """Place a waiting job's gang, if it fits."""
@@ -185,11 +229,11 @@ def schedule(cluster: Cluster, now_ms: int, policy: Policy) -> Plan:
     hungry.sort(key=_by_claim)
     if policy.replan is None:
         _ripe(cluster, now_ms)
-    lines = list(_worth_a_try(cluster, policy, now_ms)) if policy.replan is None else []
+    run = Pass(cluster, now_ms, policy, examined=len(hungry))
+    lines = list(_worth_a_try(run)) if policy.replan is None else []
     plan = NOTHING_TO_DO
     if hungry or lines or policy.replan is not None or cluster.nominated or _turns_to(cluster, now_ms, policy):
         with cluster.trial():
-            run = Pass(cluster, now_ms, policy, examined=len(hungry))
             _steps(run, hungry, lines)
         plan = Plan(tuple(run.decisions), run.examined, run.full)
     if policy.replan is None:
@@ -276,41 +320,43 @@ def below_minimum(job: Job) -> bool:
 def start_waiting(run: Pass, lines: Iterable[Line]) -> None:
     """Start the jobs of these lines, best first."""
     cluster, policy = run.cluster, run.policy
-    heads = Heads(run, lines)
-    claims = list(cluster.reservations.values())
-    looks = BEHIND
-    while not run.full and (line := heads.pop()) is not None:
+    heads, claims, looks = Heads(run, lines), run.claims, BEHIND
+    while not run.full and (head := heads.pop()) is not None:
+        line, at = head
+        place = line.places[at]
         if line.key.queue in cluster.stuck:
             continue
-        job = heads.job(line)
+        if run.pass_over(line, place.job_id):
+            heads.drop(run.pass_over)
+            continue
+        job, key = cluster.jobs[place.job_id], policy.ordering(line.key, place)
         run.examined += 1
         shape = admit(cluster, job, run.now_ms)
-        key = partial(run.key, line, job)
         near = isinstance(shape, Shape) and _might_fit(run, shape)
         felt = claims if near else [claim for claim in claims if claim.queue]
-        others = in_the_way(cluster, job, key(), felt, run.now_ms) if felt else []
+        others = in_the_way(cluster, job, key, felt, run.now_ms) if felt else []
         barred = any(claim.limits(job) for claim in others)
         if near and not barred and isinstance(shape, Shape) and _start(run, job, shape, others):
-            heads.push(line)
+            heads.push(line, at + 1)
             continue
         if isinstance(shape, Refused):
             line.refused_at = cluster.ledger.freed
             if policy.backfill is not None:
-                _claim_limit(run, policy.backfill, job, shape, key, claims)
+                _claim_limit(run, policy.backfill, job, shape, key)
         else:
             line.blocked_at = cluster.ledger.freed_for(line.key.shape.node_labels)
             line.hindered_at = cluster.claims_made if others else -1
             if near and others and looks > 0:  # who stands behind it may be over sooner
-                looked, found = heads.seek(line, looks, partial(_freer, run, key(), claims, len(others)))
+                looked, found = heads.seek(line, at, looks, partial(_freer, run, key, claims, len(others)))
                 looks -= looked
                 if found:
                     if policy.backfill is not None and job.id not in run.settled:
-                        _reserve(run, policy.backfill, job, shape, key, claims)
+                        _reserve(run, policy.backfill, job, shape, key)
                     continue
         if policy.preemption is not None and not barred:
             make_room(run, policy.preemption, line)
         if policy.backfill is not None and isinstance(shape, Shape) and job.id not in run.settled:
-            _reserve(run, policy.backfill, job, shape, key, claims)
+            _reserve(run, policy.backfill, job, shape, key)
         if policy.strict:
             cluster.stuck[line.key.queue] = line
     run.room.leave()
@@ -354,56 +400,41 @@ def _sit_down(run: Pass, job: Job, shape: Shape, claim: Reservation) -> bool:
     return True
 
 
-def _reserve(
-    run: Pass, how: Backfill, job: Job, shape: Shape, key: Callable[[], OrderKey], claims: list[Reservation]
-) -> None:
+def _reserve(run: Pass, how: Backfill, job: Job, shape: Shape, key: OrderKey) -> None:
     """A reservation for a job that does not fit, unless it has one that is not overdue or others have them all."""
     mine = run.cluster.reservations.get(job.id)
     if mine is not None and mine.seats and mine.at_ms > run.now_ms:
         return
-    others = [claim for claim in claims if claim.seats and claim is not mine]
+    others = [claim for claim in run.claims if claim.seats and claim is not mine]
     if len(others) >= how.depth:
         return
     if run.sought >= how.depth + VAIN or run.cluster.far_off.get(job.id, 0) > run.now_ms:
         return
     run.room.leave()
     run.guard.let_go()
-    found = reserve(run.cluster, job, shape, key(), others, run.ends(), run.now_ms, run.policy.score)
+    found = reserve(run.cluster, job, shape, key, others, run.ends(), run.now_ms, run.policy.score)
     if isinstance(found, int):
         run.sought += 1
         run.cluster.far_off[job.id] = found
-        _keep(run, job, None, claims)
+        run.reserved(job, None)
         return
     if mine is not None:
         found = replace(found, queue=mine.queue, owner=mine.owner)  # what its queue may take stays claimed
-    _keep(run, job, found, claims)
+    run.reserved(job, found)
 
 
-def _claim_limit(
-    run: Pass, how: Backfill, job: Job, refused: Refused, key: Callable[[], OrderKey], claims: list[Reservation]
-) -> None:
+def _claim_limit(run: Pass, how: Backfill, job: Job, refused: Refused, key: OrderKey) -> None:
     """A claim on the limit that has kept a job waiting for a while, unless another job has one on it."""
     mine = run.cluster.reservations.get(job.id)
     if (
         refused.reason not in (Reason.QUOTA_QUEUE, Reason.QUOTA_USER)
         or run.now_ms - job.submitted_at_ms < how.patience_ms
         or (mine is not None and mine.queue and mine.at_ms > run.now_ms)
-        or any(claim.limits(job) for claim in claims)
+        or any(claim.limits(job) for claim in run.claims)
     ):
         return
     run.room.leave()
-    _keep(run, job, reserve_limit(run.cluster, job, refused, key(), run.ends(), run.now_ms), claims)
-
-
-def _keep(run: Pass, job: Job, found: Reservation | None, claims: list[Reservation]) -> None:
-    """In place of what it had."""
-    claims[:] = [claim for claim in claims if claim.job_id != job.id]
-    if found is not None:
-        run.cluster.claims_made += 1
-        run.cluster.reservations[job.id] = found
-        claims.append(found)
-    else:
-        run.cluster.reservations.pop(job.id, None)
+    run.reserved(job, reserve_limit(run.cluster, job, refused, key, run.ends(), run.now_ms))
 
 
 class Heads:
@@ -415,17 +446,18 @@ class Heads:
     def __init__(self, run: Pass, lines: Iterable[Line]) -> None:
         self._cluster, self._policy, self._settled = run.cluster, run.policy, run.settled
         self._capacity, self._now_ms = run.cluster.capacity(), run.now_ms
-        self._next: dict[int, int] = {}
-        """Serial of a line -> place in it of the first job not started in this pass."""
-        self._serial: dict[int, int] = {}
-        self._lines: dict[str, list[tuple[OrderKey, int, Line]]] = {}
-        """Queue (or "": all queues) -> heap of its lines."""
-        for serial, line in enumerate(lines):
-            self._serial[id(line)] = serial
-            at = self._next[id(line)] = self._first(line, 0)
+        self._lines: dict[str, list[tuple[OrderKey, int, Line, int]]] = {}
+        """Queue (or "": all queues) -> heap of its lines: (order, serial, line, place in it of its head)."""
+        self._count = self._dropped = 0
+        """Lines in those heaps, and lines dropped one by one since all were looked through."""
+        ordering, fair = run.policy.ordering, run.policy.fair is not None
+        for line in lines:
+            at = self._first(line, 0)
             if at < len(line.places):
-                group = self._lines.setdefault(line.key.queue if run.policy.fair else "", [])
-                group.append((run.policy.ordering(line.key, line.places[at]), serial, line))
+                group = self._lines.setdefault(line.key.queue if fair else "", [])
+                group.append((ordering(line.key, line.places[at]), self._count, line, at))
+                self._count += 1
+        self._serial = self._count
         for group in self._lines.values():
             heapq.heapify(group)
         self._turns: dict[str, tuple[int, Shape, Turn]] = {}
@@ -438,76 +470,94 @@ class Heads:
 
     def _first(self, line: Line, at: int) -> int:
         """The first place from `at` on about whose job nothing is decided."""
-        while at < len(line.places) and line.places[at].job_id in self._settled:
-            at += 1
+        if self._settled:
+            while at < len(line.places) and line.places[at].job_id in self._settled:
+                at += 1
         return at
 
     def _turn(self, queue: str) -> Turn:
-        if self._policy.fair is None:
-            return ()
-        account, shape = self._cluster.quotas.account(queue), self._lines[queue][0][2].key.shape
+        assert self._policy.fair is not None
+        account = self._cluster.quotas.account(queue)
+        root, shape = account.root, self._lines[queue][0][2].key.shape
         known = self._turns.get(queue)
-        if known is None or known[0] != account.root.booked or known[1] is not shape:
+        if known is None or known[0] != root.booked or (known[1] is not shape and root.nominal):
             needs = least_needs(self._cluster, account, shape)
             found = turn(account, self._capacity, needs, self._policy.fair, self._now_ms)
-            known = self._turns[queue] = (account.root.booked, shape, found)
+            known = self._turns[queue] = (root.booked, shape, found)
         return known[2]
 
     def _put(self, queue: str) -> None:
-        if self._lines[queue]:
+        if self._lines[queue] and self._policy.fair is not None:
             now = self._turn(queue)
             if self._queued.get(queue) != now:
                 self._queued[queue] = now
                 heapq.heappush(self._queues, (now, queue))
 
-    def pop(self) -> Line | None:
-        """The line whose head goes next, taken out; None at the end."""
+    def pop(self) -> tuple[Line, int] | None:
+        """The line whose head goes next, taken out, and the head's place in it; None at the end."""
+        entry = self._pop() if self._policy.fair is not None else self._best("")
+        if entry is None:
+            return None
+        self._count -= 1
+        return entry[2], entry[3]
+
+    def _best(self, queue: str) -> tuple[OrderKey, int, Line, int] | None:
+        lines = self._lines.get(queue)
+        return heapq.heappop(lines) if lines else None
+
+    def _pop(self) -> tuple[OrderKey, int, Line, int] | None:
         while self._queues:
             known, queue = heapq.heappop(self._queues)
             if self._queued.get(queue) != known:
                 continue
             del self._queued[queue]
-            lines = self._lines[queue]
-            line = heapq.heappop(lines)[2] if lines and self._turn(queue) == known else None
+            entry = self._best(queue) if self._lines[queue] and self._turn(queue) == known else None
             self._put(queue)
-            if line is not None:
-                return line
+            if entry is not None:
+                return entry
         return None
 
-    def job(self, line: Line) -> Job:
-        return self._cluster.jobs[line.places[self._next[id(line)]].job_id]
+    def drop(self, unwanted: Callable[[Line, JobId], bool]) -> None:
+        """A line that was taken out is not wanted, nor are others of which the same is true: they are looked through
+        whenever so many went one by one."""
+        self._dropped += 1
+        if self._dropped * DROPS < self._count:
+            return
+        self._count = self._dropped = 0
+        for queue, lines in self._lines.items():
+            lines[:] = [entry for entry in lines if not unwanted(entry[2], entry[2].places[entry[3]].job_id)]
+            heapq.heapify(lines)
+            self._count += len(lines)
+            self._put(queue)
 
-    def seek(self, line: Line, most: int, wanted: Callable[[Job], bool]) -> tuple[int, bool]:
+    def seek(self, line: Line, at: int, most: int, wanted: Callable[[Job], bool]) -> tuple[int, bool]:
         """Look at so many jobs behind the head for one that is wanted; it becomes the head. (How many were looked at,
         whether one was found.)"""
-        at = self._next[id(line)]
         for looked in range(1, most + 1):
             at = self._first(line, at + 1)
             if at >= len(line.places):
                 return looked - 1, False
             if wanted(self._cluster.jobs[line.places[at].job_id]):
-                self._enter(line, at)
+                self.push(line, at)
                 return looked, True
         return most, False
 
-    def push(self, line: Line) -> None:
-        """The head started: the next job of the line becomes its head."""
-        self._enter(line, self._first(line, self._next[id(line)] + 1))
-
-    def _enter(self, line: Line, at: int) -> None:
-        self._next[id(line)] = at
+    def push(self, line: Line, at: int) -> None:
+        """A line has another head, from that place on."""
+        at = self._first(line, at)
         if at < len(line.places):
             queue = line.key.queue if self._policy.fair else ""
-            entry = (self._policy.ordering(line.key, line.places[at]), self._serial[id(line)], line)
-            heapq.heappush(self._lines[queue], entry)
+            order = self._policy.ordering(line.key, line.places[at])
+            heapq.heappush(self._lines[queue], (order, self._serial, line, at))
+            self._count += 1
+            self._serial += 1
             self._put(queue)
 
 
-def _worth_a_try(cluster: Cluster, policy: Policy, now_ms: int) -> Iterator[Line]:
+def _worth_a_try(run: Pass) -> Iterator[Line]:
     """Lines whose head may fit now, or may get something else from this pass. O(lines); with `strict`, O(queues) while
     nothing changes."""
-    free = cluster.ledger.free_gpu_milli
-    sated = not policy.strict and _reserved(cluster, policy, now_ms)
+    cluster, policy, free = run.cluster, run.policy, run.room.free_milli
     for queue, lines in cluster.lines_of.items():
         first = cluster.stuck.get(queue)
         if first is not None:
@@ -519,31 +569,13 @@ def _worth_a_try(cluster: Cluster, policy: Policy, now_ms: int) -> Iterator[Line
             if not _may_fit(cluster, first):
                 cluster.stuck[queue] = first
                 continue
-        sated_here = sated and not cluster.quotas.account(queue).bounded
-        claimants: dict[int, bool] = {}
-        """Priority -> whether its jobs may make others leave."""
+            yield from lines.values()
+            continue
         for line in lines.values():
-            if policy.strict:
+            if _may_fit(cluster, line) and (
+                line.key.shape.least_gpu_milli <= free or not run.pass_over(line, line.places[0].job_id)
+            ):
                 yield line
-            elif _may_fit(cluster, line):
-                if sated_here and line.key.shape.least_gpu_milli > free:
-                    level = line.key.priority
-                    if level not in claimants:
-                        how = policy.preemption
-                        claimants[level] = how is not None and may_claim(cluster, how, line.key)
-                    if not claimants[level]:
-                        line.blocked_at = cluster.ledger.freed_for(line.key.shape.node_labels)
-                        line.hindered_at = -1
-                        continue
-                yield line
-
-
-def _reserved(cluster: Cluster, policy: Policy, now_ms: int) -> bool:
-    """Whether the pass has no reservation to give: there are none, or all are held."""
-    if policy.backfill is None:
-        return True
-    held = sum([1 for claim in cluster.reservations.values() if claim.seats and claim.at_ms > now_ms])
-    return held >= policy.backfill.depth
 
 
 def _may_fit(cluster: Cluster, line: Line) -> bool:

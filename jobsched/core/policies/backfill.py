@@ -11,7 +11,6 @@ of that queue start only if they are over by the time at which it is expected to
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -43,14 +42,11 @@ class Backfill:
 
 
 def soonest(cluster: Cluster, now_ms: int) -> list[tuple[int, JobId]]:
-    """When the first `SOONEST` of the jobs that hold seats are likely to give them back. O(active jobs), but most of
-    them are as they were estimated a while ago."""
+    """When the first `SOONEST` of the jobs that hold seats are likely to give them back."""
     jobs = cluster.jobs
-    ends = [(now_ms, job_id) for job_id in cluster.leaving if jobs[job_id].phase is Phase.STOPPING]
-    for levels in cluster.active.values():
-        for members in levels.values():
-            ends += cluster.estimates.over_ms([jobs[job_id] for job_id in members], now_ms)
-    return heapq.nsmallest(SOONEST, ends)
+    stopping = [(now_ms, job_id) for job_id in cluster.leaving if jobs[job_id].phase is Phase.STOPPING]
+    running = cluster.ends.soonest(SOONEST, jobs, cluster.estimates, now_ms)
+    return sorted([*stopping, *[(end.at_ms, end.job_id) for end in running]])[:SOONEST]
 
 
 def drop_stale(cluster: Cluster) -> None:

@@ -105,6 +105,8 @@ class Curve:
     hazard: tuple[float, ...]
     seen: int
     """Ended jobs of its own family."""
+    _whole: dict[float, int] = field(default_factory=dict, repr=False)
+    """Quantile -> run time of those that have not run, once asked for."""
     _index: tuple[tuple[float, ...], tuple[int, ...]] | None = field(default=None, repr=False)
 
     @property
@@ -117,6 +119,13 @@ class Curve:
 
     def left_ms(self, ran_ms: int, quantile: float) -> int:
         """Such a share of the jobs that ran so long end within this time; linear within a bucket."""
+        if ran_ms > 0:
+            return self._left_ms(ran_ms, quantile)
+        if quantile not in self._whole:
+            self._whole[quantile] = self._left_ms(0, quantile)
+        return self._whole[quantile]
+
+    def _left_ms(self, ran_ms: int, quantile: float) -> int:
         bucket = bucket_of(ran_ms)
         survive, at_ms = 1.0, ran_ms
         while True:
@@ -217,8 +226,6 @@ class Estimates:
     _begun: int = 0
     """Campaigns so far."""
     _learns: bool = True
-    _over: dict[JobId, tuple[int, int, int]] = field(default_factory=dict)
-    """Job -> (attempt, when it is likely to end, until when that holds)."""
     _recalled: dict[JobId, tuple[int, Tally]] = field(default_factory=dict)
     """Jobs that lived when this was noted: buckets passed, campaign."""
     _kin_of: dict[tuple[int, str], tuple[JobSpec, Key, tuple[Tally, ...]]] = field(default_factory=dict)
@@ -330,7 +337,6 @@ class Estimates:
         if not self._learns:
             return
         self._reports.pop(job.id, None)
-        self._over.pop(job.id, None)
         known = self._live.pop(job.id, None)
         if known is not None and job.ran_ms > 0:
             bucket, silent = bucket_of(job.ran_ms), not known.told and job.ran_ms >= PROBE_MS
@@ -433,18 +439,6 @@ class Estimates:
             tells_nothing = limit and not curve.seen and not job.spec.expected
             left = limit - ran if tells_nothing else curve.left_ms(ran, quantile)
         return max(1, min(left, limit - ran) if limit else left)
-
-    def over_ms(self, jobs: Iterable[Job], now_ms: int) -> list[tuple[int, JobId]]:
-        """When active jobs are likely to end. Not reckoned anew before an eighth of the time left is over: cheap for
-        many at once."""
-        known, found = self._over, []
-        for job in jobs:
-            end = known.get(job.id)
-            if end is None or end[0] != job.attempt or now_ms >= end[2]:
-                left = self.left_ms(job, now_ms)
-                end = known[job.id] = (job.attempt, now_ms + left, now_ms + max(1, left // 8))
-            found.append((end[1], job.id))
-        return found
 
     def source(self, job: Job, now_ms: int) -> str:
         """What `left_ms` goes by: reported "progress", run times of "like" jobs, the time "limit"; "": it guesses."""
