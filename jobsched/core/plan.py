@@ -38,7 +38,9 @@ class Reservation:
 
     def limits(self, job: Job) -> bool:
         """Whether the other job would take of the queue's limit that is claimed."""
-        return self.queue == job.spec.queue and self.owner in ("", job.owner) and job.id != self.job_id
+        return bool(self.queue) and (
+            self.queue == job.spec.queue and self.owner in ("", job.owner) and job.id != self.job_id
+        )
 
     def binds(self, job: Job) -> bool:
         """Whether the other job has to respect the claim at all."""

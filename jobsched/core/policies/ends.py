@@ -15,7 +15,7 @@ from jobsched.core.job import Job
 from jobsched.core.policies.estimate import Estimates
 from jobsched.core.resources import JobId
 
-REVISED = 500
+REVISED = 250
 """Most estimates that are made anew for one question; who is due longest goes first, the others keep what they have."""
 STALE = 1_000
 """More entries than twice the jobs that run by so many: time to tidy up."""

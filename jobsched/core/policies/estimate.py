@@ -72,9 +72,8 @@ class Tally:
     """Counts up when enough was seen to look at it again."""
     due: int = 0
     """The version at which it does."""
-    made: dict[int, tuple[int, Curve]] = field(default_factory=dict, repr=False)
-    """The curves of jobs whose last level this is by what they guess (0: nothing), and what each was made from, here
-    and at the levels above."""
+    made: dict[int, _Made] = field(default_factory=dict, repr=False)
+    """The curves of jobs whose last level this is by what they guess (0: nothing)."""
     number: int = 0
     """Of a campaign: counts up."""
     told: int = 0
@@ -151,6 +150,17 @@ class Curve:
             survive *= 1 - hazard
             at_ms = _ENDS_MS[k]
         return max(1, round(total))
+
+
+@dataclass(slots=True, eq=False)
+class _Made:
+    """A curve, and what it was made from."""
+
+    stamp: int
+    """Editions of its levels and those of its guess."""
+    asked_at: int
+    """The version of the widest level when those were last looked at: nothing is learned that it does not see."""
+    curve: Curve
 
 
 def bucket_of(ran_ms: int) -> int:
@@ -395,17 +405,19 @@ class Estimates:
         known = self._live.get(job.id)
         levels = known.levels if known is not None else (self._tallies.get(()) or Tally(),)
         habits, guess = (known.habits, known.guess) if known is not None else ((), 0)
-        made = levels[-1].made
+        made = levels[-1].made.get(guess)
+        if made is not None and made.asked_at == levels[0].version:
+            return made.curve
         stamp = sum([tally.edition for tally in (*levels, *habits)])
-        found = made.get(guess)
-        if found is not None and found[0] == stamp:
-            return found[1]
+        if made is not None and made.stamp == stamp:
+            made.asked_at = levels[0].version
+            return made.curve
         hazard = _nested(levels, TRUST, _PRIOR)
         if guess:
             of_all, of_guess = _nested(levels[:1], TRUST, _PRIOR), _nested(habits, HABIT_TRUST, _HABIT_PRIOR)
             hazard = _product(hazard, of_all, of_guess, guess)
         curve = Curve(tuple(hazard), sum(levels[2].ended) if len(levels) > 2 else 0)
-        made[guess] = stamp, curve
+        levels[-1].made[guess] = _Made(stamp, levels[0].version, curve)
         return curve
 
     def reported_left_ms(self, job: Job, now_ms: int) -> int | None:
