@@ -30,6 +30,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--batch", type=int, default=48, help="samples of all ranks together")
+    parser.add_argument("--max-batch", type=int, default=0, help="most of them, where the gradients are noisy enough")
     parser.add_argument("--pause-ms", type=float, default=0, help="extra time per step, to watch it")
     parser.add_argument("--sample-ms", type=float, default=0, help="extra time per sample of one rank")
     parser.add_argument("--timeout-s", type=float, default=60, help="longest wait for a peer within one step")
@@ -44,8 +45,8 @@ def main() -> int:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     trainer = ddp.Elastic(model, optimizer, plan=Plan(train, options.batch, options.epochs),
                           state={"used": torch.zeros(train, device=where), "exact": 0},
-                          timeout_s=options.timeout_s)
-    world = 0
+                          timeout_s=options.timeout_s, max_batch=options.max_batch)
+    world, steps = 0, 0
     for batch in trainer.batches():
         if trainer.world != world:
             world = trainer.world
@@ -55,6 +56,7 @@ def main() -> int:
         loss = nn.functional.cross_entropy(model(images[indices]), labels[indices])
         loaded = torch.zeros(train, device=where).index_add_(0, indices, torch.ones(len(indices), device=where))
         sums = trainer.step(loss, used=loaded)
+        steps += 1
         trainer.state["used"] += sums["used"]
         time.sleep((options.pause_ms + options.sample_ms * len(indices)) / 1_000)
         context.report(samples_per_s=float(sums["used"].sum()) / (time.perf_counter() - began))
@@ -68,7 +70,7 @@ def main() -> int:
     with torch.no_grad():
         accuracy = (model(images[train:]).argmax(1) == labels[train:]).float().mean().item()
     exact = float(trainer.state["exact"] == options.epochs)
-    context.report(accuracy=accuracy, epoch_exact=exact, epochs=trainer.state["exact"])
+    context.report(steps=steps, accuracy=accuracy, epoch_exact=exact, epochs=trainer.state["exact"])
     print(f"accuracy {accuracy:.4f}, {trainer.state['exact']} of {options.epochs} epochs exact, "
           f"world sizes (step, size): {trainer.world_sizes}", flush=True)
     return 0 if accuracy >= options.accuracy and exact else 1

@@ -48,9 +48,11 @@ class Plan:
         epoch, number = divmod(position, self.per_epoch)
         return _order(self.size, self.seed, epoch)[number * self.batch:(number + 1) * self.batch]
 
-    def share(self, position: int, rank: int, world: int) -> Indices:
-        """One rank's part of that batch; the parts of all ranks make up the batch, and some may be empty."""
-        return np.array_split(self.indices(position), world)[rank]
+    def share(self, position: int, rank: int, world: int, batches: int = 1) -> Indices:
+        """One rank's part of that batch, or of so many from there on, taken as one; the parts of all ranks make up the
+        whole, and some may be empty."""
+        whole = np.concatenate([self.indices(position + i) for i in range(batches)])
+        return np.array_split(whole, world)[rank]
 
 
 @lru_cache(maxsize=2)

@@ -9,9 +9,10 @@
 One step is one all-reduce: gradients weighted by samples, the caller's sums, two flags, and what tells the noise of the
 gradients (`noise`, which is reported), in one flat buffer. If it fails because a peer died, nothing was applied: `step`
 returns zeros, the survivors meet again (`rendezvous`), take the most advanced member's state, and the same batch is
-dealt anew among them. Replicas that come back are let in at the
-next step boundary. Everything that decides which sample comes next is part of the replicated state, so no sample is
-lost or used twice. Where the role is not restarted in place, the world is the fixed one of `RANK` and `WORLD_SIZE`.
+dealt anew among them. Replicas that come back are let in at the next step boundary. Everything that decides which
+sample comes next is part of the replicated state, so no sample is lost or used twice. With `max_batch` a step may take
+several batches of the plan as one where the noise says that this pays (`batch_size`), at a learning rate that rises
+with it. Where the role is not restarted in place, the world is the fixed one of `RANK` and `WORLD_SIZE`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from torch import nn
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from jobsched.contract import ReplicaEnv
+from jobsched.train.batch_size import BatchSize, Rule
 from jobsched.train.checkpoint import Checkpointer
 from jobsched.train.context import context
 from jobsched.train.data import Indices, Plan
@@ -86,7 +88,8 @@ def _prefer_loopback(addresses: list[str]) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """This rank's part of one batch. `indices` may be empty; `count` is the size of the whole batch."""
+    """This rank's part of one batch. `indices` may be empty; `count` is the size of the whole batch, which is so many
+    `batches` of the plan."""
 
     position: int
     epoch: int
@@ -94,6 +97,7 @@ class Batch:
     """Whether the epoch ends with it."""
     indices: Indices
     count: int
+    batches: int = 1
 
 
 class Elastic:
@@ -105,10 +109,13 @@ class Elastic:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, plan: Plan,
                  state: dict[str, Any] | None = None, checkpoint_every_s: float | None = None, checkpoint_dir: str = "",
+                 max_batch: int = 0, lr_rule: Rule = "adascale",
                  timeout_s: float = 60.0, lost_after_s: float = 10.0, start_wait_s: float = 20.0) -> None:
-        """`timeout_s`: longest time of one collective before the members meet again. With `checkpoint_dir` (default:
-        the job's), rank 0 saves every `checkpoint_every_s` (default: the job's interval, else 10), and training goes on
-        from the newest whole checkpoint."""
+        """`max_batch`: most samples of one step; 0: always those of a batch of the plan. The plan's epochs stay as they
+        are, so a larger batch means fewer steps, each `lr_rule` times as far: adascale by the noise, the root of the
+        batch, or in proportion to it. `timeout_s`: longest time of one collective before the members meet again. With
+        `checkpoint_dir` (default: the job's), rank 0 saves every `checkpoint_every_s` (default: the job's interval,
+        else 10), and training goes on from the newest whole checkpoint."""
         self.model = model
         self.optimizer = optimizer
         self.plan = plan
@@ -116,6 +123,8 @@ class Elastic:
         self.position = 0
         self.rank, self.world = 0, 1
         self.noise = Noise()
+        self.batch_size = BatchSize(max_batch // plan.batch, lr_rule)
+        self._stepped_s = 0.0
         self.world_sizes: list[tuple[int, int]] = []
         self._timeout_s = timeout_s
         self._checkpoint_every_s = checkpoint_every_s or context.checkpoint_every_s(otherwise=10.0)
@@ -158,8 +167,10 @@ class Elastic:
 
     def _deal(self) -> Batch:
         epoch, number = divmod(self.position, self.plan.per_epoch)
-        return Batch(self.position, epoch, number == self.plan.per_epoch - 1,
-                     self.plan.share(self.position, self.rank, self.world), len(self.plan.indices(self.position)))
+        batches = min(self.batch_size.multiple, self.plan.per_epoch - number)
+        count = sum(len(self.plan.indices(self.position + i)) for i in range(batches))
+        return Batch(self.position, epoch, number + batches == self.plan.per_epoch,
+                     self.plan.share(self.position, self.rank, self.world, batches), count, batches)
 
     def step(self, loss: torch.Tensor, **sums: torch.Tensor) -> dict[str, torch.Tensor]:
         """Backward, one all-reduce, one optimizer step. `loss` is the mean over this rank's part of the batch.
@@ -179,20 +190,22 @@ class Elastic:
         where = self._parameters[0].device
         pieces = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._parameters]
         flat = torch.cat([t.reshape(-1).to(where, torch.float32)
-                          for t in (*pieces, *extra.values(), torch.tensor([*flags, 0.0]))])
+                          for t in (*pieces, *extra.values(), torch.tensor([*flags, *self._proposal(), 0.0]))])
         size = sum(piece.numel() for piece in pieces)
         if share:  # the loss was scaled, and the gradient with it
             flat[-1] = flat[:size].dot(flat[:size]) / share
+        pushed_s = time.monotonic()
         if not self._reduced(flat):
             return {name: torch.zeros_like(value) for name, value in extra.items()}
-        if batch.count == self.plan.batch:  # before the optimizer may touch the gradients
-            self.noise.note(flat[:size].dot(flat[:size]), flat[-1].clone(), min(self.world, batch.count))
+        synced_s = time.monotonic()
+        if batch.count == batch.batches * self.plan.batch:  # before the optimizer may touch the gradients
+            self.noise.note(flat[:size].dot(flat[:size]), flat[-1].clone(), min(self.world, batch.count), batch.batches)
         at = 0
         for parameter in self._parameters:
             parameter.grad = flat[at:at + parameter.numel()].view_as(parameter).to(parameter.dtype)
             at += parameter.numel()
-        self.optimizer.step()
-        self.position += 1
+        self._optimize(batch)
+        self.position += batch.batches
         reduced = {}
         for name, value in extra.items():
             reduced[name] = flat[at:at + value.numel()].view_as(value).to(value.device, value.dtype)
@@ -203,7 +216,40 @@ class Elastic:
         self._regroup = bool(flat[at] > 0)
         if flat[at + 1] > 0:
             self._saved_at_s = float("-inf")
+        if self.batch_size.most > 1:
+            self._tell_pace(batch, pushed_s, synced_s)
+            self.batch_size.became(round(float(flat[at + 2])), float(flat[at + 3]))
         return reduced
+
+    def _proposal(self) -> tuple[float, float]:
+        """How many batches shall make the next step, and the factor of the learning rate: rank 0 decides, and as the
+        others add nothing, the sum is what all go by."""
+        if self.rank or self.batch_size.most == 1:
+            return 0.0, 0.0
+        noise = self.noise.metrics()
+        if not noise:
+            return float(self.batch_size.multiple), self.batch_size.factor
+        return self.batch_size.choose(float(noise["grad_sqr"]), float(noise["grad_var"]))
+
+    def _optimize(self, batch: Batch) -> None:
+        """One step, at the learning rate that the batch deserves; the last of an epoch may be smaller than decided."""
+        factor = self.batch_size.factor * min(1.0, batch.batches / self.batch_size.multiple)
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["lr"] * max(1.0, factor)
+        self.optimizer.step()
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    def _tell_pace(self, batch: Batch, pushed_s: float, synced_s: float) -> None:
+        """Learn and report what this step took, all of it since the last one."""
+        now_s, sync_s = time.monotonic(), synced_s - pushed_s
+        if self._stepped_s and batch.count == self.batch_size.multiple * self.plan.batch:
+            step_s = now_s - self._stepped_s
+            self.batch_size.note(step_s, min(sync_s, step_s))
+            context.report(step_s=step_s, sync_s=min(sync_s, step_s), local_batch=batch.count / self.world,
+                           batch_initial=self.plan.batch, batch_max=self.batch_size.most * self.plan.batch)
+        self._stepped_s = now_s
 
     def _reduced(self, flat: torch.Tensor) -> bool:
         """All-reduce in place; False if a peer is gone (and then the group is broken)."""
@@ -309,19 +355,22 @@ class Elastic:
 
     def _became(self, world: int) -> None:
         self.world_sizes.append((self.position, world))
+        self.batch_size.regrouped()
+        self._stepped_s = 0.0
         if self._checkpoints and self.rank == 0:
             self._checkpoints.take_over()
         context.report(step=self.position, total=self.plan.total, world=world, message="")
 
     def _payload(self) -> dict[str, Any]:
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "state": self.state,
-                "position": self.position}
+                "position": self.position, "batches": self.batch_size.multiple, "factor": self.batch_size.factor}
 
     def _take(self, payload: dict[str, Any]) -> None:
         self.model.load_state_dict(payload["model"])
         self.optimizer.load_state_dict(payload["optimizer"])
         self.state = payload["state"]
         self.position = payload["position"]
+        self.batch_size.became(payload.get("batches", 1), payload.get("factor", 1.0))
 
     def _sync(self, source: int) -> None:
         """Everybody takes the state of rank `source`. Raises RuntimeError if a peer is gone."""

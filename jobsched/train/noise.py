@@ -25,14 +25,14 @@ class Noise:
         self._square: torch.Tensor | None = None
         self._variance: torch.Tensor | None = None
 
-    def note(self, whole: torch.Tensor, parts: torch.Tensor, replicas: int) -> None:
+    def note(self, whole: torch.Tensor, parts: torch.Tensor, replicas: int, batches: int = 1) -> None:
         """One step: square of the whole batch's mean gradient; sum over replicas of the square of theirs, each times
-        its part of the batch; how many replicas had a part."""
+        its part of the batch; how many replicas had a part; how many initial batches it was."""
         if replicas < 2:
             return
         variance = (parts - whole) / (replicas - 1)
         self._square = self._mean(self._square, whole - variance)
-        self._variance = self._mean(self._variance, variance)
+        self._variance = self._mean(self._variance, variance * batches)
         self._weight = DECAY * self._weight + 1.0 - DECAY
         self.steps += 1
 
@@ -40,7 +40,7 @@ class Noise:
         return (1.0 - DECAY) * value + (DECAY * mean if mean is not None else 0.0)
 
     def metrics(self) -> dict[str, torch.Tensor]:
-        """`grad_sqr` and `grad_var`: square of the true gradient, and variance of the whole batch's, as the scheduler
+        """`grad_sqr` and `grad_var`: square of the true gradient, and variance of the initial batch's, as the scheduler
         takes them; nothing before enough was seen."""
         if self.steps < WARM_UP or self._square is None or self._variance is None:
             return {}
