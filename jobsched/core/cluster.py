@@ -427,6 +427,7 @@ class Cluster:
             self._note_check(after, at_ms)
         self.estimates.ended(after)
         self.paces.ended(job_id)
+        self.ends.over(job_id)
         self._leave_crowd(job_id)
         self._remember_end(after)
         for known in (self.jobs, self._known, self.growing, self.standing, self.elastic, self.speeds, self.targets):

@@ -44,6 +44,10 @@ class Ends:
         """A job starts or runs."""
         self._begun[job_id] = None
 
+    def over(self, job_id: JobId) -> None:
+        """A job is no more; also where nobody ever asks, nothing is kept of it."""
+        self._begun.pop(job_id, None)
+
     def soonest(self, most: int, jobs: Mapping[JobId, Job], estimates: Estimates, now_ms: int) -> list[End]:
         """The first of the running jobs to end, when each is likely to. O((begun + due + most) log(running))."""
         for job_id in self._begun:
