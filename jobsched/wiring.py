@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from jobsched import __version__
 from jobsched.controller.loop import Controller
 from jobsched.core.answers import Check
-from jobsched.core.cluster import all_alike, equal_rank
+from jobsched.core.lines import all_alike, equal_rank
 from jobsched.core.policies.backfill import Backfill
 from jobsched.core.policies.defragmentation import Defragmentation
 from jobsched.core.policies.elasticity import Elasticity

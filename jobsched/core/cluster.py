@@ -8,9 +8,8 @@ store's projections serve them.
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import field, replace
 from typing import NamedTuple, assert_never
@@ -19,6 +18,7 @@ from jobsched.core import events as ev
 from jobsched.core.job import Asked, Binding, Job, Phase, Replica, ReplicaId, ReplicaState, RoleShape, Shape
 from jobsched.core.ledger import GpuClass, Ledger
 from jobsched.core.lifecycle import REBINDS, take_evolved
+from jobsched.core.lines import Alike, Line, LineKey, Lines, Place, Rank, all_alike, equal_rank
 from jobsched.core.node import Cordon, Node
 from jobsched.core.plan import Reservation
 from jobsched.core.policies.ends import Ends
@@ -45,30 +45,6 @@ IMAGINED = 1_000
 SHAPES_KEPT = 10_000
 
 
-class LineKey(NamedTuple):
-    """Jobs that the scheduler need not tell apart but by rank and age: same queue, priority, shape, array, owner where
-    the queue tells its users apart, and outlook where the policy has one (`Cluster.alike`)."""
-
-    queue: str
-    priority: int
-    shape: Shape
-    array_id: str = ""
-    owner: str = ""
-    outlook: tuple[int, ...] = ()
-
-    def akin(self) -> LineKey:
-        """The same for all lines that differ in nothing but their outlook."""
-        return self._replace(outlook=()) if self.outlook else self
-
-
-class Place(NamedTuple):
-    """A job's place in its line: lower rank first, then older."""
-
-    rank: int
-    submitted_at_ms: int
-    job_id: JobId
-
-
 class Standing(NamedTuple):
     """Where a job stood in the last re-plan."""
 
@@ -84,40 +60,6 @@ class Target(NamedTuple):
     why: str = ""
     bindings: tuple[Binding, ...] = ()
     coordinator_port: int = 0
-
-
-Rank = Callable[[Job, Estimates], int]
-"""What decides between like jobs before their age: a policy's estimate of how long each will take, for example. Asked
-when a job joins its line."""
-
-
-def equal_rank(job: Job, estimates: Estimates) -> int:
-    """Age alone decides."""
-    return 0
-
-
-Alike = Callable[[Job, Estimates], tuple[int, ...]]
-"""Jobs of which a policy expects the same, now and later, as long as they wait, get equal values. Asked when a job
-joins its line."""
-
-
-def all_alike(job: Job, estimates: Estimates) -> tuple[int, ...]:
-    """The policy does not look at what a job has done."""
-    return ()
-
-
-@dataclass(slots=True)
-class Line:
-    """One line of like jobs, best rank and oldest first."""
-
-    key: LineKey
-    places: list[Place] = field(default_factory=list)
-    blocked_at: int = -1
-    """`Ledger.freed_for` its shape when its head was last found not to fit; equal means: not worth another try."""
-    refused_at: int = -1
-    """`Ledger.freed` when its head was last over a quota or limit."""
-    hindered_at: int = -1
-    """`Cluster.claims_made` when reservations of others were in the way of its head; -1: none were."""
 
 
 @dataclass(slots=True)
@@ -152,15 +94,8 @@ class Cluster:
     """Another object whenever one is defined."""
     ledger: Ledger = field(default_factory=Ledger)
 
-    lines: dict[LineKey, Line] = field(default_factory=dict)
+    lines: Lines = field(default_factory=Lines)
     """Jobs that may start now."""
-    lines_of: dict[str, dict[LineKey, Line]] = field(default_factory=dict)
-    """The same by queue; queues without waiting jobs are absent."""
-    lines_in: dict[PoolKey, dict[LineKey, dict[LineKey, Line]]] = field(default_factory=dict)
-    """The same by where their jobs may run, those that differ in nothing but their outlook together."""
-    stuck: dict[str, Line] = field(default_factory=dict)
-    """Queue whose first line was found not to fit, where that stops the whole queue; forgotten when a job comes or
-    goes."""
     active: dict[str, dict[int, dict[JobId, None]]] = field(default_factory=dict)
     """Queue -> priority -> jobs that are starting or running."""
     surplus: dict[str, dict[JobId, None]] = field(default_factory=dict)
@@ -232,8 +167,6 @@ class Cluster:
     """When sizes are next reconsidered."""
     tidy_ms: int = 0
     """When `policies.defragmentation` next looks for a way."""
-    joined: int = 0
-    """Rises whenever a job joins a line."""
     ever_fits: dict[Shape, str] = field(default_factory=dict)
     """On an `emptied` cluster: shape -> why it does not fit even there ("" when it does)."""
     _learned: Learned | None = None
@@ -244,8 +177,6 @@ class Cluster:
     """What each bound replica counts for in its queue; its GPUs' kind may be forgotten before it ends."""
     _known: dict[JobId, _Known] = field(default_factory=dict)
     """Live jobs."""
-    _lined_up: int = 0
-    """How many of them are in a line."""
     _shapes: dict[Shape, Shape] = field(default_factory=dict)
     """Like jobs share one shape."""
     _shapes_of_specs: dict[int, tuple[JobSpec, Shape]] = field(default_factory=dict)
@@ -341,7 +272,7 @@ class Cluster:
         self.queues = {**self.queues, queue.name: queue}
         self.quotas.define(queue)
         if _tells_users_apart(before) is not _tells_users_apart(queue):
-            waiting = [p.job_id for line in self.lines_of.get(queue.name, {}).values() for p in line.places]
+            waiting = [p.job_id for line in self.lines.of_queue.get(queue.name, {}).values() for p in line.places]
             for job_id in waiting:
                 self._leave_line(job_id)
                 self._line_up(self.jobs[job_id])
@@ -657,43 +588,14 @@ class Cluster:
         self.stirred[pool] = None
         owner = job.owner if _tells_users_apart(self.queues.get(queue)) else ""
         key = LineKey(queue, job.priority, known.shape, job.array_id, owner, self.alike(job, self.estimates))
-        line = self.lines.get(key)
-        if line is None:
-            line = self.lines[key] = self.lines_of.setdefault(queue, {})[key] = Line(key)
-            self.lines_in.setdefault(pool, {}).setdefault(key.akin(), {})[key] = line
-        self.stuck.pop(queue, None)
-        self.joined += 1
-        place, places = Place(self.rank(job, self.estimates), job.submitted_at_ms, job.id), line.places
-        if not places or places[-1] < place:
-            places.append(place)  # who comes last usually goes last; where thousands wait, looking for it costs more
-        else:
-            insort(places, place)
-        if line.hindered_at >= 0:
-            line.blocked_at = -1  # it may be over sooner than those before it
-        known.line, known.place = line, place
-        self._lined_up += 1
+        known.place = Place(self.rank(job, self.estimates), job.submitted_at_ms, job.id)
+        known.line = self.lines.join(key, pool, known.place)
 
     def _leave_line(self, job_id: JobId) -> None:
         known = self._known[job_id]
-        line, place = known.line, known.place
-        if line is None or place is None:
-            return
-        known.line = known.place = None
-        self._lined_up -= 1
-        key, places = line.key, line.places
-        del places[0 if places[0] is place else bisect_left(places, place)]
-        self.stuck.pop(key.queue, None)
-        if not places:
-            del self.lines[key]
-            del self.lines_of[key.queue][key]
-            if not self.lines_of[key.queue]:
-                del self.lines_of[key.queue]
-            pool, akin = known.crowd, key.akin()
-            del self.lines_in[pool][akin][key]
-            if not self.lines_in[pool][akin]:
-                del self.lines_in[pool][akin]
-                if not self.lines_in[pool]:
-                    del self.lines_in[pool]
+        if known.line is not None and known.place is not None:
+            self.lines.leave(known.line, known.crowd, known.place)
+            known.line = known.place = None
 
     def unpark(self, now_ms: int) -> None:
         """Queued jobs whose backoff is over join their lines. Cost: those jobs."""
@@ -885,7 +787,7 @@ class Cluster:
         yield from dict.fromkeys(job_id for job_id, _ in self.on_node.get(name, {}))
 
     def waiting_count(self) -> int:
-        return self._lined_up
+        return self.lines.waiting
 
 
 def _tells_users_apart(queue: QueueSpec | None) -> bool:

@@ -13,8 +13,9 @@ from dataclasses import replace
 from itertools import islice
 
 from jobsched.core import events as ev
-from jobsched.core.cluster import Cluster, LineKey, Place
+from jobsched.core.cluster import Cluster
 from jobsched.core.job import Job, Outcome, Phase, Reason, ReplicaState
+from jobsched.core.lines import LineKey, Place
 from jobsched.core.plan import Forecast
 from jobsched.core.policies.ordering import Ordering, OrderKey, multifactor
 from jobsched.core.rehearsal import Picture, carry_out, picture_of
@@ -45,7 +46,7 @@ def picture_for(cluster: Cluster, job: Job, now_ms: int, policy: Policy) -> Pict
         return None
     found = [*own, *([job.id] if job.id in cluster.jobs else [])]
     weight = max(1, cluster.quotas.account(job.spec.queue).weight)
-    for queue in cluster.lines_of:
+    for queue in cluster.lines.of_queue:
         if queue == job.spec.queue:
             continue
         if policy.fair is None:
@@ -54,7 +55,7 @@ def picture_for(cluster: Cluster, job: Job, now_ms: int, policy: Policy) -> Pict
             turns = -(-(len(own) + 1) * cluster.quotas.account(queue).weight // weight)
             firsts = (
                 (order(line.key, place), place.job_id)
-                for line in cluster.lines_of[queue].values() for place in line.places[:turns]
+                for line in cluster.lines.of_queue[queue].values() for place in line.places[:turns]
             )  # fmt: skip
             found += [job_id for _, job_id in heapq.nsmallest(turns, firsts)]
         if len(found) > 2 * AHEAD:
@@ -79,7 +80,7 @@ def time_left(cluster: Cluster, job: Job, now_ms: int) -> tuple[int, int] | None
 
 def _before(cluster: Cluster, queue: str, order: Ordering, key: OrderKey) -> Iterator[JobId]:
     """The waiting jobs of a queue that go before a place in the order."""
-    for line in cluster.lines_of.get(queue, {}).values():
+    for line in cluster.lines.of_queue.get(queue, {}).values():
         for place in line.places:
             if order(line.key, place) >= key:
                 break

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 
 from jobsched.core import events as ev
 from jobsched.core.answers import PlanAnswer, PlanVictim, QuotaAfter, RolePlan, Verdict, Why
-from jobsched.core.cluster import Alike, Cluster, Rank, Target
+from jobsched.core.cluster import Cluster, Target
 from jobsched.core.explain import could_ever_fit, each_of, verdict
 from jobsched.core.job import Job, Phase, Reason
+from jobsched.core.lines import Alike, Rank
 from jobsched.core.node import Cordon, Node
 from jobsched.core.plan import Decision, Reservation
 from jobsched.core.policies.estimate import Estimates

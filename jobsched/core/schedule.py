@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from jobsched.core import events as ev
-from jobsched.core.cluster import Alike, Cluster, Line, Rank, all_alike, equal_rank
+from jobsched.core.cluster import Cluster
 from jobsched.core.job import Binding, Job, Reason, ReplicaState, Shape
+from jobsched.core.lines import Alike, Line, Rank, all_alike, equal_rank
 from jobsched.core.plan import Decision, Plan, Reservation
 from jobsched.core.policies.admission import admit, least_needs, more
 from jobsched.core.policies.backfill import (
@@ -324,7 +325,7 @@ def start_waiting(run: Pass, lines: Iterable[Line]) -> None:
     while not run.full and (head := heads.pop()) is not None:
         line, at = head
         place = line.places[at]
-        if line.key.queue in cluster.stuck:
+        if line.key.queue in cluster.lines.stuck:
             continue
         if run.pass_over(line, place.job_id):
             heads.drop(run.pass_over)
@@ -358,7 +359,7 @@ def start_waiting(run: Pass, lines: Iterable[Line]) -> None:
         if policy.backfill is not None and isinstance(shape, Shape) and job.id not in run.settled:
             _reserve(run, policy.backfill, job, shape, key)
         if policy.strict:
-            cluster.stuck[line.key.queue] = line
+            cluster.lines.stuck[line.key.queue] = line
     run.room.leave()
     run.guard.let_go()
 
@@ -558,16 +559,16 @@ def _worth_a_try(run: Pass) -> Iterator[Line]:
     """Lines whose head may fit now, or may get something else from this pass. O(lines); with `strict`, O(queues) while
     nothing changes."""
     cluster, policy, free = run.cluster, run.policy, run.room.free_milli
-    for queue, lines in cluster.lines_of.items():
-        first = cluster.stuck.get(queue)
+    for queue, lines in cluster.lines.of_queue.items():
+        first = cluster.lines.stuck.get(queue)
         if first is not None:
             if not _may_fit(cluster, first):
                 continue
-            del cluster.stuck[queue]
+            del cluster.lines.stuck[queue]
         if policy.strict:
             first = min(lines.values(), key=lambda line: policy.ordering(line.key, line.places[0]))
             if not _may_fit(cluster, first):
-                cluster.stuck[queue] = first
+                cluster.lines.stuck[queue] = first
                 continue
             yield from lines.values()
             continue

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from jobsched.core.cluster import Line, LineKey, Place
 from jobsched.core.job import Job, Phase
 from jobsched.core.launch import parse_key
+from jobsched.core.lines import Line, LineKey, Place
 from jobsched.core.observation import Progress
 from jobsched.core.policies.estimate import REPORT_AFTER_MS
 from jobsched.core.policies.ordering import in_time, in_time_heads

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from math import ceil, exp2
 from operator import itemgetter
 
-from jobsched.core.cluster import Cluster, Line, LineKey, Place
+from jobsched.core.cluster import Cluster
 from jobsched.core.job import Job, Phase
+from jobsched.core.lines import Line, LineKey, Place
 from jobsched.core.policies.estimate import EDGES_MS, PROBE_MS, Estimates, gpus_milli, ran_ms
 from jobsched.core.policies.fairness import SCALE, dominant
 from jobsched.core.policies.preemption import Order, Turn

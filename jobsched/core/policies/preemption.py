@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from jobsched.core import events as ev
-from jobsched.core.cluster import Cluster, Line, Standing
+from jobsched.core.cluster import Cluster, Standing
 from jobsched.core.job import Binding, Cause, FailureClass, Job, Outcome, Phase, Reason, RoleShape, Shape
+from jobsched.core.lines import Line
 from jobsched.core.plan import Decision
 from jobsched.core.policies.gathering import exchange, gather, lend
 from jobsched.core.policies.parts import PoolKey
@@ -107,7 +108,7 @@ def replan(
 
 
 def _heads(cluster: Cluster, pool: PoolKey, gpu_milli: int, heads: Heads, now_ms: int) -> Iterator[JobId]:
-    for key, lines in cluster.lines_in.get(pool, {}).items():
+    for key, lines in cluster.lines.of_pool.get(pool, {}).items():
         least = sum([role.min * role.gpu_milli for role in key.shape.roles])
         most = gpu_milli // least if least else len(cluster.jobs)
         yield from heads(cluster, tuple(lines.values()), most, now_ms)

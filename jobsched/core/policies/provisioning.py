@@ -16,8 +16,9 @@ from functools import lru_cache
 from itertools import islice
 
 from jobsched.core import events as ev
-from jobsched.core.cluster import Cluster, Line
+from jobsched.core.cluster import Cluster
 from jobsched.core.job import Asked, Job, Shape
+from jobsched.core.lines import Line
 from jobsched.core.policies.admission import admit
 from jobsched.core.policies.placement import Gang, place_gang
 from jobsched.core.policies.quota import amounts_of

@@ -26,7 +26,7 @@ from math import inf
 from operator import attrgetter, itemgetter
 
 from jobsched.core import events as ev
-from jobsched.core.cluster import Cluster, LineKey
+from jobsched.core.cluster import Cluster
 from jobsched.core.job import (
     Cause,
     FailureClass,
@@ -39,6 +39,7 @@ from jobsched.core.job import (
     ReplicaState,
 )
 from jobsched.core.ledger import GpuClass
+from jobsched.core.lines import LineKey
 from jobsched.core.plan import Decision
 from jobsched.core.policies.admission import least_needs, limited
 from jobsched.core.policies.quota import Account
