@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from itertools import product
 from math import log
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jobsched.core import events as ev
@@ -420,3 +421,36 @@ def test_what_was_learned_of_servers_survives_a_new_leader_and_users_pin_either_
     world.tick(2)
     assert world.cluster.speeds[job_id].seen.keys() == known.keys()
     assert {servers for _, _, servers, _ in known} <= {1, 2}
+
+
+thetas = st.tuples(st.sampled_from([0.05, 0.2]), st.sampled_from([0.0, 0.005, 0.05, 0.3]), st.sampled_from([0.0, 0.05]))
+bounds = st.tuples(st.integers(1, 2), st.sampled_from([0, 2, 6])).map(lambda b: {"min": b[0], "max": b[0] + b[1],
+                                                                                 "prefer": b[0]})  # fmt: skip
+
+
+@settings(max_examples=int(os.environ.get("EXAMPLES", 8)), deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.tuples(thetas, bounds, bounds, st.sampled_from(["replica", "job"])), min_size=1, max_size=4),
+       st.sampled_from([0, 40, 56]))  # fmt: skip
+def test_whatever_the_speeds_sizes_hold_their_bounds_and_come_to_rest(
+    jobs: list[tuple[tuple[float, float, float], dict[str, int], dict[str, int], str]], taken: int
+) -> None:
+    """Up to four jobs on two nodes of four GPUs, some of whose CPUs are taken; the world checks its invariants."""
+    world = a_world()
+    for _ in range(2 if taken else 0):
+        world.submit(a_spec(roles={"worker": {"command": "x", "cpu": taken}}))
+    world.tick(3)
+    running: dict[JobId, Serving] = {}
+    for theta, ps, workers, scope in jobs:
+        job_id = world.submit(a_ps_job(ps, workers, restart={"scope": scope}))
+        running[job_id] = Serving(world, job_id, *theta)
+        serve(world, *running.values(), seconds=5)
+    serve(world, *running.values(), seconds=40)
+    said = {job_id: len(rescales(world, job_id)) for job_id in running}
+    serve(world, *running.values(), seconds=40)
+    for (_, ps, workers, _), job_id in zip(jobs, running, strict=True):
+        if world.job(job_id).phase is Phase.RUNNING:
+            trains, serves = counts(world, job_id)
+            assert workers["min"] <= trains <= workers["max"]
+            assert ps["min"] <= serves <= ps["max"]
+        assert said[job_id] <= 8
+        assert len(rescales(world, job_id)) <= said[job_id] + 1

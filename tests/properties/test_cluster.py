@@ -13,6 +13,8 @@ from jobsched.core import explain, invariants
 from jobsched.core.cluster import Cluster
 from jobsched.core.job import Job, Phase
 from jobsched.core.lifecycle import LEGAL, Illegal, evolve_job
+from jobsched.core.observation import Progress
+from jobsched.core.policies.elasticity import Elasticity
 from jobsched.core.policies.fairness import FairShare
 from jobsched.core.policies.victims import Preemption
 from jobsched.core.resources import JobId
@@ -23,12 +25,16 @@ from jobsched.spec.queue import GPUS, QueueSpec
 from tests.world import World, a_gpu_node, a_spec
 
 EXAMPLES = int(os.environ.get("EXAMPLES", 10_000 if os.environ.get("BENCH") == "full" else 20))
-POLICY = Policy(fair=FairShare(3_600_000), preemption=Preemption(min_runtime_ms=500))
+POLICY = Policy(
+    fair=FairShare(3_600_000), preemption=Preemption(min_runtime_ms=500),
+    elastic=Elasticity(every_ms=1_000, restart_ms=100, in_place_ms=10),
+)  # fmt: skip
 QUEUES = (
     QueueSpec.model_validate({"name": "default", "cohort": "lab", "quota": {"gpus": 8}}),
     QueueSpec.model_validate({"name": "small", "cohort": "lab", "quota": {"gpus": 2}, "max_gpus": 3}),
     QueueSpec.model_validate({"name": "spare", "cohort": "lab", "quota": {"gpus": 6}}),
 )
+WISHES = ("cancel", "hold", "release", "restart", "suspend", "scale", "serve")
 QUIET = settings(
     max_examples=EXAMPLES, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
@@ -42,7 +48,7 @@ def specs() -> st.SearchStrategy[JobSpec]:
     )
 
     def build(
-        n: object, g: str | None, ps: int, scope: str, prio: int, queue: str, within: str, spread: str
+        n: object, g: str | None, ps: int | str, scope: str, prio: int, queue: str, within: str, spread: str
     ) -> JobSpec:
         restart = {"scope": scope, "max": 2}
         worker: dict[str, object] = {"command": "w", "replicas": n, "cpu": "500m", "restart": restart}
@@ -55,9 +61,9 @@ def specs() -> st.SearchStrategy[JobSpec]:
         return a_spec(roles=roles, priority=prio, queue=queue, placement=placement)
 
     return st.builds(
-        build, count, gpu, st.integers(0, 2), st.sampled_from(["replica", "role", "job"]), st.integers(0, 2),
-        st.sampled_from(["default", "small"]), st.sampled_from(["", "", "node", "rack"]),
-        st.sampled_from(["", "", "node"]),
+        build, count, gpu, st.sampled_from([0, 0, 1, 2, "1..2", "1..3"]),
+        st.sampled_from(["replica", "role", "job"]), st.integers(0, 2), st.sampled_from(["default", "small"]),
+        st.sampled_from(["", "", "node", "rack"]), st.sampled_from(["", "", "node"]),
     )  # fmt: skip
 
 
@@ -97,24 +103,40 @@ class Life(RuleBasedStateMachine):
     def pass_time(self, times: int, step: int) -> None:
         self.world.tick(times, step)
 
-    @rule(pick=st.integers(0, 50), what=st.sampled_from(["cancel", "hold", "release", "restart", "suspend", "scale"]))
+    @rule(pick=st.integers(0, 50), what=st.sampled_from(WISHES))
     def wish(self, pick: int, what: str) -> None:
         job_id = self.some(pick)
         if job_id is None:
             return
         now = self.world.clock.now_ms()
         job = self.world.job(job_id)
-        high = job.spec.roles["worker"].replicas.max
-        low = job.spec.roles["worker"].replicas.min
+        bounds = {name: job.spec.roles[name].replicas for name in ("worker", "ps") if name in job.spec.roles}
+        wanted = {name: each.min + pick % (each.max - each.min + 1) for name, each in bounds.items()}
+        if what == "serve" and "ps" not in wanted:
+            return
         event: ev.JobEvent = {
             "cancel": ev.JobCancelRequested(now, job_id, "u"),
             "hold": ev.JobHeld(now, job_id, "u"),
             "suspend": ev.JobHeld(now, job_id, "u", stop=True),
             "release": ev.JobReleased(now, job_id, "u"),
             "restart": ev.JobRestartRequested(now, job_id, "u"),
-            "scale": ev.JobScaled(now, job_id, "u", {"worker": low + pick % (high - low + 1)}),
+            "scale": ev.JobScaled(now, job_id, "u", {"worker": wanted["worker"]}),
+            "serve": ev.JobScaled(now, job_id, "u", {"ps": wanted.get("ps", 0)}),
         }[what]
         self.world.wish(event)
+
+    @rule(step_s=st.sampled_from([0.1, 0.5]), part=st.sampled_from([0.0, 0.1, 0.5, 0.9]), apart=st.booleans())
+    def report(self, step_s: float, part: float, apart: bool) -> None:
+        """Everybody who trains says how fast it goes, which may make no sense at all."""
+        self.serial += 1
+        for key in sorted(self.world.engine.alive()):
+            job_id, _, role, *_ = key.split("/")
+            if role == "worker":
+                bound = [r for r in self.world.job(JobId(job_id)).replicas.values() if r.binding is not None]
+                metrics = (("asynchronous", float(apart)), ("step_s", step_s), ("sync_s", part * step_s))
+                workers = sum(r.role == "worker" for r in bound)
+                self.world.engine.tell(key, Progress(self.serial, 1_000, world_size=workers, metrics=metrics))
+        self.world.tick(2, 500)
 
     @rule(pick=st.integers(0, 50), how=st.sampled_from(["kill", "remove", "hang"]))
     def fault(self, pick: int, how: str) -> None:
@@ -149,7 +171,7 @@ class Life(RuleBasedStateMachine):
             return
         cluster, now = self.world.cluster, self.world.clock.now_ms()
         nominated = {job_id: dict(victims) for job_id, victims in cluster.nominated.items()}
-        plans = []
+        plans, scratch = [], (dict(cluster.targets), cluster.resize_ms)
         for _ in range(2):
             for line in cluster.lines.values():
                 line.blocked_at = line.refused_at = -1
@@ -157,6 +179,7 @@ class Life(RuleBasedStateMachine):
                 cluster.growing[job_id] = -1
             cluster.nominated = {job_id: dict(victims) for job_id, victims in nominated.items()}
             plans.append(schedule(cluster, now, POLICY).decisions)
+            cluster.targets, cluster.resize_ms = dict(scratch[0]), scratch[1]
         assert plans[0] == plans[1]
         assert not invariants.check(cluster)
 

@@ -556,7 +556,10 @@ def _why(cluster: Cluster, mover: Mover, size: Size) -> str:
     changes = [f"{name} {had[name]} to {count}" for name, count in _named(mover, size).items() if count != had[name]]
     per_node = max(1, cluster.widest(mover.pool) // mover.gpus)
     before, after = _speed(mover, mover.have, per_node), _speed(mover, size, per_node)
-    return f"{' and '.join(changes)}: predicted {after / before:.2f} times as fast" if before > 0.0 else changes[0]
+    if before <= 0.0:
+        return " and ".join(changes)
+    others = ", where others gain more" if after < before else ""
+    return f"{' and '.join(changes)}: predicted {after / before:.2f} times as fast{others}"
 
 
 # ---- what other steps ask ----
