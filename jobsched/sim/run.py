@@ -105,7 +105,8 @@ class Player:
         job = self._store.job(job_id)
         assert job is not None
         if run is None or run.attempt != job.attempt:
-            self.catch_up()
+            if job.attempt > 1:
+                self.catch_up()
             now = self._clock.now_ms()
             rules = self.workload.rules
             start_ms = 0 if rules.pause_everyone else self._arrivals[job_id].work.start_ms
