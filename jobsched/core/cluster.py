@@ -16,7 +16,7 @@ from typing import NamedTuple, assert_never
 
 from jobsched.core import events as ev
 from jobsched.core.job import Asked, Binding, Job, Phase, Replica, ReplicaId, ReplicaState, RoleShape, Shape
-from jobsched.core.ledger import GpuClass, Ledger
+from jobsched.core.ledger import ANY, GpuClass, Ledger
 from jobsched.core.lifecycle import REBINDS, take_evolved
 from jobsched.core.lines import Alike, Line, LineKey, Lines, Place, Rank, all_alike, equal_rank
 from jobsched.core.node import Cordon, Node
@@ -683,7 +683,7 @@ class Cluster:
         changes."""
         if self._capacity is None:
             found = {GPUS: 0, CPU: 0, MEMORY: 0}
-            self._widest = {}
+            self._widest = {ANY: max((node.cpu_milli for node in self.nodes.values()), default=1)}
             for name, node in self.nodes.items():
                 if name in self.lost:
                     continue
@@ -716,7 +716,8 @@ class Cluster:
         return next(iter(kinds)) if len(kinds) == 1 else ""
 
     def widest(self, gpu_class: GpuClass) -> int:
-        """The most GPUs of a class that one node has; 1 when there are none. Kept until a node changes."""
+        """The most GPUs of a class that one node has, 1 when there are none; of `ANY`, CPUs in thousandths. Kept until
+        a node changes."""
         self.capacity()
         return self._widest.get(gpu_class, 1)
 

@@ -29,11 +29,11 @@ def shape_of_job(job: Job) -> Shape:
 
 
 def sized_roles(spec: JobSpec) -> tuple[str, str]:
-    """The roles whose numbers `policies.elasticity` decides together: the first training role with a range and whole
-    GPUs, or, where only the servers have a range, with whole GPUs; and `ps`, "" where there is none. Both "": nothing
-    of the job is elastic."""
-    whole = [name for name in training_roles(spec)
-             if (gpu := spec.roles[name].gpu) is not None and gpu.milli >= WHOLE_GPU]  # fmt: skip
+    """The roles whose numbers `policies.elasticity` decides together: the first training role with a range, or, where
+    only the servers have one, the first, those with whole GPUs before those without any; and `ps`, "" where there is
+    none. Both "": nothing of the job is elastic. Roles with shares of GPUs do not count."""
+    gpus = {name: gpu.milli if (gpu := spec.roles[name].gpu) is not None else 0 for name in training_roles(spec)}
+    whole = [name for name in gpus if gpus[name] >= WHOLE_GPU] + [name for name in gpus if not gpus[name]]
     elastic = [name for name in whole if spec.roles[name].replicas.elastic]
     servers = "ps" if "ps" in spec.roles else ""
     if elastic:

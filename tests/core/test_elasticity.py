@@ -407,6 +407,34 @@ def test_servers_give_their_cpus_to_a_gang_that_waits() -> None:
     assert any(text.startswith("ps 4 to 1: predicted 0.") for text in rescales(world, job_id))
 
 
+@pytest.mark.parametrize("scope", ["replica", "job"])
+def test_jobs_without_gpus_divide_cpus(scope: str) -> None:
+    """Two like jobs on 16 CPUs: one alone takes what it can use, then both share, then a gang gets its part."""
+    world = World(nodes=2, gpus=0)
+    world.boot(Policy(elastic=HOW))
+    for _ in range(2):
+        world.submit(a_spec(roles={"worker": {"command": "x", "cpu": 56}}))
+    world.tick(3)
+
+    def a_cpu_job() -> Serving:
+        free = {"min": 1, "max": 8, "prefer": 1}
+        worker = {"command": "x", "cpu": 1, "replicas": free, "restart": {"scope": scope}}
+        roles = {"ps": {"command": "x", "cpu": 1, "replicas": free}, "worker": worker}
+        return Serving(world, world.submit(a_spec(roles=roles, heartbeat_timeout=0)), 0.1, 0.1)
+
+    first = a_cpu_job()
+    serve(world, first, seconds=30)
+    assert counts(world, first.job_id) == (8, 8)
+    second = a_cpu_job()
+    serve(world, first, second, seconds=30)
+    shared = [counts(world, job.job_id) for job in (first, second)]
+    assert all(workers >= 3 and servers >= 2 for workers, servers in shared), shared
+    assert sum(map(sum, shared)) <= 16
+    gang = world.submit(a_spec(roles={"worker": {"command": "x", "cpu": 1, "replicas": 4}}))
+    serve(world, first, second, seconds=30)
+    assert world.job(gang).phase is Phase.RUNNING
+
+
 def test_what_was_learned_of_servers_survives_a_new_leader_and_users_pin_either_number() -> None:
     world = a_world()
     free = {"min": 1, "max": 4, "prefer": 1}

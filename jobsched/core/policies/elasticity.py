@@ -115,8 +115,13 @@ class Mover:
 
     @property
     def gpus(self) -> int:
-        """Of one replica."""
-        return self.role.gpu_milli // WHOLE_GPU
+        """Of one replica; one that needs none counts as if it had one."""
+        return max(1, self.role.gpu_milli // WHOLE_GPU)
+
+    def per_node(self, cluster: Cluster) -> int:
+        """Most replicas on one node."""
+        each = self.role.cpu_milli if self.pool == ANY else self.gpus
+        return max(1, cluster.widest(self.pool) // max(1, each))
 
     def takes(self, size: Size) -> Resources:
         """What so many replicas and servers take."""
@@ -196,9 +201,9 @@ def _mover(cluster: Cluster, job: Job, now_ms: int, how: Elasticity) -> Mover | 
         return None
     first, nodes = trains[0], len({binding.node for binding in trains})
     space = cluster.ledger.spaces.get(first.node)
-    if space is None or not first.gpus or first.gpus[0].gpu not in space.gpu_class:
+    if space is None or any(share.gpu not in space.gpu_class for share in first.gpus):
         return None
-    pool = space.gpu_class[first.gpus[0].gpu]
+    pool = space.gpu_class[first.gpus[0].gpu] if first.gpus else ANY
     limits = [(have[0], have[0]), (have[1], have[1])]
     for place, (each, tried) in enumerate(zip((role, servers), model.most_tried, strict=True)):
         if each is not None and _elastic(job, each.role) and each.role not in job.wanted:
@@ -217,11 +222,13 @@ def _newcomer(cluster: Cluster, job: Job, now_ms: int, how: Elasticity) -> Mover
     shape = admit(cluster, job, now_ms)
     if isinstance(shape, Refused):
         return None
-    devices = [role for role in shape.roles if role.gpu_milli]
+    devices = [role for role in shape.roles if role.gpu_milli] or [r for r in shape.roles if r.role != "ps"]
     (name, serves), model = sized_roles(job.spec), cluster.speeds.get(job.id)
     role = next((r for r in devices if r.role == name), devices[0] if len(devices) == 1 else None)
-    pools = cluster.ledger.matching(role) if role is not None and role.gpu_milli >= WHOLE_GPU else ()
-    if role is None or not pools:
+    if role is None or 0 < role.gpu_milli < WHOLE_GPU:
+        return None
+    pools = cluster.ledger.matching(role) if role.gpu_milli else (ANY,)
+    if not pools:
         return None
     servers = _role(shape, serves) if serves else None
     limits = [(role.min, role.min), (servers.min, servers.min) if servers is not None else (0, 0)]
@@ -266,7 +273,7 @@ def _options(
     those with more servers that bring next to nothing. `kept`: of the speed, after a change in place and after one by a
     restart."""
     weight = (mover.job.gpu_time(now_ms) / (1_000 * WHOLE_GPU) + LITTLE_GPU_S) ** -FAVOUR
-    per_node = max(1, cluster.widest(mover.pool) // mover.gpus)
+    per_node = mover.per_node(cluster)
     numbers = _candidate_sizes(*limits[1], SERVERS_CLOSE, mover.have[1]) if limits[1][1] else [0]
     found: list[Option] = []
     for count in _candidate_sizes(*limits[0], per_node, mover.have[0]):
@@ -317,10 +324,10 @@ def _sizes(movers: Sequence[Mover], free: Amounts) -> dict[JobId, Size]:
     """The size of each job: within a pool higher priorities choose first, among what the minima of the lower leave.
     CPUs and memory that one pool's jobs leave are there for those of the next."""
     sizes: dict[JobId, Size] = {}
-    hosts = free[ANY]
+    hosts, gpus = free[ANY], {**free, ANY: NOTHING}
     for pool in dict.fromkeys(mover.pool for mover in movers):
         mine = [mover for mover in movers if mover.pool == pool]
-        left = hosts + free.get(pool, NOTHING) + _sum(mover.takes(mover.have) for mover in mine)
+        left = hosts + gpus.get(pool, NOTHING) + _sum(mover.takes(mover.have) for mover in mine)
         kept = _sum(mover.takes(mover.low) for mover in mine if any(mover.have))
         for priority in sorted({mover.job.priority for mover in mine}, reverse=True):
             group = [mover for mover in mine if mover.job.priority == priority]
@@ -554,7 +561,7 @@ def _why(cluster: Cluster, mover: Mover, size: Size) -> str:
     """`ps 1 to 2: predicted 1.31 times as fast`."""
     had = _named(mover, mover.have)
     changes = [f"{name} {had[name]} to {count}" for name, count in _named(mover, size).items() if count != had[name]]
-    per_node = max(1, cluster.widest(mover.pool) // mover.gpus)
+    per_node = mover.per_node(cluster)
     before, after = _speed(mover, mover.have, per_node), _speed(mover, size, per_node)
     if before <= 0.0:
         return " and ".join(changes)
