@@ -406,6 +406,8 @@ def _reserve(run: Pass, how: Backfill, job: Job, shape: Shape, key: OrderKey) ->
     mine = run.cluster.reservations.get(job.id)
     if mine is not None and mine.seats and mine.at_ms > run.now_ms:
         return
+    if mine is None and run.sated:
+        return
     others = [claim for claim in run.claims if claim.seats and claim is not mine]
     if len(others) >= how.depth:
         return

@@ -8,7 +8,7 @@ what a victim holds is free only once its replicas are gone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from jobsched.core import events as ev
@@ -170,6 +170,7 @@ class _Wanted:
     """Set: it must have exactly these seats, as others go elsewhere for it."""
 
 
+_Bookings = Sequence[tuple[Binding, RoleShape]]
 _Held = dict[JobId, list[tuple[Binding, RoleShape]]]
 
 
@@ -215,53 +216,83 @@ def _choose_beside(
     after it, of as few of the last as it needs. Leaves the ledger as it was.
 
     O(turns + waiting shapes * log(running) placements); one that fits nowhere is tried once per shape."""
-    ledger = cluster.ledger
-    start = ledger.mark()
+    start = cluster.ledger.mark()
     for job_id, bookings in held.items():
         if cluster.jobs[job_id].phase is Phase.STOPPING:
             lend(cluster, bookings)
-    wanted: dict[JobId, _Wanted] = {}
-    too_big: set[tuple[int, str]] = set()
     last = [turn.job.id for turn in reversed(turns) if turn.job.id in held]
-    """Who runs and still has its seats, worst first."""
     kinds = {job_id: _kinds(cluster, held[job_id]) for job_id in last} if any(turn.kind for turn in turns) else {}
-    lent: set[JobId] = set()
+    seats = _Seats(cluster, held, score, admit, last, kinds)
+    wanted: dict[JobId, _Wanted] = {}
     for turn in turns:
-        job, mine = turn.job, held.get(turn.job.id)
-        shape, gang = cluster.shape(job), None
-        if mine is not None and job.id not in lent:
-            last.pop()
-        if mine is None or (turn.kind and kinds[job.id] != (turn.kind,)):
-            asked = (id(shape), turn.kind)
-            admitted = admit(job) if asked not in too_big else None
-            if isinstance(admitted, Shape):
-                shape = of_kind(admitted, turn.kind)
-                near = [other for other in last if turn.kind in kinds[other]] if turn.kind else last
-                victims, gang = _fewest_victims(cluster, shape, near, held, score)
-                if gang is None:  # less and less is free, and fewer and fewer stand after
-                    too_big.add(asked)
-            if gang is not None:
-                leave = dict.fromkeys(near[:victims])
-                lent.update(leave)
-                last = [other for other in last if other not in leave] if leave else last
-                if mine is not None and job.id not in lent:
-                    lend(cluster, mine)
-                wanted[job.id] = _Wanted(shape, gang.bindings)
-                booked(job, gang.bindings)
-                continue
-            if mine is None:
-                continue
-        gang = None
-        if turn.gather and job.id not in lent:
-            gang = gather(cluster, of_kind(cluster.shape(job), turn.kind), mine, score)
-        if gang is None and job.id in lent and not _sit_again(cluster, mine):
-            continue
-        bindings = gang.bindings if gang is not None else tuple(binding for binding, _ in mine)
-        wanted[job.id] = _Wanted(cluster.shape(job), bindings)
-        booked(job, bindings)
+        found = seats.of(turn)
+        if found is not None:
+            wanted[turn.job.id] = found
+            booked(turn.job, found.bindings)
     _exchange(cluster, turns, held, wanted, score)
-    ledger.rollback(start)
+    cluster.ledger.rollback(start)
     return wanted
+
+
+@dataclass(slots=True)
+class _Seats:
+    """Who sits where, as one turn after the other is given its seats."""
+
+    cluster: Cluster
+    held: _Held
+    score: Score
+    admit: Admit
+    last: list[JobId]
+    """Who runs and still has its seats, worst first."""
+    kinds: dict[JobId, tuple[str, ...]]
+    """On which GPUs each of them runs, where that matters."""
+    lent: set[JobId] = field(default_factory=set)
+    """Who had to give up its seats."""
+    too_big: set[tuple[int, str]] = field(default_factory=set)
+    """(Shape, kind) that fitted nowhere: less and less is free, and fewer and fewer stand after."""
+
+    def of(self, turn: Turn) -> _Wanted | None:
+        """Where a job would run; None: nowhere."""
+        job_id, mine = turn.job.id, self.held.get(turn.job.id)
+        if mine is None:
+            return self._anew(turn)
+        if job_id not in self.lent:
+            self.last.pop()
+        elsewhere = self._anew(turn) if turn.kind and self.kinds[job_id] != (turn.kind,) else None
+        if elsewhere is None:
+            return self._here(turn, mine)
+        if job_id not in self.lent:
+            lend(self.cluster, mine)
+        return elsewhere
+
+    def _anew(self, turn: Turn) -> _Wanted | None:
+        """In free seats, else in those of as few of the last as it needs."""
+        asked = (id(self.cluster.shape(turn.job)), turn.kind)
+        admitted = self.admit(turn.job) if asked not in self.too_big else None
+        if not isinstance(admitted, Shape):
+            return None
+        shape = of_kind(admitted, turn.kind)
+        near = [job_id for job_id in self.last if turn.kind in self.kinds[job_id]] if turn.kind else self.last
+        victims, gang = _fewest_victims(self.cluster, shape, near, self.held, self.score)
+        if gang is None:
+            self.too_big.add(asked)
+            return None
+        if victims:
+            leave = dict.fromkeys(near[:victims])
+            self.lent.update(leave)
+            self.last = [job_id for job_id in self.last if job_id not in leave]
+        return _Wanted(shape, gang.bindings)
+
+    def _here(self, turn: Turn, mine: _Bookings) -> _Wanted | None:
+        """In its own seats, or on fewer nodes where it gathers; None when others sit there now."""
+        shape, gave_up, gang = self.cluster.shape(turn.job), turn.job.id in self.lent, None
+        if turn.gather and not gave_up:
+            gang = gather(self.cluster, of_kind(shape, turn.kind), mine, self.score)
+        if gang is not None:
+            return _Wanted(shape, gang.bindings)
+        if gave_up and not _sit_again(self.cluster, mine):
+            return None
+        return _Wanted(shape, tuple([binding for binding, _ in mine]))
 
 
 def _exchange(
@@ -298,7 +329,7 @@ def of_kind(shape: Shape, kind: str) -> Shape:
     return replace(shape, roles=tuple(roles))
 
 
-def _kinds(cluster: Cluster, bookings: Sequence[tuple[Binding, RoleShape]]) -> tuple[str, ...]:
+def _kinds(cluster: Cluster, bookings: _Bookings) -> tuple[str, ...]:
     return tuple(dict.fromkeys([cluster.kind_of(binding) for binding, _ in bookings if binding.gpus]))
 
 
@@ -329,7 +360,7 @@ def _fewest_victims(
     return many, seat(0, many)
 
 
-def _sit_again(cluster: Cluster, bookings: Sequence[tuple[Binding, RoleShape]]) -> bool:
+def _sit_again(cluster: Cluster, bookings: _Bookings) -> bool:
     """Give lent seats back to whom they belonged, unless somebody sits there now."""
     ledger = cluster.ledger
     mark = ledger.mark()
