@@ -8,11 +8,12 @@ from math import log
 import pytest
 
 from jobsched.core import events as ev
-from jobsched.core.job import Job, Phase, Reason
+from jobsched.core.job import Binding, Job, Phase, Reason, RoleShape
 from jobsched.core.launch import Launch
+from jobsched.core.ledger import Ledger
 from jobsched.core.policies.fairness import FairShare
 from jobsched.core.policies.ordering import Factors
-from jobsched.core.policies.victims import Preemption, Scope
+from jobsched.core.policies.victims import Candidates, Preemption, Scope
 from jobsched.core.resources import JobId
 from jobsched.core.schedule import Policy
 from jobsched.sim.backend import Script
@@ -329,3 +330,39 @@ def test_limit_per_user_and_paused_and_budget() -> None:
     start = world.clock.now_ms()
     world.run_to_phase(late[0], Phase.RUNNING)
     assert world.clock.now_ms() // 3_600_000 > start // 3_600_000
+
+
+def test_a_pass_costs_what_it_decides_not_lines_times_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs of many shapes look for room among twice as many that run: what leaves is lent about once for all of them,
+    and each candidate is looked at once."""
+
+    def cost(nodes: int) -> tuple[int, int]:
+        world = a_world(QueueSpec(), nodes=nodes)
+        low = submit(world, "default", 8 * nodes)
+        world.tick(4)
+        assert all(world.job(j).phase is Phase.RUNNING for j in low)
+        counts = {"lent": 0, "looked at": 0}
+        lend, affords = Ledger.lend, Candidates._affords
+
+        def counting(ledger: Ledger, binding: Binding, role: RoleShape) -> None:
+            counts["lent"] += 1
+            lend(ledger, binding, role)
+
+        def looking(candidates: Candidates, job: Job, lost_ms: int) -> bool:
+            counts["looked at"] += 1
+            return affords(candidates, job, lost_ms)
+
+        for cpus in range(20):
+            worker = {"command": "w", "gpu": "any:1", "cpu": f"{101 + cpus}m"}
+            submit(world, "default", 1, roles={"worker": worker}, priority=1)
+        with monkeypatch.context() as patched:
+            patched.setattr(Ledger, "lend", counting)
+            patched.setattr(Candidates, "_affords", looking)
+            world.tick()
+        assert len(stops(world)) == 20
+        return counts["lent"], counts["looked at"]
+
+    lent, looked = cost(8)
+    assert lent < 10 * 20
+    assert looked < 2 * 64
+    assert cost(32)[0] < 1.5 * lent, "four times as many run"

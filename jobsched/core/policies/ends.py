@@ -18,7 +18,7 @@ from jobsched.core.resources import JobId
 REVISED = 250
 """Most estimates that are made anew for one question; who is due longest goes first, the others keep what they have."""
 STALE = 1_000
-"""More entries than twice the jobs that run by so many: time to tidy up."""
+"""Twice as many entries as held the last time, and so many more: time to tidy up."""
 
 
 class End(NamedTuple):
@@ -39,6 +39,8 @@ class Ends:
     """Heap."""
     _due: list[tuple[int, End]] = field(default_factory=list)
     """Heap by when the estimate is to be made anew."""
+    _held: int = 0
+    """How many entries held when all were last looked at."""
 
     def begins(self, job_id: JobId) -> None:
         """A job starts or runs."""
@@ -68,7 +70,7 @@ class Ends:
                 found.append(end)
         for end in found:
             heapq.heappush(self._first, end)
-        if len(self._first) > 2 * len(self._of) + STALE:
+        if max(len(self._first), len(self._due)) > 2 * self._held + STALE:
             self._tidy(jobs)
         return found
 
@@ -93,3 +95,4 @@ class Ends:
         self._due = [(end.holds_until_ms, end) for end in self._first]
         heapq.heapify(self._first)
         heapq.heapify(self._due)
+        self._held = len(self._first)
