@@ -669,7 +669,7 @@ def make_room(run: Pass, how: Preemption, line: Line) -> None:
         room.vain[queue] = room.vain.get(queue, 0) + 1
         return
     with room.ahead():
-        leaving = len(room.evicted)
+        leaving, mark = len(room.evicted), cluster.mark()
         for job in run.heads(line):
             if len(run.decisions) + len(found) >= run.policy.batch or leaving >= EVICTIONS:
                 line.blocked_at = -1
@@ -680,8 +680,11 @@ def make_room(run: Pass, how: Preemption, line: Line) -> None:
                 break
             found.append((job, *way))
             leaving += len(way[1])
-        for job, gang, victims in found:
-            if not victims:
+        patient = [(job, gang) for job, gang, victims in found if not victims]
+        if len(patient) == len(found):
+            cluster.rollback(mark)
+        else:
+            for job, gang in patient:
                 room.forgo(job, gang)
     if hunt.wait_ms:
         cluster.ripening[line.key] = hunt.wait_ms
