@@ -689,11 +689,13 @@ def attach_(ctx: click.Context, job: str, view: View) -> int:
 @output_options
 @click.pass_context
 def scale(ctx: click.Context, job: str, counts: Sequence[str], view: View) -> int:
-    """Change how many replicas an elastic role should have.
+    """Change how many replicas an elastic role should have. Parameter servers (role ps) change their number with a new
+    attempt, which goes on from their checkpoints.
 
     \b
-    Example:
+    Examples:
       jobsched scale @last worker=8
+      jobsched scale @last ps=2
     """
     wanted = {}
     for text in counts:
