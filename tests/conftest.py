@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterator
 
@@ -14,6 +15,9 @@ from hypothesis import settings
 # it tests; BENCH=full looks for new ones.
 settings.register_profile("patient", deadline=None, derandomize=os.environ.get("BENCH") != "full")
 settings.load_profile("patient")
+
+# A shell that runs tests in the background has them ignore SIGINT, and what they start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
