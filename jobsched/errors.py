@@ -24,7 +24,7 @@ never members of this tree.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +155,7 @@ class ConfigError(JobschedError):
 
     def __init__(self, message: str = "", *, hint: str = "", problems: Sequence[Problem] = ()) -> None:
         super().__init__(message or _summary(problems), hint=hint)
-        self.problems = tuple(problems)
+        self.problems = tuple([replace(problem, code=self.code) for problem in problems])
 
 
 class JobFailed(JobschedError):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -32,7 +33,8 @@ def test_a_spec_error_shows_what_where_and_what_to_do_for_each_problem() -> None
 def test_problems_travel_on_the_wire(error: JobschedError) -> None:
     body = json.loads(json.dumps(error.to_wire()))
     assert body["code"] == error.code
-    assert tuple(Problem(**p) for p in body["problems"]) == TWO
+    problems = tuple(Problem(**p) for p in body["problems"])
+    assert problems == tuple(replace(problem, code=error.code) for problem in TWO)
 
 
 def test_errors_without_problems() -> None:
