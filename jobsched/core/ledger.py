@@ -252,6 +252,16 @@ class Ledger:
             self._undo.append((binding, role, +1, self.spaces[binding.node].next_port))
         self._book(binding, role, +1)
 
+    def take_all(self, bookings: Iterable[tuple[Binding, RoleShape]]) -> bool:
+        """Inside a trial: book all of these, if exactly these seats are free; else nothing."""
+        mark = self.mark()
+        for binding, role in bookings:
+            if not self.has_room_for(binding, role):
+                self.rollback(mark)
+                return False
+            self.take(binding, role)
+        return True
+
     def lend(self, binding: Binding, role: RoleShape) -> None:
         """Inside a trial: as if a booked replica were gone."""
         assert self._undo is not None

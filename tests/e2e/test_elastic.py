@@ -4,52 +4,24 @@ eight simulated GPUs, all of them in use."""
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
-from jobsched.cli.demo import clear_away
-from jobsched.client import locate
 from jobsched.client.client import Client, JobHandle
 from jobsched.core import events as ev
 from jobsched.core.job import Phase, ReplicaState
 from jobsched.load import load_job_file
+from tests.e2e.conftest import JOBS, PATIENCE_S, until
 
 pytest.importorskip("torch")
 pytestmark = pytest.mark.e2e
 
-JOBS = Path(__file__).parents[2] / "jobs"
-PATIENCE_S = 170.0
 CONFIG = """
 backend:
   local:
     virtual_nodes: [{count: 4, cpu: 16, memory: 64Gi, gpus: "sim-gpu:8"}]
 """
-
-
-@pytest.fixture
-def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
-    for name in ("JOBSCHED_SERVER", "JOBSCHED_OUTPUT"):
-        monkeypatch.delenv(name, raising=False)
-    home = tmp_path / "home"
-    home.mkdir()
-    (home / "server.yaml").write_text(CONFIG)
-    monkeypatch.setenv("JOBSCHED_HOME", str(home))
-    monkeypatch.setenv("JOBSCHED_CONFIG", str(home / "none.toml"))
-    locate.start(home, config=home / "server.yaml")
-    with Client() as found:
-        yield found
-    assert clear_away(home) == []
-
-
-def until(job: JobHandle, holds: Callable[[JobHandle], bool]) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while not holds(job.refresh()):
-        assert not job.state.terminal, (job.state, [line.text for line in job.logs()][-20:])
-        assert time.monotonic() < end, [stored.event for stored in job.events()][-12:]
-        time.sleep(0.1)
 
 
 def trains_with(count: int, step: int) -> Callable[[JobHandle], bool]:

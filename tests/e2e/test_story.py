@@ -14,26 +14,19 @@ from jobsched.client.client import Client, JobHandle
 from jobsched.core import events as ev
 from jobsched.core.job import Phase, Reason
 from jobsched.load import load_job_file
-from tests.e2e.test_elastic import JOBS, PATIENCE_S, client, trains_with, until
+from tests.e2e.conftest import JOBS, PATIENCE_S, until
+from tests.e2e.test_elastic import CONFIG as FOUR_NODES
+from tests.e2e.test_elastic import trains_with
 
 pytest.importorskip("torch")
 pytestmark = pytest.mark.e2e
-__all__ = ["client"]
-
-QUEUES = """
+CONFIG = FOUR_NODES + """
 queues:
   - {name: research, cohort: labs, quota: {gpus: 24}}
   - {name: vision, cohort: labs, quota: {gpus: 8}}
   - {name: nightly, cohort: labs}
 """
 LIMIT_S = 25
-
-
-@pytest.fixture(autouse=True)
-def queues(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.e2e import test_elastic
-
-    monkeypatch.setattr(test_elastic, "CONFIG", test_elastic.CONFIG + QUEUES)
 
 
 def sleeping(

@@ -581,9 +581,9 @@ def start_gang(cluster: Cluster, job: Job, shape: Shape, now_ms: int) -> Gang | 
     for name, wanted in target.sizes:
         kinds = roles[name].gpu_kinds
         counts[name] = more(cluster, job, roles[name], wanted, kinds[0] if len(kinds) == 1 else "", now_ms)
-    if tuple(counts.items()) == target.sizes and _all_free(cluster, job, target):
-        for binding in target.bindings:
-            cluster.ledger.take(binding, roles[binding.role])
+    seats = [(binding, roles[binding.role]) for binding in target.bindings if cluster.usable(binding.node)]
+    whole = bool(seats) and len(seats) == len(target.bindings) and tuple(counts.items()) == target.sizes
+    if whole and cluster.ledger.take_all(seats):
         return Gang(target.bindings, target.coordinator_port)
     first = roles[target.sizes[0][0]]
     if in_motion(cluster):
@@ -603,19 +603,3 @@ def _fewer(counts: Mapping[str, int], roles: Mapping[str, RoleShape], first: Rol
         yield {**counts, first.role: count}
         if any(least[name] != counts[name] for name in counts if name != first.role):
             yield {**least, first.role: count}
-
-
-def _all_free(cluster: Cluster, job: Job, target: Target) -> bool:
-    cpu: dict[str, int] = {}
-    memory: dict[str, int] = {}
-    for binding in target.bindings:
-        space, role = cluster.ledger.spaces.get(binding.node), job.spec.roles[binding.role]
-        if space is None or not cluster.usable(binding.node) or space.ports_used.intersection(binding.ports):
-            return False
-        cpu[binding.node] = cpu.get(binding.node, 0) + role.cpu
-        memory[binding.node] = memory.get(binding.node, 0) + role.memory
-        if any(space.gpu_free.get(s.gpu, 0) < s.milli for s in binding.gpus):
-            return False
-        if cpu[binding.node] > space.cpu_milli or memory[binding.node] > space.memory_bytes:
-            return False
-    return bool(target.bindings)

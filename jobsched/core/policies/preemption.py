@@ -361,17 +361,10 @@ def _fewest_victims(
 
 
 def _sit_again(cluster: Cluster, bookings: _Bookings) -> bool:
-    """Give lent seats back to whom they belonged, unless somebody sits there now."""
+    """Give lent seats back to whom they belonged, unless somebody sits there now. Where a node is gone, and the job
+    with it, that is not ours to decide."""
     ledger = cluster.ledger
-    mark = ledger.mark()
-    for binding, role in bookings:
-        if binding.node not in ledger.spaces:
-            continue  # the node is gone, and the job with it: not ours to decide
-        if not ledger.has_room_for(binding, role):
-            ledger.rollback(mark)
-            return False
-        ledger.take(binding, role)
-    return True
+    return ledger.take_all([(binding, role) for binding, role in bookings if binding.node in ledger.spaces])
 
 
 def _fits_beside(
