@@ -79,7 +79,10 @@ def learn_speed(cluster: Cluster, job: Job, progress: JobProgress, now_ms: int) 
         return ()
     model = cluster.speeds.setdefault(job.id, SpeedModel())
     model.note(report)
-    model.passed((trains, len(bound) - trains), progress.step, progress.total, now_ms)
+    pause = model.passed(job.attempt, (trains, len(bound) - trains), progress.step, progress.total, now_ms)
+    if pause is not None and job.failed_at_ms < pause.since_ms:
+        took_ms = pause.took_ms if pause.in_place else max(0, pause.took_ms - job.waited_ms)
+        cluster.pauses.note(job, pause.in_place, took_ms)
     return ((NODES, float(nodes)), (SERVERS, float(len(bound) - trains)))
 
 

@@ -27,6 +27,7 @@ from jobsched.core.policies.fragmentation import Learned, Mix
 from jobsched.core.policies.goodput import SpeedModel
 from jobsched.core.policies.paces import Paces
 from jobsched.core.policies.parts import Crowd, Parts, PoolKey, pool_key
+from jobsched.core.policies.pauses import Pauses
 from jobsched.core.policies.quota import Amounts, Quotas, amounts_of
 from jobsched.core.policies.ranking import Pool
 from jobsched.core.pools import BY as POOLS
@@ -161,6 +162,8 @@ class Cluster:
     """Active jobs whose size `policies.elasticity` may decide."""
     speeds: dict[JobId, SpeedModel] = field(default_factory=dict)
     """What live jobs have shown of their speed; fed by `controller.telemetry`."""
+    pauses: Pauses = field(default_factory=Pauses)
+    """What changes of size cost, learned from those that were made."""
     targets: dict[JobId, Target] = field(default_factory=dict)
     """Sizes found in the last rebalancing; scratch of `policies.elasticity`. Absent: as the spec prefers."""
     resize_ms: int = 0

@@ -273,6 +273,8 @@ class Job:
     gpu_since_ms: int = 0
     first_started_at_ms: int = 0
     attempt_started_at_ms: int = 0
+    waited_ms: int = 0
+    """How long the current or last attempt waited for its places."""
     ran_ms: int = 0
     """Run time of ended attempts, from all replicas running to STOPPING."""
     running_since_ms: int = 0

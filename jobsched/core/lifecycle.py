@@ -223,6 +223,7 @@ def _placed(job: Job, e: ev.AttemptPlaced) -> Changes:
         "replicas": {b.id: Replica(b.role, b.index, b) for b in e.bindings},
         "coordinator_port": e.coordinator_port,
         "attempt_started_at_ms": e.at_ms,
+        "waited_ms": max(0, e.at_ms - job.phase_since_ms),
         "first_placed_at_ms": job.first_placed_at_ms or e.at_ms,
         "not_before_ms": 0,
         "asked": None,

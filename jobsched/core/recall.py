@@ -2,7 +2,8 @@
 
 Use that is over (fair shares, budgets), learned run times, the usual mix of requests: these follow from the log, and a
 `Recall` says what they were at one place of it, so that the next leader folds only what came after instead of
-everything. And paces by kind of GPU, which jobs reported and no log holds. Written and read by the controller.
+everything. And paces by kind of GPU and what changes of size cost, which jobs reported and no log holds. Written and
+read by the controller.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from jobsched.core.node import Node
 from jobsched.core.policies.estimate import Estimates, Noted
 from jobsched.core.policies.fragmentation import Mix, MixNote
 from jobsched.core.policies.paces import Paces, PacesNote
+from jobsched.core.policies.pauses import Pauses, PausesNote
 from jobsched.core.policies.quota import AccountNote, Amounts, Quotas, amounts_of
 from jobsched.core.resources import JobId, NodeName
 from jobsched.core.shape import shape_of
@@ -49,6 +51,7 @@ class Recall:
     estimates: Noted
     mix: MixNote
     paces: PacesNote = field(default_factory=PacesNote)
+    pauses: PausesNote = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +62,14 @@ class Recalled:
     quotas: Quotas
     mix: Mix
     paces: Paces
+    pauses: Pauses
 
     def give(self, cluster: Cluster) -> None:
         """To a cluster that was made with these estimates."""
         quotas = cluster.quotas
         quotas.half_life_ms, quotas.entry_ms = self.quotas.half_life_ms, self.quotas.entry_ms
         quotas.recall(self.quotas.noted())
-        cluster.mix, cluster.paces = self.mix, self.paces
+        cluster.mix, cluster.paces, cluster.pauses = self.mix, self.paces, self.pauses
 
 
 def note(cluster: Cluster, now_ms: int) -> Recall:
@@ -78,6 +82,7 @@ def note(cluster: Cluster, now_ms: int) -> Recall:
     return Recall(
         cluster.seq, tuple(cluster.queues.values()), quotas.noted(), held, quotas.half_life_ms, quotas.entry_ms,
         cluster.estimates.noted(now_ms), cluster.mix.noted(), cluster.paces.noted(),
+        cluster.pauses.noted(),
     )  # fmt: skip
 
 
@@ -111,7 +116,7 @@ def recall(
                     estimates.ended(job)
             case _:
                 pass
-    return Recalled(estimates, quotas, mix, paces)
+    return Recalled(estimates, quotas, mix, paces, Pauses.of(noted.pauses))
 
 
 class _Books:

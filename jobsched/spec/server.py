@@ -514,7 +514,8 @@ class ElasticConfig(SpecModel):
     horizon: Annotated[DurationMs, Field(ge=1_000)] = 300_000
     """A change must pay for itself within this time, or before the job's end."""
     restart: DurationMs = 30_000
-    """What a change costs at least where the job has to start again: time without progress."""
+    """What a change costs where the job has to start again, time without progress, until that was seen of it or its
+    like."""
     in_place: DurationMs = 5_000
     """And where its replicas come and go in place."""
     growth: Annotated[int, Field(strict=True, ge=2, le=1_000)] = 4

@@ -175,12 +175,12 @@ def test_memory_is_bounded_and_new_measurements_count() -> None:
 
 def test_what_is_left_follows_the_pace_at_the_present_size() -> None:
     model = SpeedModel()
-    model.passed((2, 0), 100, 1_000, 10_000)
+    model.passed(1, (2, 0), 100, 1_000, 10_000)
     assert model.left_ms == float("inf")
-    model.passed((2, 0), 200, 1_000, 20_000)
+    model.passed(1, (2, 0), 200, 1_000, 20_000)
     assert model.left_ms == 80_000
-    model.passed((4, 0), 210, 1_000, 21_000)
-    model.passed((4, 0), 250, 1_000, 23_000)
+    model.passed(1, (4, 0), 210, 1_000, 21_000)
+    model.passed(1, (4, 0), 250, 1_000, 23_000)
     assert model.left_ms == 750 * 2_000 / 40
-    model.passed((4, 0), 1_000, 1_000, 60_000)
+    model.passed(1, (4, 0), 1_000, 1_000, 60_000)
     assert model.left_ms == 0

@@ -12,10 +12,10 @@ jobs that have had little, because most jobs are short (least attained service; 
 with a price per GPU, found by bisection, at which each job chooses for itself: O(jobs * sizes * log), where Pollux
 evolves populations of whole schedules and Sia solves an integer program.
 
-Nobody moves for little: a job that changes counts as slower by `doubt`, and by what the change costs, spread over
-`horizon_ms`, or over what is left of the job where it reports that. A job is not trusted with more than `growth` times
-the replicas that it was measured with. Minima are never touched, and a job that its user has scaled, or that reports no
-speed, is left as it is. Higher priorities choose first.
+Nobody moves for little: a job that changes counts as slower by `doubt`, and by what the change costs (`pauses`),
+spread over `horizon_ms`, or over what is left of the job where it reports that. A job is not trusted with more than
+`growth` times the replicas that it was measured with. Minima are never touched, and a job that its user has scaled, or
+that reports no speed, is left as it is. Higher priorities choose first.
 
 The number of parameter servers is decided together with that of the workers. Servers need CPUs and memory, seldom GPUs,
 so where these are short, too, a size is priced by its dominant share of what is there (Optimus, EuroSys'18).
@@ -77,7 +77,7 @@ class Elasticity:
     horizon_ms: int = 300_000
     """A change must pay for itself within this time."""
     restart_ms: int = 30_000
-    """What a change costs where the job has to start again, unless it has shown how long it takes."""
+    """What a change costs where the job has to start again, until it or its like have shown what it does."""
     in_place_ms: int = 5_000
     """And where its replicas come and go in place."""
     doubt: float = 0.1
@@ -213,7 +213,7 @@ def _mover(cluster: Cluster, job: Job, now_ms: int, how: Elasticity) -> Mover | 
             limits[place] = bounds.min, most
     in_place = resizes_in_place(job.spec, name)
     mover = Mover(job, shape, role, servers, pool, have, (limits[0][0], limits[1][0]), (), in_place, model, nodes)
-    kept = _kept_after_change(job, model, True, how), _kept_after_change(job, model, False, how)
+    kept = _kept_after_change(cluster, job, model, True, how), _kept_after_change(cluster, job, model, False, how)
     return replace(mover, options=_options(cluster, mover, limits, kept, now_ms))
 
 
@@ -256,12 +256,13 @@ def _elastic(job: Job, role: str) -> bool:
     return bool(role) and job.spec.roles[role].replicas.elastic
 
 
-def _kept_after_change(job: Job, model: SpeedModel, in_place: bool, how: Elasticity) -> float:
+def _kept_after_change(cluster: Cluster, job: Job, model: SpeedModel, in_place: bool, how: Elasticity) -> float:
     """What is left of a job's speed over the horizon when it changes its size."""
     cost_ms = how.in_place_ms
     if not in_place:
         shown = job.running_since_ms - job.attempt_started_at_ms if job.running_since_ms else 0
         cost_ms = max(how.restart_ms, shown)
+    cost_ms = cluster.pauses.expected_ms(job, in_place, cost_ms)
     horizon_ms = min(how.horizon_ms, model.left_ms)
     return (1.0 - how.doubt) * (1.0 - cost_ms / horizon_ms) if horizon_ms > cost_ms else 0.0
 

@@ -321,6 +321,36 @@ def _solved(matrix: list[list[float]], right: list[float]) -> list[float]:
     return right
 
 
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """How far a job came while one attempt had one size: its first and its last report."""
+
+    attempt: int = 0
+    size: Size = (0, 0)
+    first_step: int = 0
+    first_at_ms: int = 0
+    step: int = 0
+    at_ms: int = 0
+
+    @property
+    def step_ms(self) -> float:
+        """0: not known."""
+        steps, took_ms = self.step - self.first_step, self.at_ms - self.first_at_ms
+        return took_ms / steps if steps > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """What a change of size took."""
+
+    in_place: bool
+    """Without a new attempt."""
+    since_ms: int
+    """The last report before it."""
+    took_ms: int
+    """Time without progress since then."""
+
+
 @dataclass(slots=True)
 class SpeedModel:
     """What is known of one job's speed."""
@@ -334,8 +364,9 @@ class SpeedModel:
     """Time to the end at the pace of late, where the job reports how many steps it will make."""
     _times: dict[Place, int] = field(default_factory=dict)
     """How often each kind was measured."""
-    _pace: tuple[Size, int, int] = ((0, 0), -1, 0)
-    """(size, step, instant) since which the pace is reckoned."""
+    _stretch: Stretch = Stretch()
+    _before: Stretch = Stretch()
+    """The one before that; none once it is known what the change took."""
     _curve: Curve | None = None
     _choices: dict[tuple[int, int, int], tuple[float, float, int]] = field(default_factory=dict)
 
@@ -364,13 +395,20 @@ class SpeedModel:
         self.noise, self.batches = report.noise, report.batches
         self.most_tried = max(self.most_tried[0], report.replicas), max(self.most_tried[1], report.servers)
 
-    def passed(self, size: Size, step: int, total: int, now_ms: int) -> None:
-        """Learn how far the job is. The pace is that since it has had so many replicas."""
-        since, first, began_ms = self._pace
-        if since != size or step < first:
-            self._pace, self.left_ms = (size, step, now_ms), inf
-        elif total >= 0 and step > first and now_ms > began_ms:
-            self.left_ms = max(0, total - step) * (now_ms - began_ms) / (step - first)
+    def passed(self, attempt: int, size: Size, step: int, total: int, now_ms: int) -> Pause | None:
+        """Learn how far the job is. The pace is that since it has had so many replicas. Returns what the change to them
+        took, once that can be told."""
+        now = self._stretch
+        if (now.attempt, now.size) != (attempt, size) or step < now.first_step:
+            self._before, self._stretch, self.left_ms = now, Stretch(attempt, size, step, now_ms, step, now_ms), inf
+            return None
+        self._stretch = now = replace(now, step=step, at_ms=now_ms)
+        if not now.step_ms:
+            return None
+        if total >= 0:
+            self.left_ms = max(0, total - step) * now.step_ms
+        before, self._before = self._before, Stretch()
+        return _pause(before, now) if before.attempt else None
 
     def rate(self, nodes: int, replicas: int, servers: int = 0) -> float:
         """Units of progress a second at the best batch; 0 where no batch is possible."""
@@ -420,3 +458,15 @@ class SpeedModel:
         scale = batch / self.batches.initial
         rest = variance / scale + square
         return (variance + square) / rest if rest > 0.0 else scale
+
+
+def _pause(before: Stretch, after: Stretch) -> Pause | None:
+    """Between two stretches: the time from one report to the next, less what the steps in between took. In place, the
+    old replicas go on for most of that time, so that none of it counts which the slower of both paces accounts for.
+    Steps that were lost and done again do not count either. None: the one did not become the other by a change."""
+    in_place = after.attempt == before.attempt
+    if after.attempt - before.attempt not in (0, 1) or (in_place and after.size == before.size):
+        return None
+    step_ms = max(before.step_ms, after.step_ms) if in_place else after.step_ms
+    worked_ms = max(0, after.first_step - before.step) * step_ms
+    return Pause(in_place, before.at_ms, max(0, round(after.first_at_ms - before.at_ms - worked_ms)))
