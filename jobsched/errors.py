@@ -2,7 +2,7 @@
 
     JobschedError                     E001  500  exit 1
     ├── UsageError                    E100  400  exit 2    flags or arguments that make no sense together
-    ├── SpecError                     E200  422  exit 7    a job file is wrong (carries every problem found)
+    ├── SpecError                     E200  422  exit 7    a job file or trace is wrong (carries every problem found)
     ├── Unplaceable                   E217  422  exit 8    no node of the cluster can ever hold the job
     ├── NotFound                      E300  404  exit 3
     ├── AuthError                     E400  401  exit 4
@@ -31,7 +31,8 @@ from dataclasses import asdict, dataclass, replace
 class Problem:
     """One thing wrong with a document: where it stands, what is wrong, what to do.
 
-    `line` and `column` count from 1; 0 means the document has no position there (for example a Python dict).
+    `line` and `column` count from 1; 0 means the document has no position there (for example a Python dict), or that
+    the whole line is meant.
     """
 
     message: str
@@ -47,7 +48,7 @@ class Problem:
         """`file:line:column` as far as it is known."""
         parts = [self.file or "<spec>"]
         if self.line:
-            parts += [str(self.line), str(self.column)]
+            parts += [str(self.line), str(self.column)] if self.column else [str(self.line)]
         return ":".join(parts)
 
 
@@ -89,7 +90,7 @@ class UsageError(JobschedError):
 
 
 class SpecError(JobschedError):
-    """A job file, queue file or dict is wrong; `problems` holds every one found, in document order."""
+    """A job file, queue file, trace or dict is wrong; `problems` holds every one found, in document order."""
 
     code, http_status, exit_code = "E200", 422, 7
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from jobsched.sim.workload import Workload
 
 SYNTHETIC, SERVED = "synthetic", "served"
+MOST_JOBS = 1_000_000
 FAULT_SPAN_MS = 30 * 86_400_000
 
 
@@ -28,7 +30,7 @@ FAULT_SPAN_MS = 30 * 86_400_000
 @click.option("--policy", metavar="NAME", default="learned", show_default=True, help="Who goes first.")
 @click.option("--compare", metavar="NAME", multiple=True, help="Run this policy too; may be repeated.")
 @click.option("--faults", metavar="SPEC", default="", help="What breaks: all, or node=6h,replica=30m,crash=1h …")
-@click.option("--jobs", type=click.IntRange(0, 1_000_000), default=0, help="Only so many jobs; 0: all.")
+@click.option("--jobs", type=click.IntRange(0, MOST_JOBS), default=0, help="Only so many jobs; 0: all.")
 @click.option("--seed", type=int, default=0, show_default=True, help="All randomness.")
 @click.option("--report", "folder", metavar="DIR", type=click.Path(file_okay=False, path_type=Path),
               help="Write report.html and its plots there.")  # fmt: skip
@@ -49,14 +51,30 @@ def simulate(
       jobsched simulate synthetic --faults all --seed 7
       jobsched simulate served free --policy elastic
     """
+    from jobsched.sim.faults import parse_faults
     from jobsched.sim.report import plotting, write_report
+    from jobsched.sim.run import POLICIES
+    from jobsched.sim.workload import placeable
 
-    if folder is not None:
-        plotting()  # better now than after hours
+    names = tuple(dict.fromkeys((policy, *compare)))
+    if unknown := [name for name in names if name not in POLICIES]:
+        raise UsageError(f"there is no policy {unknown[0]!r}", hint=f"known policies: {', '.join(POLICIES)}")
+    try:
+        means = parse_faults(faults)
+    except ValueError as exc:
+        raise UsageError(str(exc)) from exc
+    if folder is not None:  # better now than after hours
+        plotting()
+        folder.mkdir(parents=True, exist_ok=True)
     results = []
-    for name in dict.fromkeys((policy, *compare)):
-        workload = _workload(fmt, trace, nodes, name, jobs, seed)
-        results.append(_run(workload, name, faults, seed))
+    for name in names:
+        workload, refused = placeable(_workload(fmt, trace, nodes, name, jobs, seed))
+        if refused:
+            render.talk(f"{refused}; left out, as a server refuses them")
+        results.append(_run(workload, name, means, seed))
+        if (left := results[-1].summary.jobs - results[-1].summary.ended) > 0:
+            render.talk(f"{left:,} of {results[-1].summary.jobs:,} jobs never ended under {name}; "
+                        "completion times are those of the others")  # fmt: skip
         if output == "json":
             render.write(json.dumps(results[-1].row()) + "\n")
     if output == "table":
@@ -74,8 +92,9 @@ def _workload(fmt: str, trace: str, nodes: str, policy: str, jobs: int, seed: in
     except ValueError as exc:
         raise UsageError(str(exc)) from exc
     if fmt == SYNTHETIC:
-        size = int(trace) if trace.isdigit() else jobs or 2_000
-        workload = synthetic(size, seed, nodes or "16x8")
+        if trace and not (re.fullmatch("[0-9]{1,9}", trace) and 1 <= int(trace) <= MOST_JOBS):
+            raise UsageError(f"{trace!r} is not a number of jobs", hint=f"1 to {MOST_JOBS:,}; a file needs its format")
+        workload = synthetic(int(trace) if trace else jobs or 2_000, seed, nodes or "16x8")
     elif fmt == SERVED:
         if trace and trace not in RATIOS:
             raise UsageError(f"servers cannot be numbered {trace!r}", hint=f"known ways: {', '.join(RATIOS)}")
@@ -90,20 +109,14 @@ def _workload(fmt: str, trace: str, nodes: str, policy: str, jobs: int, seed: in
     return replace(workload, nodes=cluster) if cluster else workload
 
 
-def _run(workload: Workload, policy: str, faults: str, seed: int) -> Result:
-    from jobsched.sim.faults import Chaos, parse_faults
+def _run(workload: Workload, policy: str, faults: dict[str, int], seed: int) -> Result:
+    from jobsched.sim.faults import Chaos
     from jobsched.sim.run import POLICIES, Simulation
 
-    if policy not in POLICIES:
-        raise UsageError(f"there is no policy {policy!r}", hint=f"known policies: {', '.join(POLICIES)}")
     simulation = Simulation(workload, POLICIES[policy], policy, seed)
     if not faults:
         return _with_progress(simulation)
-    try:
-        spec = parse_faults(faults)
-    except ValueError as exc:
-        raise UsageError(str(exc)) from exc
-    chaos = Chaos(simulation, spec, FAULT_SPAN_MS, replay=" ".join(["jobsched", *sys.argv[1:]]))
+    chaos = Chaos(simulation, faults, FAULT_SPAN_MS, replay=" ".join(["jobsched", *sys.argv[1:]]))
     chaos.run()
     chaos.verify()
     return simulation.result()

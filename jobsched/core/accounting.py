@@ -169,16 +169,19 @@ class Accounts:
 
     @property
     def end_ms(self) -> int:
-        return max((job.ended_ms for job in self.jobs.values()), default=self.start_ms)
+        return max((self.start_ms, *(job.ended_ms for job in self.jobs.values())))
 
     def summary(self) -> Summary:
         jobs = list(self.jobs.values())
         done = [job for job in jobs if job.phase.terminal]
         jct = sorted(job.jct_ms for job in done)
         waits = sorted(job.queue_delay_ms for job in jobs if job.first_placed_ms)
-        begin, end = min((job.submitted_ms for job in jobs), default=0), self.end_ms
+        begin = min((job.submitted_ms for job in jobs), default=self.start_ms)
+        end = max(begin, self.end_ms)
         held = idle_while_waiting = 0
         for (at, milli, waiting), (until, _, _) in zip(self.points, self.points[1:], strict=False):
+            if at >= end:  # what never ended
+                break
             held += milli * (until - at)
             if waiting:
                 idle_while_waiting += (self.capacity_milli - milli) * (until - at)

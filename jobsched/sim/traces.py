@@ -7,13 +7,11 @@ folder per format. Each reader gives the cluster and the rules of its format's p
 
 from __future__ import annotations
 
-import csv
-import gzip
 import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache
@@ -23,9 +21,11 @@ from jobsched.core.node import Node
 from jobsched.core.policies.placement import Score
 from jobsched.core.resources import JobId
 from jobsched.errors import NotFound
+from jobsched.sim.rows import MOST, Row, lines, rows, tabbed, wrong
 from jobsched.sim.throughput import Adaptive, Profile, Profiled, Seats, Steady
-from jobsched.sim.workload import Arrival, Rules, Workload, elastic_spec, gang_spec, make_node, make_nodes
+from jobsched.sim.workload import MOST_GPUS, Arrival, Rules, Workload, elastic_spec, gang_spec, make_node, make_nodes
 from jobsched.spec.job import JobSpec
+from jobsched.spec.quantity import MAX_CPU_MILLI, show
 from jobsched.spec.queue import QueueSpec
 
 DEFAULT_ROOT = Path(__file__).resolve().parents[2].parent / "shared" / "traces"
@@ -49,29 +49,22 @@ def find(fmt: str, name: str) -> Path:
     )
 
 
-def lines(path: Path) -> Iterator[str]:
-    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
-        yield from file
-
-
-def rows(path: Path) -> Iterator[dict[str, str]]:
-    yield from csv.DictReader(lines(path))
-
-
 def philly(name: str = "philly_2017-10", nodes: str = "philly_vc_nodes_load85", estimates: str = "") -> Workload:
     """Philly (ATC'19) with one pool of 8-GPU nodes per virtual cluster, as in Helios (SC'21). `estimates` names a file
     of run times that jobs say they expect, each off by some error; default: the true ones are told to the policies."""
-    sizes = {row["vc"]: int(row["node num"]) for row in rows(find("philly", nodes))}
-    told = [int(row["est_duration_s"]) for row in rows(find("philly", estimates))] if estimates else None
+    sizes = {row["vc"]: row.count("node num", most=100_000) for row in rows(find("philly", nodes))}
+    told = [round(row.number("est_duration_s")) for row in rows(find("philly", estimates))] if estimates else None
     arrivals: list[Arrival] = []
     begin: datetime | None = None
     for place, row in enumerate(rows(find("philly", name))):
         vc = row["cluster"]
         if vc not in sizes:
             continue
-        at = datetime.fromisoformat(row["timestamp"])
+        at = row.instant("timestamp")
         begin = begin or at.replace(hour=0, minute=0, second=0)
-        run_ms, gpus = round(float(row["duration"]) * 1_000), int(row["num_gpus"])
+        run_ms, gpus = round(row.number("duration") * 1_000), row.gpus("num_gpus")
+        if told and place >= len(told):
+            raise row.wrong(f"{estimates} has only {len(told)} estimates")
         spec = gang_spec(gpus, 8, f"vc-{vc}", ("vc", vc))
         if told:
             spec = spec.model_copy(update={"expected": max(0, told[place] * 1_000)})
@@ -109,15 +102,15 @@ def muri(name: str = "trace3", *, counted: bool = False, once: bool = False) -> 
     Tiresias). `once`: the start-up cost is paid at each start, not by everyone at every event as in its simulator."""
     arrivals: list[Arrival] = []
     for row in rows(find("muri", name)):
-        gpus, at_ms = int(row["num_gpu"]), int(row["submit_time"])
-        work_ms = int(row["iterations"]) * int(row["iteration_time"]) * MURI_SLOWDOWN
-        costs = MURI_START_S[row["model_name"]]
+        gpus, at_ms, steps = row.gpus("num_gpu", most=32), row.count("submit_time"), row.count("iterations")
+        work_ms = min(MOST, steps * row.count("iteration_time")) * MURI_SLOWDOWN
+        costs = row.one_of("model_name", MURI_START_S)
         arrivals.append(
             Arrival(
                 at_ms=at_ms,
                 job_id=JobId(f"{len(arrivals):06}"),
                 spec=gang_spec(gpus, 64 if counted else 8),
-                work=Steady(work_ms, 1_000 * costs[gpus.bit_length() - 1], steps=int(row["iterations"])),
+                work=Steady(work_ms, 1_000 * costs[gpus.bit_length() - 1], steps=steps),
                 told_ms=round(work_ms),
                 family=f"{row['model_name']}/{row['batch_size']}/{gpus}",
             )
@@ -133,6 +126,8 @@ def muri(name: str = "trace3", *, counted: bool = False, once: bool = False) -> 
 
 
 POLLUX_EPOCHS = {"bert": 2, "cifar10": 100, "ncf": 10, "imagenet": 90, "deepspeech2": 80, "yolov3": 50}
+ANY = 1e300
+"""Largest that is only compared and divided."""
 POLLUX_MAX_LOCAL_BATCH = {"yolov3": 8}
 Curve = tuple[tuple[float, float, float], ...]
 
@@ -146,10 +141,10 @@ def pollux_profile(app: str) -> Profile:
         by_placement[row["placement"]].append(_step_point(row))
     by_size: defaultdict[tuple[int, int], list[tuple[float, float, float]]] = defaultdict(list)
     for row in rows(find("pollux", f"{folder}/scalability")):
-        by_size[int(float(row["num_nodes"])), int(float(row["num_replicas"]))].append(_step_point(row))
+        by_size[row.count("num_nodes"), row.count("num_replicas")].append(_step_point(row))
     epochs = {
         int(path.name.split("-")[1].split(".")[0]): tuple(
-            (float(row["progress"]), float(row["grad_sqr"]), float(row["grad_var"])) for row in rows(path)
+            (row.number("progress"), row.number("grad_sqr", ANY), row.number("grad_var", ANY)) for row in rows(path)
         )
         for path in sorted((root() / "pollux" / folder).glob("validation-*.csv*"))
     }
@@ -182,8 +177,8 @@ def _means_by_size(
     }  # fmt: skip
 
 
-def _step_point(row: dict[str, str]) -> tuple[float, float, float]:
-    return float(row["local_bsz"]), float(row["step_time"]), float(row["sync_time"])
+def _step_point(row: Row) -> tuple[float, float, float]:
+    return row.number("local_bsz"), row.number("step_time"), row.number("sync_time")
 
 
 POLLUX_FIXED_BATCH = {"ncf": 32_768}
@@ -196,10 +191,11 @@ def pollux(name: str = "workload-1.0_6", elastic: bool = False) -> Workload:
     and their batch, as in the paper's own runs of Pollux."""
     arrivals = []
     for place, row in enumerate(rows(find("pollux", name))):
-        profile, gpus, batch = pollux_profile(row["application"]), int(row["num_replicas"]), int(row["batch_size"])
+        row.one_of("application", POLLUX_EPOCHS)
+        profile, gpus, batch = pollux_profile(row["application"]), row.gpus("num_replicas"), row.count("batch_size", 1)
         arrivals.append(
             Arrival(
-                at_ms=1_000 * int(row["time"]),
+                at_ms=1_000 * row.count("time"),
                 job_id=JobId(f"{place:06}"),
                 spec=elastic_spec(_pollux_most(profile)) if elastic else gang_spec(gpus, 4, single=True),
                 work=_pollux_adaptive(profile) if elastic else Profiled(profile, batch),
@@ -232,7 +228,7 @@ def _pollux_most(profile: Profile) -> int:
 def tiresias(name: str = "60_job") -> Workload:
     """The smoke-test trace of Tiresias (NSDI'19), on 15 nodes of 4 GPUs as its testbed."""
     arrivals = [
-        _steady(place, float(row["submit_time"]), float(row["duration"]), int(row["num_gpu"]), 4, row["model_name"])
+        _steady(place, row.number("submit_time"), row.number("duration"), row.gpus("num_gpu"), 4, row["model_name"])
         for place, row in enumerate(rows(find("tiresias", name)))
     ]
     return Workload(name, tuple(arrivals), make_nodes("15x4"), rules=Rules(repack=True, whole_seconds=True))
@@ -243,12 +239,13 @@ def chronus(name: str = "trace_job_Philly_MIX1", unit_s: float = 60.0) -> Worklo
     ask for no GPU are dropped."""
     arrivals = []
     for place, row in enumerate(rows(find("chronus", name))):
-        gpus, at_s = int(row["num_gpu"]), unit_s * float(row["submit_time"])
+        gpus, at_s = row.gpus("num_gpu", least=0), unit_s * row.number("submit_time")
         if not gpus:
             continue
-        arrival = _steady(place, at_s, unit_s * float(row["duration"]), gpus, 8, row["model_name"], row["user"])
+        arrival = _steady(place, at_s, unit_s * row.number("duration"), gpus, 8, row["model_name"], row["user"])
         if row["best_effort"] == "0":
-            arrival = arrival.by(at_s + unit_s * float(row["expect_time_list"].split("-")[0]))
+            first = replace(row, cells={"expect_time_list": row["expect_time_list"].split("-")[0]})
+            arrival = arrival.by(at_s + unit_s * first.number("expect_time_list"))
         arrivals.append(arrival)
     return Workload(name, tuple(arrivals), make_nodes("100x8"))
 
@@ -256,27 +253,37 @@ def chronus(name: str = "trace_job_Philly_MIX1", unit_s: float = 60.0) -> Worklo
 def elasticflow(name: str = "elasticVpollux_e", kind: str = "A100") -> Workload:
     """ElasticFlow (ASPLOS'23): 16 nodes of 8 GPUs, jobs with absolute deadlines; the first arrival is the start."""
     table = list(rows(find("elasticflow", name)))
-    begin = min(float(row["submit_time"]) for row in table)
+    begin = min((row.number("submit_time") for row in table), default=0.0)
     arrivals = [
         _steady(
-            place, float(row["submit_time"]) - begin, float(row["duration"]), int(row["num_gpu"]), 8, row["model_name"]
-        ).by(float(row["ddl"]) - begin)
+            place, row.number("submit_time") - begin, row.number("duration"), row.gpus("num_gpu"), 8, row["model_name"]
+        ).by(row.number("ddl") - begin)
         for place, row in enumerate(table)
     ]
     return Workload(name, tuple(arrivals), make_nodes("16x8", kind.lower()))
 
 
+SHOCKWAVE_COLUMNS = ("type", "command", "directory", "steps flag", "needs data", "steps", "gpus", "mode", "weight",
+                     "slo", "duration", "arrival")  # fmt: skip
+
+
 def shockwave(name: str = "120jobs_dynamic") -> Workload:
     """Shockwave (NSDI'23): 32 V100 (128 for the long list) in nodes of 4; the recorded run time alone stands for the
     changing batch sizes."""
-    table = [line.rstrip("\n").split("\t") for line in lines(find("shockwave", name))]
+    table = list(tabbed(find("shockwave", name), {12: SHOCKWAVE_COLUMNS}))
     arrivals = [
-        _steady(place, float(row[11]), float(row[10]), int(row[6]), 4, row[0]) for place, row in enumerate(table)
+        _steady(place, row.number("arrival"), row.number("duration"), row.gpus("gpus"), 4, row["type"])
+        for place, row in enumerate(table)
     ]
     return Workload(name, tuple(arrivals), make_nodes("8x4" if len(table) <= 120 else "32x4", "v100"))
 
 
 GAVEL_KINDS = ("k80", "p100", "v100")
+GAVEL_COLUMNS = {
+    7: ("type", "command", "steps flag", "needs data", "steps", "arrival", "gpus"),
+    10: ("type", "command", "directory", "steps flag", "needs data", "steps", "gpus", "weight", "slo", "arrival"),
+}
+"""Of its lists for simulations, and of those for its testbed."""
 
 
 def gavel(name: str = "msr_seed0_0e4a51", nodes: str = "3x4:v100+3x4:p100+3x4:k80") -> Workload:
@@ -284,28 +291,31 @@ def gavel(name: str = "msr_seed0_0e4a51", nodes: str = "3x4:v100+3x4:p100+3x4:k8
     the kinds that it can run on at all (its type was measured there), the fastest first. What is wider than all GPUs of
     one kind is dropped: Gavel never mixes kinds in a job. The command column is data and is not used. Being stopped
     costs a job 30 s."""
-    with gzip.open(find("gavel", "simulation_throughputs.json"), "rt") as file:
-        table: dict[str, dict[str, dict[str, float]]] = json.load(file)
+    measured = find("gavel", "simulation_throughputs.json")
+    try:
+        table: dict[str, dict[str, dict[str, float]]] = json.loads("".join(lines(measured)))
+    except json.JSONDecodeError as exc:
+        raise wrong(measured, f"the file is not JSON: {exc.msg}", exc.lineno) from exc
     cluster = make_nodes(nodes)
     widest = max(Counter(gpu.kind for node in cluster for gpu in node.gpus).values())
     arrivals = []
-    for place, line in enumerate(lines(find("gavel", name))):
-        row = line.rstrip("\n").split("\t")
-        short = len(row) == 7
-        steps, gpus, at_s = float(row[4 if short else 5]), int(row[6]), float(row[5 if short else 9])
+    for place, row in enumerate(tabbed(find("gavel", name), GAVEL_COLUMNS)):
+        job_type, steps, gpus, at_s = row["type"], row.number("steps"), row.gpus("gpus"), row.number("arrival")
         # Job types that were not measured on several GPUs go as fast as on one.
         speeds = {
-            kind: jobs[str((row[0], gpus))]["null"] if str((row[0], gpus)) in jobs else jobs[str((row[0], 1))]["null"]
+            kind: jobs[str((job_type, gpus)) if str((job_type, gpus)) in jobs else str((job_type, 1))]["null"]
             for kind, jobs in table.items()
-            if str((row[0], 1)) in jobs
+            if str((job_type, 1)) in jobs
         }
         kinds = [kind for kind in GAVEL_KINDS if speeds.get(kind)]
         kinds.sort(key=lambda kind: -speeds[kind])
         if not kinds or gpus > widest:
             continue
+        if "v100" not in kinds:
+            raise row.wrong(f"{job_type} was not measured on a V100, by which run times are told", "type")
         run_s = steps / speeds["v100"]
-        arrival = _steady(place, at_s, run_s, gpus, 4, row[0], single=True)
-        spec = gang_spec(gpus, 4, kinds="|".join(kinds), single=True, program=_word(row[0]))
+        arrival = _steady(place, at_s, run_s, gpus, 4, job_type, single=True)
+        spec = gang_spec(gpus, 4, kinds="|".join(kinds), single=True, program=_word(job_type))
         work = Steady(1_000 * run_s, 0, GavelSpeed(tuple(sorted(speeds.items()))), round(steps))
         arrivals.append(replace(arrival, spec=spec, work=work))
     return Workload(name, tuple(arrivals), cluster, rules=Rules(restart_ms=30_000))
@@ -333,8 +343,8 @@ def openb(name: str = "openb_pod_list_default", nodes: str = "openb_node_list_gp
     arrive a second apart and stay for a year."""
     arrivals = []
     for place, row in enumerate(rows(find("openb", name))):
-        begin_s = float(row.get("creation_time") or place)
-        end_s = float(row.get("deletion_time") or begin_s + 365 * 86_400)
+        begin_s = row.number("creation_time") if row.get("creation_time") else float(place)
+        end_s = row.number("deletion_time") if row.get("deletion_time") else begin_s + 365 * 86_400
         work = Steady(max(1_000.0, 1_000 * (end_s - begin_s)))
         arrivals.append(Arrival(round(1_000 * begin_s), JobId(f"{place:06}"), openb_spec(row), work))
     return Workload(name, tuple(arrivals), openb_nodes(nodes))
@@ -342,15 +352,24 @@ def openb(name: str = "openb_pod_list_default", nodes: str = "openb_node_list_gp
 
 def openb_nodes(name: str = "openb_node_list_gpu_node") -> tuple[Node, ...]:
     return tuple(
-        make_node(row["sn"], int(row["gpu"]), row["model"].lower(), int(row["cpu_milli"]), int(row["memory_mib"]) << 20)
+        make_node(
+            row["sn"], row.gpus("gpu", least=0), row["model"].lower(), row.count("cpu_milli"),
+            row.count("memory_mib", most=1 << 29) << 20,
+        )
         for row in rows(find("openb", name))
-    )
+    )  # fmt: skip
 
 
-def openb_spec(row: dict[str, str]) -> JobSpec:
+def openb_spec(row: Row) -> JobSpec:
     """A pod as a job of one replica; a share when it asks for part of one GPU."""
-    gpus, gpu_milli = int(row["num_gpu"]), int(row["gpu_milli"])
-    return _pod(int(row["cpu_milli"]), int(row["memory_mib"]), gpus, gpu_milli, row.get("gpu_spec") or "")
+    gpus, gpu_milli = row.gpus("num_gpu", least=0, most=MOST_GPUS), row.count("gpu_milli", most=1_000)
+    if gpus and not gpu_milli:
+        raise row.wrong("a pod with GPUs takes none of them", "gpu_milli")
+    cpu_milli, memory_mib = row.count("cpu_milli", most=MAX_CPU_MILLI), row.count("memory_mib", most=1 << 29)
+    try:
+        return _pod(cpu_milli, memory_mib, gpus, gpu_milli, row.get("gpu_spec"))
+    except ValueError:
+        raise row.wrong(f"{show(row.get('gpu_spec'))} is not a list of GPU kinds such as P100|T4", "gpu_spec") from None
 
 
 @cache
@@ -387,9 +406,12 @@ def _philly_for(name: str, policy: str) -> Workload:
 
 def read(fmt: str, name: str, policy: str) -> Workload:
     """A trace (the format's first by default) as it is played under a policy: `guessed` is about jobs that say how long
-    they expect to run."""
+    they expect to run. Raises NotFound, and SpecError where a file is not what its format says."""
     reader, first = FORMATS[fmt]
-    return reader(name or first, policy)
+    workload = reader(name or first, policy)
+    if not workload.arrivals:
+        raise wrong(find(fmt, name or first), "there is not one job in it")
+    return workload
 
 
 FORMATS: dict[str, tuple[Callable[[str, str], Workload], str]] = {

@@ -6,18 +6,22 @@ rhythm, as in Philly (ATC'19) and Helios (SC'21). Everything random comes from t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from math import cos, log, pi
 from random import Random
 
+from jobsched.core.cluster import Cluster
+from jobsched.core.explain import could_ever_fit
 from jobsched.core.node import Gpu, Node
 from jobsched.core.policies.ordering import TIRESIAS_GPU_S
 from jobsched.core.policies.placement import Score
 from jobsched.core.resources import GpuId, JobId, NodeName
+from jobsched.errors import Unplaceable
 from jobsched.sim.throughput import Served, Steady, Work
-from jobsched.spec.job import JobSpec
+from jobsched.spec.job import GPU_KIND, JobSpec
 from jobsched.spec.queue import QueueSpec
 
 GIB = 2**30
@@ -85,6 +89,22 @@ class Workload:
     rules: Rules = Rules()
 
 
+def placeable(workload: Workload) -> tuple[Workload, str]:
+    """The workload without the jobs that its cluster could never hold, as a server refuses such; and in words how many
+    those are, and why the first is one ("": there are none). Raises Unplaceable when no job is left."""
+    cluster, jobs = Cluster.of((), workload.nodes, workload.queues), workload.arrivals
+    specs = {id(job.spec): job.spec for job in jobs}
+    never = {key: why for key, spec in specs.items() if (why := could_ever_fit(cluster, spec))}
+    refused = [job for job in jobs if id(job.spec) in never]
+    if not refused:
+        return workload, ""
+    first = f"{refused[0].job_id}: {never[id(refused[0].spec)]}"
+    text = f"{len(refused):,} of {len(jobs):,} jobs can never run on these nodes, first {first}"
+    if len(refused) == len(jobs):
+        raise Unplaceable(text, hint="give other --nodes, or none for the workload's own")
+    return replace(workload, arrivals=tuple(job for job in jobs if id(job.spec) not in never)), text
+
+
 def make_node(
     name: str, gpus: int, kind: str = "gpu", cpu_milli: int = 1_000_000, memory_bytes: int = 4_096 * GIB,
     labels: tuple[tuple[str, str], ...] = (),
@@ -93,15 +113,22 @@ def make_node(
     return Node(NodeName(name), cpu_milli, memory_bytes, devices, labels=labels)
 
 
+MOST_NODES, MOST_GPUS = 100_000, 1_024
+"""Of a made cluster, and of one of its nodes."""
+
+
 def make_nodes(text: str, kind: str = "gpu") -> tuple[Node, ...]:
-    """`16x4` is 16 nodes of 4 GPUs; `8x8:v100+4x8:k80` mixes kinds. ValueError when it is neither."""
+    """`16x4` is 16 nodes of 4 GPUs; `8x8:v100+4x8:k80` mixes kinds. ValueError when it is neither, when there would be
+    none, or more than `MOST_NODES` of `MOST_GPUS`."""
     nodes: list[Node] = []
     for part in text.split("+"):
-        size, _, named = part.partition(":")
-        count, cross, gpus = size.partition("x")
-        if not (cross and count.isdigit() and gpus.isdigit()):
+        size, colon, named = part.partition(":")
+        if not (found := re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", size)) or (colon and not GPU_KIND.fullmatch(named)):
             raise ValueError(f"{part!r} is not a set of nodes; write for example 16x4 or 8x8:v100+4x8:k80")
-        nodes += [make_node(f"n{len(nodes) + i:04}", int(gpus), named or kind) for i in range(int(count))]
+        count, gpus = int(found[1]), int(found[2])
+        if not (1 <= count <= MOST_NODES - len(nodes) and 1 <= gpus <= MOST_GPUS):
+            raise ValueError(f"{part!r}: a cluster has 1 to {MOST_NODES:,} nodes of 1 to {MOST_GPUS:,} GPUs")
+        nodes += [make_node(f"n{len(nodes) + i:04}", gpus, named or kind) for i in range(count)]
     return tuple(nodes)
 
 

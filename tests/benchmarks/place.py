@@ -34,6 +34,7 @@ from jobsched.core.resources import WHOLE_GPU, NodeName
 from jobsched.core.shape import shape_of
 from jobsched.errors import NotFound
 from jobsched.sim import traces
+from jobsched.sim.rows import rows
 
 LISTS = (
     "default", "cpu050", "cpu100", "cpu250", "gpushare40", "gpushare100", "gpuspec10", "gpuspec33", "multigpu20",
@@ -73,7 +74,7 @@ class Anywhere:
 @cache
 def pods(name: str) -> tuple[Shape, ...]:
     path = traces.find("openb", f"openb_pod_list_{name}")
-    table = sorted(traces.rows(path), key=lambda row: row["name"])
+    table = sorted(rows(path), key=lambda row: row["name"])
     return tuple(shape_of(traces.openb_spec(row)) for row in table)
 
 

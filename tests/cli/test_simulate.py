@@ -59,9 +59,51 @@ def test_faults_run_to_the_end(capsys: pytest.CaptureFixture[str]) -> None:
         (["simulate", "excel"], "there is no trace format 'excel'"),
         (["simulate", "--policy", "magic"], "there is no policy 'magic'"),
         (["simulate", "--nodes", "many"], "'many' is not a set of nodes"),
+        (["simulate", "--nodes", "0x8"], "'0x8': a cluster has 1 to"),
+        (["simulate", "--nodes", "4x0"], "'4x0': a cluster has 1 to"),
+        (["simulate", "--nodes", "99999999x99999999"], "a cluster has 1 to 100,000 nodes of 1 to 1,024 GPUs"),
+        (["simulate", "--nodes", "4x8:V100"], "'4x8:V100' is not a set of nodes"),
+        (["simulate", "synthetic", "0"], "'0' is not a number of jobs"),
+        (["simulate", "synthetic", "many"], "'many' is not a number of jobs"),
+        (["simulate", "synthetic", "5", "--compare", "magic"], "there is no policy 'magic'"),
         (["simulate", "synthetic", "5", "--faults", "fire"], "'fire' is not a kind of fault"),
+        (["simulate", "synthetic", "5", "--faults", "node=0h"], "'node=0h': the time between two such faults"),
     ],
 )
 def test_mistakes_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(arguments) == 2
-    assert message in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert message in told.err
+    assert not told.out, "nothing runs before everything is known to be right"
+
+
+def test_jobs_that_no_node_can_hold_are_refused_not_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    """They would wait for ever, counted among jobs whose averages are of the others alone."""
+    assert run(["simulate", "served", "1:4", "--jobs", "40", "--nodes", "1x2", "-o", "json"]) == 0
+    told = capsys.readouterr()
+    refused = int(told.err.split()[0])
+    assert 0 < refused < 40
+    assert "of 40 jobs can never run on these nodes, first 0000" in told.err
+    assert "the whole cluster, empty, holds" in told.err
+    assert json.loads(told.out)["jobs"] == 40 - refused
+
+
+def test_a_cluster_for_none_of_the_jobs_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("JOBSCHED_TRACES", str(tmp_path))
+    (tmp_path / "mine.csv").write_text(
+        "cpu_milli,memory_mib,num_gpu,gpu_milli,gpu_spec\n1000,1,1,1000,P100\n1000,1,1,1000,T4\n"
+    )
+    (tmp_path / "openb_node_list_gpu_node.csv").write_text("sn,gpu,model,cpu_milli,memory_mib\nn0,2,P100,8000,1024\n")
+    monkeypatch.chdir(tmp_path)
+    assert run(["simulate", "openb", "mine", "--nodes", "4x8"]) == 8
+    told = capsys.readouterr()
+    assert "2 of 2 jobs can never run on these nodes" in told.err
+    assert "no node has a GPU of kind p100" in told.err
+    assert not told.out
+
+
+def test_processor_time_is_counted_with_faults_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["simulate", "synthetic", "15", "--nodes", "4x8", "--faults", "node=5h", "-o", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["cpu_s"] > 0
