@@ -66,7 +66,7 @@ def work(plan: Plan, options: argparse.Namespace) -> int:
         client.step(lease)
         samples += len(indices)
         context.report(step=client.done, total=plan.total, loss=loss.detach(),
-                       samples_per_s=samples / (time.perf_counter() - began))
+                       local_samples_per_s=samples / (time.perf_counter() - began))
         time.sleep(options.pause_ms / 1_000)
     client.pull()
     with torch.no_grad():

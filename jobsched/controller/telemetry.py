@@ -90,9 +90,9 @@ def _together(progress: JobProgress, role: str, count: int) -> dict[str, float]:
     """Of replicas that each step for themselves: the time of a step at which all together make as many as they do, and
     the mean time of it with the servers. Nothing to be learned (0) until all have told."""
     told = [dict(r.metrics) for r in progress.replicas if r.role == role]
-    paces = [m["step_s"] for m in told if m.get("step_s", 0.0) > 0.0]
+    paces = [report.step_s for m in told if (report := Report.of({**m, "samples_per_s": 0.0}, 1, 1)) is not None]
     if len(paces) < count:
-        return {"step_s": 0.0, "samples_per_s": 0.0}
+        return {"step_s": 0.0, "samples_per_s": 0.0, "local_samples_per_s": 0.0}
     step_s = len(paces) / sum(1.0 / pace for pace in paces)
     return {"step_s": step_s, "sync_s": min(step_s, sum(m.get("sync_s", 0.0) for m in told) / len(told))}
 

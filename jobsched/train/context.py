@@ -116,6 +116,9 @@ class Context:
         """Tell how far training is: numbers only, newest wins. About two microseconds, so call it on every step.
 
         `step` rising is what keeps a job from being taken for hung; `message` says what it waits for ("" clears it).
+
+        Elastic jobs are sized by one of these: `samples_per_s`, what all replicas of the job process together;
+        `local_samples_per_s`, what this one does, where that is all it knows; `step_s`, the seconds of a step.
         """
         if loss is not None:
             metrics["loss"] = loss

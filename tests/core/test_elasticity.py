@@ -141,6 +141,19 @@ def test_a_job_that_scales_grows_into_what_is_free(scope: str) -> None:
     assert len(bound) == 2
 
 
+@pytest.mark.parametrize("whose", ["local_samples_per_s", "samples_per_s"])
+def test_workers_that_are_as_fast_however_many_there_are_scale_if_they_say_that_it_is_their_own(whose: str) -> None:
+    """The same number as that of all together means that four bring no more than one."""
+    world = a_world()
+    job_id = world.submit(elastic("replica"))
+    for step in range(60):
+        if count := replicas(world, job_id):
+            progress = Progress(step, world_size=count, metrics=((whose, 100.0),))
+            world.engine.tell(world.key(job_id, "worker", 0), progress)
+        world.tick(4, step_ms=250)
+    assert replicas(world, job_id) == (8 if whose == "local_samples_per_s" else 4)
+
+
 @pytest.mark.parametrize("scope", ["replica", "job"])
 def test_a_job_that_does_not_scale_stays_small_and_does_not_thrash(scope: str) -> None:
     world = a_world()

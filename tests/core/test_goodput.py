@@ -74,6 +74,18 @@ def test_samples_per_second_alone_give_amdahl() -> None:
     assert Report.of({"loss": 1.0}, 1, 2) is None
 
 
+def test_samples_per_second_are_of_all_replicas_and_local_ones_of_that_which_reports() -> None:
+    """Four workers, each a hundred samples a second: a batch of 48 takes 120 ms."""
+    for told in ({"samples_per_s": 400.0}, {"local_samples_per_s": 100.0},
+                 {"samples_per_s": 400.0, "local_samples_per_s": 90.0}, {"step_s": 0.12, "local_samples_per_s": 1.0}):  # fmt: skip
+        report = Report.of({"batch": 48.0, **told}, 1, 4)
+        assert report is not None, told
+        assert report.step_s == pytest.approx(0.12), told
+    apart = Report.of({"asynchronous": 1.0, "local_samples_per_s": 100.0}, 1, 4, 2)
+    assert apart is not None
+    assert apart.step_s == pytest.approx(0.01)
+
+
 def test_reports_travel_as_metrics() -> None:
     for batches, noise in ((Batches(64.0, 1024.0, 16.0, 256.0), (2.0, 3.0)), (Batches(48.0, 48.0), (0.0, 0.0))):
         report = Report(2, 8, 6.0, 0.5, 0.1, noise, batches)

@@ -104,15 +104,17 @@ class Report:
 
     @classmethod
     def of(cls, metrics: Mapping[str, float], nodes: int, replicas: int, servers: int = 0) -> Report | None:
-        """From a job's metrics: `samples_per_s` of all together is enough; `step_s`, `sync_s`, `batch`, `local_batch`,
-        `grad_sqr`, `grad_var`, `batch_initial`, `batch_max`, `local_batch_min`, `local_batch_max` say more, and
-        `asynchronous` that replicas step for themselves. None: they do not say anything about speed."""
+        """From a job's metrics: `samples_per_s` of all together is enough, or `local_samples_per_s` of the one that
+        reports, whose peers are taken to be as fast; `step_s`, `sync_s`, `batch`, `local_batch`, `grad_sqr`,
+        `grad_var`, `batch_initial`, `batch_max`, `local_batch_min`, `local_batch_max` say more, and `asynchronous` that
+        replicas step for themselves. None: they do not say anything about speed."""
         batch, apart = metrics.get("batch", 0.0) or 1.0, metrics.get("asynchronous", 0.0) > 0.0
         local = metrics.get("local_batch", batch if apart else batch / replicas)
         if servers:
             nodes = 1  # where workers sit does not matter: they talk to servers only
-        step_s, per_s = metrics.get("step_s", 0.0), metrics.get("samples_per_s", 0.0)
+        step_s = metrics.get("step_s", 0.0)
         if step_s <= 0.0:
+            per_s = metrics.get("samples_per_s", 0.0) or replicas * metrics.get("local_samples_per_s", 0.0)
             if per_s <= 0.0:
                 return None
             step_s = local * replicas / per_s
