@@ -30,15 +30,15 @@ def shape_of_job(job: Job) -> Shape:
 
 def sized_roles(spec: JobSpec) -> tuple[str, str]:
     """The roles whose numbers `policies.elasticity` decides together: the first training role with a range, or, where
-    only the servers have one, the first, those with whole GPUs before those without any; and `ps`, "" where there is
-    none. Both "": nothing of the job is elastic. Roles with shares of GPUs do not count."""
+    only the servers have one, the first, those with whole GPUs before those with shares, and these before those without
+    any; and `ps`, "" where there is none. Both "": nothing of the job is elastic."""
     gpus = {name: gpu.milli if (gpu := spec.roles[name].gpu) is not None else 0 for name in training_roles(spec)}
-    whole = [name for name in gpus if gpus[name] >= WHOLE_GPU] + [name for name in gpus if not gpus[name]]
-    elastic = [name for name in whole if spec.roles[name].replicas.elastic]
+    trains = sorted(gpus, key=lambda name: -min(gpus[name], WHOLE_GPU))
+    elastic = [name for name in trains if spec.roles[name].replicas.elastic]
     servers = "ps" if "ps" in spec.roles else ""
     if elastic:
         return elastic[0], servers
-    return (whole[0], servers) if whole and servers and spec.roles[servers].replicas.elastic else ("", "")
+    return (trains[0], servers) if trains and servers and spec.roles[servers].replicas.elastic else ("", "")
 
 
 def role_resources(role: RoleSpec) -> Resources:

@@ -89,9 +89,11 @@ def test_share_takes_servers_while_there_are_cpus_and_those_that_gain_most_per_s
 # ---- whole changes of size ----
 
 
-def elastic(scope: str, low: int = 1, high: int = 16, prefer: int = 1, **fields: object) -> JobSpec:
+def elastic(
+    scope: str, low: int = 1, high: int = 16, prefer: int = 1, gpu: str = "any:1", **fields: object
+) -> JobSpec:
     replicas = {"min": low, "max": high, "prefer": prefer}
-    worker = {"command": "x", "gpu": "any:1", "cpu": "100m", "replicas": replicas, "restart": {"scope": scope}}
+    worker = {"command": "x", "gpu": gpu, "cpu": "100m", "replicas": replicas, "restart": {"scope": scope}}
     return a_spec(roles={"worker": worker}, heartbeat_timeout=0, **fields)
 
 
@@ -310,13 +312,77 @@ def test_the_first_replica_leaves_last_and_scattered_ones_first() -> None:
     assert 0 not in {r.index for r in leaving}
 
 
+# ---- shares of GPUs ----
+
+
+def milli(world: World, job_id: JobId) -> int:
+    """Thousandths of GPUs that the job has."""
+    return world.job(job_id).gpu_milli
+
+
+@pytest.mark.parametrize("scope", ["replica", "job"])
+@pytest.mark.parametrize(("gpu", "most"), [("any:0.5", 16), ("any:0.3", 24)])
+def test_workers_with_shares_of_gpus_grow_into_all_of_them(scope: str, gpu: str, most: int) -> None:
+    """Eight GPUs; of each, three shares of 0.3 are to be had."""
+    world = a_world()
+    job_id = world.submit(elastic(scope, high=64, gpu=gpu))
+    run(world, Training(world, job_id))
+    assert replicas(world, job_id) == most
+
+
+@pytest.mark.parametrize("scope", ["replica", "job"])
+def test_jobs_with_shares_divide_what_others_leave_of_gpus(scope: str) -> None:
+    """One GPU is wholly taken and one to 0.6: 2.4 GPUs are left."""
+    world = a_world(nodes=1)
+    for gpu in ("any:1", "any:0.6"):
+        world.submit(a_spec(roles={"worker": {"command": "x", "gpu": gpu, "cpu": 1}}))
+    world.tick(3)
+    jobs = [world.submit(elastic(scope, gpu="any:0.2")) for _ in range(2)]
+    run(world, *(Training(world, job_id) for job_id in jobs), seconds=40)
+    held = [milli(world, job_id) for job_id in jobs]
+    assert sum(held) == 2_400
+    assert min(held) >= 800
+
+
+@pytest.mark.parametrize("scope", ["replica", "job"])
+def test_shares_give_way_to_a_gang_of_whole_gpus_and_share_with_elastic_ones(scope: str) -> None:
+    world = a_world()
+    job_id = world.submit(elastic(scope, high=64, gpu="any:0.5"))
+    training = Training(world, job_id)
+    run(world, training)
+    assert milli(world, job_id) == 8_000
+    gang = world.submit(a_spec(roles={"worker": {"command": "x", "gpu": "any:4", "cpu": 1}}))
+    run(world, training)
+    assert world.job(gang).phase is Phase.RUNNING
+    assert milli(world, job_id) == 4_000
+    whole = world.submit(elastic(scope))
+    run(world, training, Training(world, whole), seconds=40)
+    assert milli(world, job_id) + milli(world, whole) == 4_000
+    assert min(milli(world, job_id), milli(world, whole)) >= 1_000
+    before = world.store.last_seq()
+    run(world, training)
+    assert [s.event for s in world.store.read(before) if not isinstance(s.event, ev.CheckpointSaved)] == []
+
+
+def test_a_waiting_job_with_shares_is_given_room() -> None:
+    world = a_world()
+    first = world.submit(elastic("replica"))
+    training = Training(world, first)
+    run(world, training)
+    assert milli(world, first) == 8_000
+    second = world.submit(elastic("replica", low=2, prefer=2, gpu="any:0.5"))
+    run(world, training, Training(world, second), seconds=40)
+    assert milli(world, first) + milli(world, second) == 8_000
+    assert milli(world, second) >= 2_000
+
+
 # ---- parameter servers ----
 
 
-def a_ps_job(ps: object = "1..4", workers: object = 2, **fields: object) -> JobSpec:
+def a_ps_job(ps: object = "1..4", workers: object = 2, gpu: str = "any:1", **fields: object) -> JobSpec:
     roles = {
         "ps": {"command": "x", "cpu": 1, "replicas": ps},
-        "worker": {"command": "x", "gpu": "any:1", "cpu": 1, "replicas": workers},
+        "worker": {"command": "x", "gpu": gpu, "cpu": 1, "replicas": workers},
     }
     return a_spec(roles=roles, heartbeat_timeout=0, **fields)
 
@@ -524,10 +590,11 @@ bounds = st.tuples(st.integers(1, 2), st.sampled_from([0, 2, 6])).map(lambda b: 
 
 
 @settings(max_examples=int(os.environ.get("EXAMPLES", 8)), deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.lists(st.tuples(thetas, bounds, bounds, st.sampled_from(["replica", "job"])), min_size=1, max_size=4),
+@given(st.lists(st.tuples(thetas, bounds, bounds, st.sampled_from(["replica", "job"]),
+                          st.sampled_from(["any:1", "any:0.5", "any:0.3"])), min_size=1, max_size=4),
        st.sampled_from([0, 40, 56]))  # fmt: skip
 def test_whatever_the_speeds_sizes_hold_their_bounds_and_come_to_rest(
-    jobs: list[tuple[tuple[float, float, float], dict[str, int], dict[str, int], str]], taken: int
+    jobs: list[tuple[tuple[float, float, float], dict[str, int], dict[str, int], str, str]], taken: int
 ) -> None:
     """Up to four jobs on two nodes of four GPUs, some of whose CPUs are taken; the world checks its invariants."""
     world = a_world()
@@ -535,14 +602,14 @@ def test_whatever_the_speeds_sizes_hold_their_bounds_and_come_to_rest(
         world.submit(a_spec(roles={"worker": {"command": "x", "cpu": taken}}))
     world.tick(3)
     running: dict[JobId, Serving] = {}
-    for theta, ps, workers, scope in jobs:
-        job_id = world.submit(a_ps_job(ps, workers, restart={"scope": scope}))
+    for theta, ps, workers, scope, gpu in jobs:
+        job_id = world.submit(a_ps_job(ps, workers, gpu, restart={"scope": scope}))
         running[job_id] = Serving(world, job_id, *theta)
         serve(world, *running.values(), seconds=5)
     serve(world, *running.values(), seconds=40)
     said = {job_id: len(rescales(world, job_id)) for job_id in running}
     serve(world, *running.values(), seconds=40)
-    for (_, ps, workers, _), job_id in zip(jobs, running, strict=True):
+    for (_, ps, workers, *_), job_id in zip(jobs, running, strict=True):
         if world.job(job_id).phase is Phase.RUNNING:
             trains, serves = counts(world, job_id)
             assert workers["min"] <= trains <= workers["max"]

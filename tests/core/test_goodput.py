@@ -76,8 +76,10 @@ def test_samples_per_second_alone_give_amdahl() -> None:
 
 def test_samples_per_second_are_of_all_replicas_and_local_ones_of_that_which_reports() -> None:
     """Four workers, each a hundred samples a second: a batch of 48 takes 120 ms."""
-    for told in ({"samples_per_s": 400.0}, {"local_samples_per_s": 100.0},
-                 {"samples_per_s": 400.0, "local_samples_per_s": 90.0}, {"step_s": 0.12, "local_samples_per_s": 1.0}):  # fmt: skip
+    for told in (
+        {"samples_per_s": 400.0}, {"local_samples_per_s": 100.0},
+        {"samples_per_s": 400.0, "local_samples_per_s": 90.0}, {"step_s": 0.12, "local_samples_per_s": 1.0},
+    ):  # fmt: skip
         report = Report.of({"batch": 48.0, **told}, 1, 4)
         assert report is not None, told
         assert report.step_s == pytest.approx(0.12), told

@@ -114,14 +114,21 @@ class Mover:
     """Nodes that its replicas are on."""
 
     @property
-    def gpus(self) -> int:
+    def shares(self) -> bool:
+        """Whether a replica has a part of a GPU only."""
+        return 0 < self.role.gpu_milli < WHOLE_GPU
+
+    @property
+    def gpus(self) -> float:
         """Of one replica; one that needs none counts as if it had one."""
-        return max(1, self.role.gpu_milli // WHOLE_GPU)
+        return self.role.gpu_milli / WHOLE_GPU or 1.0
 
     def per_node(self, cluster: Cluster) -> int:
         """Most replicas on one node."""
-        each = self.role.cpu_milli if self.pool == ANY else self.gpus
-        return max(1, cluster.widest(self.pool) // max(1, each))
+        each, widest = self.role.gpu_milli, cluster.widest(self.pool)
+        if self.pool == ANY:
+            return max(1, widest // max(1, self.role.cpu_milli))
+        return max(1, widest * (WHOLE_GPU // each) if self.shares else widest // (each // WHOLE_GPU))
 
     def takes(self, size: Size) -> Resources:
         """What so many replicas and servers take."""
@@ -142,7 +149,6 @@ def rebalance(cluster: Cluster, now_ms: int, how: Elasticity, waiting: Sequence[
     if in_motion(cluster):
         return []
     cluster.resize_ms = now_ms + how.every_ms
-    free = _free(cluster)
     movers = [
         mover
         for job in (*(cluster.jobs[job_id] for job_id in cluster.elastic), *waiting)
@@ -150,6 +156,7 @@ def rebalance(cluster: Cluster, now_ms: int, how: Elasticity, waiting: Sequence[
     ]
     for mover in movers:
         cluster.targets.pop(mover.job.id, None)
+    free = _free(cluster, movers)
     for _ in range(REVISIONS):
         sizes = _sizes(movers, free)
         found = _places(cluster, movers, sizes)
@@ -171,16 +178,24 @@ Amounts = dict[GpuClass, Resources]
 """GPUs of each class, and under `ANY` CPUs and memory."""
 
 
-def _free(cluster: Cluster) -> Amounts:
-    """What is free on usable nodes; of GPUs those that are wholly free."""
+def _free(cluster: Cluster, movers: Iterable[Mover]) -> Amounts:
+    """What is free on usable nodes; of GPUs those that are wholly free, and where movers have shares, also what is left
+    of others, in parts as large as the smallest of these shares."""
     free: dict[GpuClass, int] = {}
     cpu = memory = 0
+    parts: dict[GpuClass, int] = {}
+    for mover in movers:
+        if mover.shares:
+            parts[mover.pool] = min(mover.role.gpu_milli, parts.get(mover.pool, WHOLE_GPU))
     for name, space in cluster.ledger.spaces.items():
         if cluster.usable(name):
             cpu, memory = cpu + space.cpu_milli, memory + space.memory_bytes
             for gpu_class, count in space.whole.items():
-                free[gpu_class] = free.get(gpu_class, 0) + count
-    return {ANY: Resources(cpu, memory), **{cls: Resources(gpu_milli=n * WHOLE_GPU) for cls, n in free.items()}}
+                free[gpu_class] = free.get(gpu_class, 0) + count * WHOLE_GPU
+            for gpu_class, part in parts.items():
+                left = sum(level - level % part for level in space.levels(gpu_class) if level < WHOLE_GPU)
+                free[gpu_class] = free.get(gpu_class, 0) + left
+    return {ANY: Resources(cpu, memory), **{cls: Resources(gpu_milli=milli) for cls, milli in free.items()}}
 
 
 def _mover(cluster: Cluster, job: Job, now_ms: int, how: Elasticity) -> Mover | None:
@@ -225,7 +240,7 @@ def _newcomer(cluster: Cluster, job: Job, now_ms: int, how: Elasticity) -> Mover
     devices = [role for role in shape.roles if role.gpu_milli] or [r for r in shape.roles if r.role != "ps"]
     (name, serves), model = sized_roles(job.spec), cluster.speeds.get(job.id)
     role = next((r for r in devices if r.role == name), devices[0] if len(devices) == 1 else None)
-    if role is None or 0 < role.gpu_milli < WHOLE_GPU:
+    if role is None:
         return None
     pools = cluster.ledger.matching(role) if role.gpu_milli else (ANY,)
     if not pools:
