@@ -372,7 +372,8 @@ class Service:
         )  # fmt: skip
 
     def _why_then(self, job: Job, at_ms: int) -> WhyAnswer:
-        cluster, seq = Cluster(), 0
+        policy = self.live.policy
+        cluster, seq = Cluster(rank=policy.rank, alike=policy.alike), 0
         while page := self._store.read(seq, 5_000):
             for item in page:
                 if item.event.at_ms > at_ms:
@@ -389,7 +390,8 @@ class Service:
             then = evolve_job(then, ev.of_job(item.event))
         assert then is not None
         cluster.unpark(at_ms)
-        verdict = explain.verdict(cluster, then, at_ms) if then.phase is Phase.QUEUED else None
+        waits, order = then.phase is Phase.QUEUED, policy.order(cluster, at_ms)
+        verdict = explain.verdict(cluster, then, at_ms, order) if waits else None
         return WhyAnswer(then, explain.headline(then, verdict), verdict, story(told))
 
     def events(self, ref: str, *, after: int = 0, limit: int = 10_000, owner: str = "") -> Sequence[Stored]:
@@ -625,7 +627,7 @@ class Service:
             with self.live.view() as (cluster, _):
                 known = cluster.jobs.get(job.id)
                 if known and (known.phase is Phase.QUEUED or job.id in cluster.growing):
-                    verdict = explain.verdict(cluster, known, now_ms)
+                    verdict = explain.verdict(cluster, known, now_ms, self.live.policy.order(cluster, now_ms))
         progress = self._last_progress(job) if job.phase.terminal else self._progress(job)
         return JobAnswer(job, progress, verdict, self._headline(job, verdict))
 
@@ -636,12 +638,13 @@ class Service:
         found: dict[object, Verdict] = {}
         verdicts: dict[JobId, Verdict] = {}
         with self.live.view() as (cluster, _):
+            order = self.live.policy.order(cluster, now_ms)
             for job in jobs:
                 if job.phase is Phase.QUEUED and (known := cluster.jobs.get(job.id)):
                     line = cluster.line_of(job.id)
                     key = line.key if line else job.id
                     if key not in found and len(found) < MAX_VERDICTS:
-                        found[key] = replace(explain.verdict(cluster, known, now_ms), position=0)
+                        found[key] = replace(explain.verdict(cluster, known, now_ms, order), position=0)
                     if key in found:
                         verdicts[job.id] = replace(found[key], job_id=job.id)
         return tuple(

@@ -193,7 +193,7 @@ def test_why_and_plan_say_when_a_job_starts(stage: Stage) -> None:
     verdict = stage.service.why(waiting.id).verdict
     assert verdict is not None
     assert verdict.starts_before_ms == pytest.approx(began + 1_800_000, abs=2_000)
-    assert verdict.starts.endswith("when time limits run out")
+    assert verdict.starts.endswith("if those before it use up their time limits")
     third = stage.service.plan(a_spec(roles=whole)).verdict
     assert third is not None
     assert (third.starts_after_ms, third.starts_before_ms) == (0, 0)

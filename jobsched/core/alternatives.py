@@ -53,7 +53,7 @@ def sooner(cluster: Cluster, job: Job, now_ms: int) -> tuple[str, ...]:
 
 def later(cluster: Cluster, job: Job) -> tuple[tuple[str, Job], ...]:
     """The job with one thing changed, for a forecast each: other kinds of GPU and other queues that can hold it, half
-    the gang."""
+    the gang or half the GPUs of a lone replica."""
     spec, found = job.spec, list[tuple[str, JobSpec]]()
     hungriest = _hungriest(spec)
     if hungriest is not None:
@@ -62,9 +62,9 @@ def later(cluster: Cluster, job: Job) -> tuple[tuple[str, Job], ...]:
         for kind in _kinds_besides(cluster, role.gpu)[:LATER_TRIED]:
             other = _with(spec, name, gpu=_gpu(role.gpu, kinds=(kind,)))
             found.append((f"{kind} instead of {_kinds(role.gpu)}", other))
-        half = (role.replicas.min + 1) // 2
-        if half < role.replicas.min:
-            found.append((_fewer(half, name, role), _with(spec, name, replicas=_fixed(half))))
+        half = (_parts(role) + 1) // 2
+        if half < _parts(role):
+            found.append((_fewer(half, name, role), _shrunk(spec, name, half)))
     for queue in _queues_besides(cluster, spec)[:LATER_TRIED]:
         found.append((f"queue {queue} instead of {spec.queue}", spec.model_copy(update={"queue": queue})))
     return tuple(
@@ -141,25 +141,44 @@ def _kinds(request: GpuRequest) -> str:
 
 
 def _smaller(spec: JobSpec, now: Callable[[JobSpec], bool]) -> Iterator[str]:
-    """The largest gang that would start, found by halving the gap: whatever fits, a smaller one fits as well."""
+    """The largest gang that would start, or of a lone replica, the most GPUs."""
     hungriest = _hungriest(spec)
     if hungriest is None:
         return
     name, role = hungriest
-    assert role.gpu is not None
-    low, high = 0, role.replicas.min
+    most = _most(_parts(role), lambda count: now(_shrunk(spec, name, count)))
+    if most:
+        yield _fewer(most, name, role)
+
+
+def _most(below: int, fits: Callable[[int], bool]) -> int:
+    """The largest number that fits, 0 if none does; found by halving the gap: whatever fits, less fits as well."""
+    low, high = 0, below
     while high - low > 1:
         middle = (low + high) // 2
-        if now(_with(spec, name, replicas=_fixed(middle))):
-            low = middle
-        else:
-            high = middle
-    if low:
-        yield _fewer(low, name, role)
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _parts(role: RoleSpec) -> int:
+    """Into how many parts a role's request falls: its replicas, or of a lone replica, the GPUs."""
+    assert role.gpu is not None
+    return role.replicas.min if role.replicas.min > 1 else role.gpu.milli // WHOLE_GPU
+
+
+def _shrunk(spec: JobSpec, name: str, count: int) -> JobSpec:
+    """With so many of those parts."""
+    role = spec.roles[name]
+    assert role.gpu is not None
+    if role.replicas.min > 1:
+        return _with(spec, name, replicas=_fixed(count))
+    return _with(spec, name, gpu=_gpu(role.gpu, milli=count * WHOLE_GPU))
 
 
 def _fewer(count: int, name: str, role: RoleSpec) -> str:
     assert role.gpu is not None
+    if role.replicas.min == 1:
+        return f"{count} instead of {role.gpu.milli // WHOLE_GPU} GPUs"
     gpus = count * role.gpu.milli / WHOLE_GPU
     return f"{count} instead of {role.replicas.min} {name} replicas ({gpus:g} GPU{'s' if gpus != 1 else ''})"
 

@@ -759,12 +759,20 @@ class Cluster:
         return found[1]
 
     def _may_use(self, shape: Shape, name: NodeName) -> bool:
-        if not self.usable(name) or name in shape.avoid:
-            return False
+        return self.usable(name) and not self.unwelcome(shape, name)
+
+    def unwelcome(self, shape: Shape, name: NodeName) -> str:
+        """What keeps a shape off a node whatever is free there, in words; "": nothing does."""
         node = self.nodes[name]
-        return all(node.label(k) == v for k, v in shape.node_labels) and all(
-            t in shape.tolerate or t.split("=")[0] in shape.tolerate for t in node.taints
-        )
+        if name in shape.avoid:
+            return "to be avoided"
+        for key, value in shape.node_labels:
+            if node.label(key) != value:
+                return f"without label {key}={value}"
+        for taint in node.taints:
+            if taint not in shape.tolerate and taint.split("=")[0] not in shape.tolerate:
+                return f"with taint {taint}"
+        return ""
 
     def _repool(self, name: NodeName) -> None:
         """A node changed: it may belong to other pools now."""

@@ -5,16 +5,19 @@ The same engine as `schedule`, read-only: the ledger is worked on inside a trial
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 
 from jobsched.core.answers import Verdict, Why
 from jobsched.core.cluster import Cluster, missing_replicas
 from jobsched.core.job import Asked, Job, Phase, Reason, ReplicaState, RoleShape, Shape
 from jobsched.core.ledger import Short
+from jobsched.core.lines import LineKey, Place
 from jobsched.core.node import kind_matches
 from jobsched.core.plan import Forecast, Reservation
 from jobsched.core.policies.admission import admit, most_ever
 from jobsched.core.policies.backfill import in_the_way
+from jobsched.core.policies.ordering import Ordering, priority
 from jobsched.core.policies.placement import Gang, place_gang
 from jobsched.core.policies.quota import HOUR_MS, Refused
 from jobsched.core.resources import WHOLE_GPU
@@ -24,10 +27,11 @@ from jobsched.spec.quantity import format_bytes, format_cpu
 from jobsched.spec.queue import CPU, GPUS, MEMORY
 
 
-def verdict(cluster: Cluster, job: Job, now_ms: int) -> Verdict:
-    """Every reason that keeps a job waiting, most important first. O(jobs ahead in its queue + placing it once)."""
+def verdict(cluster: Cluster, job: Job, now_ms: int, order: Ordering | None = priority) -> Verdict:
+    """Every reason that keeps a job waiting, most important first. `order`: who goes first among the waiting; None: all
+    jobs are weighed anew in each pass, so that there is no place in line. O(lines of its queue + placing it once)."""
     reasons = list(_reasons(cluster, job, now_ms))
-    position, ahead = _position(cluster, job)
+    ahead = _ahead(cluster, job, order) if order is not None else 0
     nearest = ""
     if not reasons:
         short = _try(cluster, cluster.shape(job), job)
@@ -45,7 +49,7 @@ def verdict(cluster: Cluster, job: Job, now_ms: int) -> Verdict:
     if job.asked is not None:
         reasons.insert(0, _provisioning(job.asked))
     in_line = cluster.line_of(job.id) is not None
-    return Verdict(job.id, tuple(reasons), position if in_line else 0, nearest)
+    return Verdict(job.id, tuple(reasons), ahead + 1 if in_line and order is not None else 0, nearest)
 
 
 def _reasons(cluster: Cluster, job: Job, now_ms: int) -> Iterator[Why]:
@@ -118,7 +122,8 @@ def starting(when: Forecast, now_ms: int) -> str:
     if when.before_ms - now_ms < 1_000:
         return "now"
     if when.by == ("limit",):
-        return f"by {late} at the latest ({_in(when.before_ms, when.before_ms, now_ms)}), when time limits run out"
+        within = _in(when.before_ms, when.before_ms, now_ms)
+        return f"by {late} ({within}), if those before it use up their time limits"
     within = _in(when.after_ms, when.before_ms, now_ms)
     if early == late:
         return f"about {early} ({within})"
@@ -198,18 +203,14 @@ def _limit(cluster: Cluster, refused: Refused) -> Why:
             return Why(refused.reason, f"{text} {unit(refused.limit)} and {more}", fix)
 
 
-def _position(cluster: Cluster, job: Job) -> tuple[int, int]:
-    """(place in the queue from 1, jobs ahead)."""
-    ahead = 0
-    mine = (-job.priority, job.submitted_at_ms, job.id)
-    for line in cluster.lines.values():
-        if line.key.queue != job.spec.queue:
-            continue
-        if -line.key.priority < mine[0]:
-            ahead += len(line.places)
-        elif -line.key.priority == mine[0]:
-            ahead += sum(1 for place in line.places if place[1:] < (job.submitted_at_ms, job.id))
-    return ahead + 1, ahead
+def _ahead(cluster: Cluster, job: Job, order: Ordering) -> int:
+    """How many waiting jobs of its queue go first; in a line they stand in their order."""
+    mine = LineKey(job.spec.queue, job.priority, cluster.shape(job), job.array_id)
+    key = order(mine, Place(cluster.rank(job, cluster.estimates), job.submitted_at_ms, job.id))
+    return sum(
+        bisect_left(line.places, key, key=lambda place: order(line_key, place))
+        for line_key, line in cluster.lines.of_queue.get(job.spec.queue, {}).items()
+    )
 
 
 def _try(cluster: Cluster, shape: Shape, job: Job | None = None) -> Gang | Short:
@@ -222,29 +223,43 @@ def _shortage(cluster: Cluster, shape: Shape, short: Short) -> Why:
     role = short.role
     ledger = cluster.ledger
     want = f"{role.min} × {each_of(role)}"
+    spaces = [s for name, s in ledger.spaces.items() if cluster.usable(name) and not cluster.unwelcome(shape, name)]
     if role.gpu_milli:
         classes = ledger.matching(role)
-        free = sum(s.whole.get(c, 0) for s in ledger.spaces.values() if cluster.usable(s.node.name) for c in classes)
-        total = sum(1 for s in ledger.spaces.values() for c in s.gpu_class.values() if c in classes)
-        most = max((s.whole.get(c, 0) for s in ledger.spaces.values() if cluster.usable(s.node.name) for c in classes),
-                   default=0)
+        free = sum(s.whole.get(c, 0) for s in spaces for c in classes)
+        total = sum(1 for s in ledger.spaces.values() if not cluster.unwelcome(shape, s.node.name)
+                    for c in s.gpu_class.values() if c in classes)  # fmt: skip
+        most = max((s.whole.get(c, 0) for s in spaces for c in classes), default=0)
         text = f"role {role.role} needs {want}; {free} of {total} matching GPUs are free, at most {most} on one node"
-        idle = sum(c for s in ledger.spaces.values() if cluster.usable(s.node.name) for c in s.whole.values())
+        idle = sum(count for s in spaces for (kind, _), count in s.whole.items() if kind_matches(kind, ()))
         kinds = ",".join(role.gpu_kinds)
         if kinds and free < role.min * max(1, role.gpu_milli // WHOLE_GPU) <= idle:
             fix = f"{idle} GPUs of any kind are free: gpu: any:{role.gpu_milli // WHOLE_GPU or 1}"
             return Why(Reason.GPU_TYPE, text, fix)
     else:
-        free_cpu = sum(max(0, s.cpu_milli) for s in ledger.spaces.values() if cluster.usable(s.node.name))
-        most_cpu = max((s.cpu_milli for s in ledger.spaces.values() if cluster.usable(s.node.name)), default=0)
+        free_cpu = sum(max(0, s.cpu_milli) for s in spaces)
+        most_cpu = max((s.cpu_milli for s in spaces), default=0)
         text = (f"role {role.role} needs {want}; {format_cpu(free_cpu)} CPUs are free, "
                 f"at most {format_cpu(max(0, most_cpu))} on one node")
+    text += _apart(cluster, shape)
     if shape.within:
         return Why(Reason.TOPOLOGY, f"{text}, all within one {shape.within}", f"placement: {{prefer: {shape.within}}}")
     cordoned = [n for n in cluster.cordoned if n in cluster.nodes]
     if cordoned and short.placed < role.min:
         text += f" ({len(cordoned)} nodes are cordoned)"
-    return Why(Reason.RESOURCES, text, "fewer replicas, or wait for running jobs to end")
+    fewer = "fewer replicas, or " if role.min > 1 else ""
+    return Why(Reason.RESOURCES, text, f"{fewer}wait for running jobs to end")
+
+
+def _apart(cluster: Cluster, shape: Shape) -> str:
+    """What the shape asks of its nodes beside room on them, and how many nodes are out of the question for it."""
+    kept_off: dict[str, int] = {}
+    for name in cluster.nodes:
+        if words := cluster.unwelcome(shape, name):
+            kept_off[words] = kept_off.get(words, 0) + 1
+    nodes = [f"{many(count, 'node')} {words}" for words, count in kept_off.items()]
+    text = f", each on another {shape.spread}" if shape.spread else ""
+    return f"{text} (not on {', '.join(nodes[:3])})" if nodes else text
 
 
 def each_of(role: RoleShape) -> str:
@@ -302,8 +317,9 @@ def _misfit(empty: Cluster, shape: Shape) -> str:
         if role.gpu_milli // WHOLE_GPU > biggest:
             want = _gpus(role.gpu_milli)
             return f"no node can ever hold role '{role.role}': it needs {want}, the biggest node has {biggest}"
-    fits = f"{result.placed} of {role.min}" if result.placed else "not one"
-    return f"the whole cluster, empty, holds {fits} of role '{role.role}' at {each_of(role)} each"
+    fits = f"holds {result.placed} of {role.min}" if result.placed else f"cannot hold {role.min}"
+    where = _apart(empty, shape) + (f", all within one {shape.within}" if shape.within else "")
+    return f"the whole cluster, empty, {fits} of role '{role.role}' at {each_of(role)} each{where}"
 
 
 # ---- sentences ----

@@ -114,6 +114,8 @@ class _Play:
         """Heap of (when, job, attempt)."""
         self._endless: dict[JobId, None] = {}
         """Jobs of which nobody can tell when they end."""
+        self._moved_ms = now_ms
+        """When something last was decided or ended."""
         self.started_ms = 0
         self.by: dict[str, None] = {}
         self.why_not = ""
@@ -160,6 +162,8 @@ class _Play:
         twin = self._twin
         for _ in range(PASSES):
             decisions = schedule(twin, self._now_ms, self._policy).decisions
+            if decisions:
+                self._moved_ms = self._now_ms
             carry_out(twin, decisions, self._now_ms)
             for decision in decisions:
                 if isinstance(decision, ev.AttemptPlaced):
@@ -182,7 +186,9 @@ class _Play:
             heapq.heappop(self._ends)
         if self._ends:
             instants.append(self._ends[0][0])
-        if twin.next_pass_ms > self._now_ms and (self._ends or twin.window_ms or twin.ripening):
+        # With nobody left to end, windows of budgets that turn change something once, and not again.
+        turning = twin.window_ms and twin.next_pass_ms <= self._moved_ms + twin.quotas.longest_window_ms
+        if twin.next_pass_ms > self._now_ms and (self._ends or turning or twin.ripening):
             instants.append(twin.next_pass_ms)
         if twin.parked:
             instants.append(max(twin.parked[0][0], self._now_ms + 1))
@@ -203,6 +209,7 @@ class _Play:
         twin, now_ms = self._twin, self._now_ms
         if source := twin.estimates.source(job, now_ms):
             self.by[source] = None
+        self._moved_ms = now_ms
         followers = tuple(twin.dependents.get(job.id, ()))
         done = Outcome(Phase.SUCCEEDED, Reason.COMPLETED)
         twin.evolve(ev.AttemptStopping(now_ms, job.id, job.attempt, done))

@@ -99,7 +99,7 @@ def plan(twin: Cluster, spec: JobSpec, owner: str, now_ms: int, policy: Policy) 
         why = Why(Reason.UNPLACEABLE, never, "jobsched nodes shows what there is")
         return PlanAnswer(8, (), Verdict(PROBE, (why,)))
     twin.evolve(ev.JobSubmitted(now_ms, PROBE, spec.name or str(PROBE), owner, spec))
-    waits = verdict(twin, twin.jobs[PROBE], now_ms)
+    waits = verdict(twin, twin.jobs[PROBE], now_ms, policy.order(twin, now_ms))
     victims: list[PlanVictim] = []
     for _ in range(PASSES):
         decisions = schedule(twin, now_ms, policy).decisions

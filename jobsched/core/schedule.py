@@ -87,6 +87,12 @@ class Policy:
     batch: int = 1_000
     """Most gangs placed in one pass, so that a cold start with a long queue still answers in between."""
 
+    def order(self, cluster: Cluster, now_ms: int) -> Ordering | None:
+        """Who goes first among those that wait, as it is now; None: a `replan` weighs all jobs anew."""
+        if self.replan is not None:
+            return None
+        return self.ordering if self.factors is None else multifactor(cluster, now_ms, self.factors)
+
 
 @dataclass(slots=True)
 class Pass:

@@ -36,7 +36,7 @@ def test_a_smaller_gang_and_smaller_replicas() -> None:
     for _ in range(2):
         world.submit(a_worker("any:3"))
     world.tick(2)
-    assert ways(world, a_worker("any:2")) == ("2 × 1 GPU instead of 1 × 2: now",)
+    assert ways(world, a_worker("any:2")) == ("1 instead of 2 GPUs: now", "2 × 1 GPU instead of 1 × 2: now")
 
 
 def test_another_kind_of_gpu() -> None:

@@ -20,7 +20,7 @@ from jobsched.sim.backend import Script
 from jobsched.sim.run import POLICIES, START_MS, Simulation
 from jobsched.sim.workload import Workload, make_nodes
 from jobsched.spec.job import JobSpec
-from jobsched.spec.queue import QueueSpec
+from jobsched.spec.queue import Budget, QueueSpec
 from tests.core.test_backfill import an_arrival
 from tests.core.test_rehearsal import fingerprint
 from tests.world import World, a_gpu_node, a_spec
@@ -49,7 +49,7 @@ def told(world: World, job_id: JobId) -> tuple[Forecast, str]:
     return found, starting(found, now_ms)
 
 
-def test_time_limits_say_when_at_the_latest() -> None:
+def test_time_limits_say_by_when() -> None:
     jobs = [an_arrival(0, 0, 1_000, 4), an_arrival(1, 1, 500, 4), an_arrival(2, 2, 10, 4)]
     simulation = Simulation(Workload("line", tuple(jobs), make_nodes("1x4")), POLICIES["fifo"], "fifo")
     while simulation.clock.now_ms() < START_MS + 2_000:
@@ -62,7 +62,7 @@ def test_time_limits_say_when_at_the_latest() -> None:
             found = expected(picture_for(cluster, job, now, Policy()), job, now, Policy())
             assert found.after_ms == found.before_ms == pytest.approx(START_MS + start * 1_000, abs=10)
             assert found.by == ("limit",)
-    assert " at the latest (in 8 min), when time limits run out" in starting(found, now)
+    assert " (in 8 min), if those before it use up their time limits" in starting(found, now)
 
 
 def test_like_jobs_that_ended_give_a_band() -> None:
@@ -94,6 +94,31 @@ def test_a_job_of_which_nothing_is_known_is_named() -> None:
     assert (found.after_ms, found.before_ms) == (0, 0)
     assert words == "nobody can tell: mystery may run for ever: no time_limit, no total reported, and no job like it " \
                     "has ended yet"  # fmt: skip
+
+
+def test_a_budget_elsewhere_does_not_hide_who_stays() -> None:
+    """Windows turn for ever, but only the first turn can change anything."""
+    queues = (QueueSpec(), QueueSpec(name="paid", budget=Budget(gpu_hours=100, window="1h")))
+    world = a_world(nodes=1, queues=queues)
+    world.submit(a_worker(name="mystery"))
+    world.tick(3)
+    waits = world.submit(a_worker(name="waits", time_limit="1h"))
+    world.tick(2)
+    assert "mystery may run for ever" in told(world, waits)[1]
+
+
+def test_a_spent_budget_is_whole_again_with_its_next_window() -> None:
+    queues = (QueueSpec(), QueueSpec(name="paid", budget=Budget(gpu_hours=1, window="2h")))
+    world = a_world(nodes=1, queues=queues)
+    spends = world.submit(a_worker(queue="paid"))  # 4 GPUs for 50 minutes
+    world.run_to_phase(spends, Phase.SUCCEEDED, limit_ms=10_000_000)
+    waits = world.submit(a_worker(queue="paid"))
+    world.tick(3)
+    found, _ = told(world, waits)
+    now_ms = world.clock.now_ms()
+    assert found.after_ms == found.before_ms == now_ms - now_ms % 7_200_000 + 7_200_000
+    start_ms = world.run_to_phase(waits, Phase.RUNNING, limit_ms=10_000_000).attempt_started_at_ms
+    assert start_ms == pytest.approx(found.before_ms, abs=2_000)
 
 
 def test_quotas_count() -> None:

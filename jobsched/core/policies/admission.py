@@ -90,6 +90,8 @@ def most_ever(cluster: Cluster, queue: str, shape: Shape) -> Refused | None:
     for each in account.path:
         if each.spec is not None and each.spec.max_gpus is not None and gpus > each.spec.max_gpus * WHOLE_GPU:
             return Refused(Reason.QUOTA_QUEUE, each.name, GPUS, gpus, limit=each.spec.max_gpus * WHOLE_GPU)
+        if each.spec is not None and each.spec.budget is not None and gpus and not each.spec.budget.gpu_hours:
+            return Refused(Reason.BUDGET, each.name, GPUS, gpus)
     per_user = account.spec.max_gpus_per_user if account.spec is not None else None
     if per_user is not None and gpus > per_user * WHOLE_GPU:
         return Refused(Reason.QUOTA_USER, queue, GPUS, gpus, limit=per_user * WHOLE_GPU)

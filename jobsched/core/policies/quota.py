@@ -451,6 +451,11 @@ class Quotas:
         """When the next budget window begins that may let a queue start again; 0: none."""
         return min([now_ms - now_ms % window + window for window in self._windows]) if self._windows else 0
 
+    @property
+    def longest_window_ms(self) -> int:
+        """After so long every budget is whole again; 0: there is none."""
+        return max(self._windows, default=0)
+
 
 def _use(account: Account, key: str, change: int) -> None:
     """An account's use rises or falls; its parent sees what goes beyond what the account keeps."""
