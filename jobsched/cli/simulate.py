@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from dataclasses import replace
@@ -55,7 +56,9 @@ def simulate(
     from jobsched.sim.report import plotting, write_report
     from jobsched.sim.run import POLICIES
     from jobsched.sim.workload import placeable
+    from jobsched.wiring import configure_logging
 
+    configure_logging(os.environ.get("JOBSCHED_LOG_LEVEL", "error"))  # what a simulated server warns of is played
     names = tuple(dict.fromkeys((policy, *compare)))
     if unknown := [name for name in names if name not in POLICIES]:
         raise UsageError(f"there is no policy {unknown[0]!r}", hint=f"known policies: {', '.join(POLICIES)}")

@@ -93,7 +93,7 @@ def _over_time(results: Sequence[Result], which: int, label: str) -> Figure:
     unit = WHOLE_GPU if which == 1 else 1
     for result in results:
         accounts = result.accounts
-        points = accounts.points[:: max(1, len(accounts.points) // POINTS)]
+        points = accounts.points[:: max(1, len(accounts.points) // POINTS)] + accounts.points[-1:]
         hours = [(point[0] - accounts.start_ms) / HOUR_MS for point in points]
         axes.step(hours, [point[which] / unit for point in points], where="post", lw=1, label=result.policy)
     axes.set(xlabel="hours", ylabel=label, ylim=(0, None))
@@ -129,5 +129,6 @@ def _gantt(accounts: Accounts) -> Figure:
         shades = [str(0.75 - 0.7 * gpus.bit_length() / max(1, most.bit_length())) for _, _, gpus in job.spells]
         axes.broken_barh([hours(since, until) for since, until, _ in job.spells], (place, 1), color=shades)
     axes.set(xlabel="hours", ylabel="jobs, oldest on top")
+    axes.set_title(f"light grey: waits; the darker, the more GPUs it holds (up to {most})", loc="left", fontsize=9)
     axes.invert_yaxis()
     return figure

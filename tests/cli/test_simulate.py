@@ -104,6 +104,13 @@ def test_a_cluster_for_none_of_the_jobs_is_told(
     assert not told.out
 
 
+def test_only_figures_go_to_stdout_whatever_the_simulated_server_warns_of(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["simulate", "synthetic", "40", "--nodes", "4x8", "--faults", "outage=10m", "-o", "json"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["jobs"] == 40
+    assert not told.err
+
+
 def test_processor_time_is_counted_with_faults_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["simulate", "synthetic", "15", "--nodes", "4x8", "--faults", "node=5h", "-o", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["cpu_s"] > 0
