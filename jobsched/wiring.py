@@ -156,6 +156,7 @@ class Server:
         controller = self.controller = Controller(
             store, backend, clock, _policy(self._config.policy, self._config.pools),
             queues=self._config.queues,
+            sole_definer=self._config.kubernetes_objects is None,
             holder=f"{socket.gethostname()}:{self.home}",  # the next server of this home is the same leader
             lease_ttl_ms=self._config.timers.lease_ttl,
             idle_ms=self._config.timers.longest_wait,

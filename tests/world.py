@@ -78,7 +78,8 @@ class World:
         self.engine.close()
         self.policy = policy or self.policy
         self.controller = Controller(
-            self.store, self.backend, self.clock, self.policy, queues=self.queues, secret=b"of this world"
+            self.store, self.backend, self.clock, self.policy, queues=self.queues, secret=b"of this world",
+            sole_definer=True,
         )
         return self.controller
 

@@ -36,7 +36,7 @@ from jobsched.core.schedule import Policy, schedule
 from jobsched.core.timers import Timers, deadline
 from jobsched.errors import StaleFence, Unreachable
 from jobsched.ports import Backend, Clock, JobQuery, Loaded, Provisioner, Store
-from jobsched.spec.queue import QueueSpec
+from jobsched.spec.queue import QueueSpec, retired
 
 log = structlog.get_logger("jobsched.controller")
 
@@ -97,14 +97,16 @@ class Controller:
         idle_ms: int = IDLE_MS,
         node_grace_ms: int | None = None,
         recall_every_ms: int = 0,
+        sole_definer: bool = False,
     ) -> None:
-        """`recall_every_ms`: how often what is known beyond the projections is kept for the next leader; 0: never.
+        """`sole_definer`: nobody but `queues` defines any, so that those of earlier configurations are retired.
+        `recall_every_ms`: how often what is known beyond the projections is kept for the next leader; 0: never.
         `secret`: what replicas' tokens are derived from; empty: they get none (in simulations)."""
         self._store = store
         self._backend = backend
         self._clock = clock
         self._policy = policy or Policy()
-        self._queues = tuple(queues)
+        self._queues, self._sole_definer = tuple(queues), sole_definer
         self._provisioner = backend if self._policy.node_pools and isinstance(backend, Provisioner) else None
         self._demanded: tuple[Demand, ...] | None = None
         self._secret = secret
@@ -457,9 +459,22 @@ class Controller:
         if known is state.queues_checked:
             return
         changed = [q for q in self._queues if known.get(q.name) is not q and known.get(q.name) != q]
+        if self._sole_definer:
+            changed += self._retired(known)
         if changed:
             self._append(state, [ev.QueueDefined(now, queue) for queue in changed], fence, news)
         state.queues_checked = state.cluster.queues
+
+    def _retired(self, known: Mapping[str, QueueSpec]) -> list[QueueSpec]:
+        """Queues that an earlier configuration defined and this one does not; cohorts lose what was said of them."""
+        named, cohorts = {queue.name for queue in self._queues}, {queue.cohort for queue in self._queues}
+        found = []
+        for queue in known.values():
+            wanted = QueueSpec(name=queue.name) if queue.name in cohorts else retired(queue)
+            if queue.name not in named and wanted != queue:
+                log.warning("a queue that is no longer configured takes no more jobs", queue=queue.name)
+                found.append(wanted)
+        return found
 
     def _observations(self) -> list[Observation]:
         if not self._observer_runs:

@@ -32,6 +32,7 @@ from jobsched.operator.objects import FINALIZER, UID, Json, Refusal
 from jobsched.ports import Clock, JobQuery
 from jobsched.service import MAX_ARRAY, Service
 from jobsched.spec.crd import GROUP, JOBS, QUEUES, VERSION
+from jobsched.spec.queue import retired
 
 log = structlog.get_logger("jobsched.operator")
 
@@ -321,7 +322,7 @@ class Operator:
             if not gone:
                 found = self._claimed(key, found)
             known = next((one for one in self._service.queues() if one.queue.name == name), None)
-            wanted = queue.model_copy(update={"draining": True}) if gone else queue
+            wanted = retired(queue) if gone else queue
             if known is None or known.queue != wanted:
                 self._service.define_queue(wanted)
                 self._retry_refused()

@@ -89,6 +89,12 @@ class QueueSpec(SpecModel):
     """GPU time per window; none: no limit."""
 
 
+def retired(queue: QueueSpec) -> QueueSpec:
+    """A queue that nobody defines any more: it takes no more jobs, and its quota is its cohort's again; what waits and
+    runs goes on to its end, on what is lent to it."""
+    return queue.model_copy(update={"draining": True, "quota": {}, "lending_limit": {}})
+
+
 def distinct_queues(queues: tuple[QueueSpec, ...]) -> tuple[QueueSpec, ...]:
     """The queues themselves. ValueError when there are none, when two have the same name, when no queue is left for
     jobs, or when a cohort is inside itself."""

@@ -372,3 +372,31 @@ def test_nothing_starts_on_a_gpu_until_its_last_replica_is_gone() -> None:
     assert world.job(second).phase is Phase.QUEUED
     world.run_to_phase(second, Phase.RUNNING)
     assert world.job(first).phase is Phase.QUEUED
+
+
+def test_a_queue_that_is_no_longer_configured_drains_and_gives_its_quota_back() -> None:
+    """What runs and waits in it goes on; what its cohort may take no longer counts its quota."""
+    kept = QueueSpec(name="kept", cohort="c", quota={"gpus": 4})
+    gone = QueueSpec(name="gone", cohort="c", quota={"gpus": 4}, max_gpus=4)
+    queues = (kept, gone, QueueSpec(name="c", weight=3))
+    world = World(nodes=1, gpus=8, scripts=lambda launch: runs(10_000), queues=queues)
+    roles = {"worker": {"command": "x", "gpu": "any:4"}}
+    first, second = (world.submit(a_spec(queue="gone", roles=roles)) for _ in "ab")
+    world.run_to_phase(first, Phase.RUNNING)
+    assert world.job(second).phase is Phase.QUEUED
+    world.queues = (kept,)
+    world.boot()
+    world.tick(3)
+    assert world.cluster.queues["gone"].draining
+    assert world.cluster.quotas.account("c").nominal == {"gpus": 4_000}
+    assert world.cluster.queues["c"] == QueueSpec(name="c")
+    assert world.job(first).phase is Phase.RUNNING
+    world.run_to_phase(first, Phase.SUCCEEDED)
+    world.run_to_phase(second, Phase.SUCCEEDED)
+    seq = world.cluster.seq
+    world.tick(3)
+    assert world.cluster.seq == seq, "retired once"
+    world.queues = (kept, gone)
+    world.boot()
+    world.tick(3)
+    assert world.cluster.queues["gone"] == gone
