@@ -324,7 +324,8 @@ class Controller:
 
     def _decide(self, state: _State, fence: int, now: int, news: list[ev.Stored]) -> frozenset[JobId]:
         cluster, sight = state.cluster, self._sight
-        self._define_queues(state, fence, now, news)
+        if cluster.queues is not state.queues_checked:
+            self._define_queues(state, fence, now, news)
         observations = self._observations()
         if self._senses.blind is not bool(self.health.backend_error):
             self._senses = replace(self._senses, blind=not self._senses.blind)
@@ -362,7 +363,8 @@ class Controller:
             self._append(state, doubted, fence, news)
         with self._lock:
             plan = schedule(cluster, now, self._policy)
-        self._append(state, plan.decisions, fence, news)
+        if plan.decisions:
+            self._append(state, plan.decisions, fence, news)
         if self._provisioner is not None:
             with self._lock:
                 asked = provisioning.provision(cluster, now)
@@ -456,8 +458,6 @@ class Controller:
 
     def _define_queues(self, state: _State, fence: int, now: int, news: list[ev.Stored]) -> None:
         known = state.cluster.queues
-        if known is state.queues_checked:
-            return
         changed = [q for q in self._queues if known.get(q.name) is not q and known.get(q.name) != q]
         if self._sole_definer:
             changed += self._retired(known)

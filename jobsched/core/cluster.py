@@ -150,6 +150,8 @@ class Cluster:
     """Rises when what may be bound where changes."""
     next_pass_ms: int = 0
     """When the order of a re-plan changes by itself; 0: not before something happens."""
+    looked: tuple[int, int, int, int] | None = None
+    """Scratch of `schedule`: what tells, once what it decided is folded, that no line is worth a try."""
     window_ms: int = 0
     """When the next budget window begins; 0: no queue has a budget."""
     estimates: Estimates = field(default_factory=Estimates)
@@ -373,7 +375,7 @@ class Cluster:
         enters, moves = phase is not was, before.replicas is not after.replicas
         self.touched[job_id] = None
         if was is Phase.QUEUED:
-            self._leave_line(job_id)
+            self._leave_line(job_id, phase is Phase.STARTING)
         rebinds = rebinds and self._rebind(before, after, at_ms)
         if enters and after.array_id:
             self._count_array(was.active, after)
@@ -592,12 +594,12 @@ class Cluster:
         owner = job.owner if _tells_users_apart(self.queues.get(queue)) else ""
         key = LineKey(queue, job.priority, known.shape, job.array_id, owner, self.alike(job, self.estimates))
         known.place = Place(self.rank(job, self.estimates), job.submitted_at_ms, job.id)
-        known.line = self.lines.join(key, pool, known.place)
+        known.line = self.lines.join(key, pool, self.ledger.stock(known.shape.node_labels), known.place)
 
-    def _leave_line(self, job_id: JobId) -> None:
+    def _leave_line(self, job_id: JobId, starts: bool = False) -> None:
         known = self._known[job_id]
         if known.line is not None and known.place is not None:
-            self.lines.leave(known.line, known.crowd, known.place)
+            self.lines.leave(known.line, known.crowd, known.place, starts)
             known.line = known.place = None
 
     def unpark(self, now_ms: int) -> None:

@@ -30,7 +30,26 @@ GpuState = tuple[tuple[GpuClass, tuple[int, ...]], ...]
 FEW = 3
 """Looking at each allowed node is cheaper than walking the index when they are less than one in this many."""
 CHANGES_KEPT = 50_000
+STOCKS_KEPT = 1_000
 _Item = TypeVar("_Item", NodeName, tuple[int, NodeName, GpuId])
+
+
+Labels = tuple[tuple[str, str], ...]
+
+
+@dataclass(eq=False, slots=True)
+class Stock:
+    """What is free on all nodes that carry certain labels."""
+
+    labels: Labels
+    free_milli: int = 0
+    """Thousandths of GPUs."""
+    freed: int = 0
+    """Rises whenever something becomes free there: what did not fit is worth another try."""
+
+    def of(self, node: Node) -> bool:
+        """Whether it is one of these nodes."""
+        return all(node.label(key) == value for key, value in self.labels)
 
 
 @dataclass(slots=True)
@@ -53,6 +72,8 @@ class Space:
     """Rolls through the node's range, so that a port is not handed out again soon after its release."""
     bound: int = 0
     """How many replicas are bound here."""
+    stocks: list[Stock] = field(default_factory=list)
+    """Those that the node belongs to."""
     notes: dict[tuple[int, GpuClass], tuple[object, int]] = field(default_factory=dict)
     """What scores found out about the node; gone as soon as anything is taken or freed."""
     _levels: dict[GpuClass, tuple[int, ...]] = field(default_factory=dict)
@@ -135,15 +156,13 @@ class Ledger:
         self.changes: list[NodeName] = []
         """Nodes touched, in order; `changes_from` were dropped from its front."""
         self.changes_from = 0
-        self.free_gpu_milli = 0
-        """Thousandths of GPUs left on all nodes."""
+        self.everywhere = Stock(())
         self.misfits: dict[int, tuple[Shape, Short]] = {}
         """By identity, shapes that were found not to fit since something last became free. Kept by `placement`."""
         self._misfits_at = 0
         """How much of a trial had been done when one of these was last noted; going back behind that forgets them."""
+        self._stocks: dict[Labels, Stock] = {(): self.everywhere}
         self._freed_everywhere = 0
-        self._freed_with: dict[tuple[str, str], int] = {}
-        """Node label -> `freed` when something last became free on a node that carries it."""
         self._whole: dict[GpuClass, dict[int, list[NodeName]]] = {}
         self._shared: dict[GpuClass, list[tuple[int, NodeName, GpuId]]] = {}
         self._levels: dict[str, Level] = {}
@@ -177,7 +196,9 @@ class Ledger:
                 self._matching.clear()
             space.whole[cls] = space.whole.get(cls, 0) + (free == WHOLE_GPU)
         space.whole_total = sum(space.whole.values())
-        self.free_gpu_milli += sum(space.gpu_free.values())
+        space.stocks += [stock for stock in self._stocks.values() if stock.of(node)]
+        for stock in space.stocks:
+            stock.free_milli += sum(space.gpu_free.values())
         self.spaces[node.name] = space
         for cls in space.whole:
             self._whole.setdefault(cls, {})
@@ -190,7 +211,7 @@ class Ledger:
             _join(level, domain(node, name), space)
         for binding, role in bound:
             self.take(binding, role)
-        self._note_free(node)
+        self._note_free(space)
         self.misfits.clear()
         self.note_change(node.name)
 
@@ -198,7 +219,8 @@ class Ledger:
         space = self.spaces.pop(name, None)
         if space is None:
             return
-        self.free_gpu_milli -= sum(space.gpu_free.values())
+        for stock in space.stocks:
+            stock.free_milli -= sum(space.gpu_free.values())
         for cls, count in self._counts(space):
             self._leave_bucket(self._whole[cls], count, name)
         for gpu, free in space.gpu_free.items():
@@ -276,7 +298,7 @@ class Ledger:
         self.misfits.clear()
         space = self.spaces.get(binding.node)
         if space is not None:
-            self._note_free(space.node)
+            self._note_free(space)
         else:
             self.freed += 1  # a quota may have room again
 
@@ -290,19 +312,32 @@ class Ledger:
         self.freed += 1
         self.misfits.clear()
         self._freed_everywhere = self.freed
+        for stock in self._stocks.values():
+            stock.freed = self.freed
 
-    def _note_free(self, node: Node) -> None:
+    def _note_free(self, space: Space) -> None:
         self.freed += 1
-        for label in node.labels:
-            self._freed_with[label] = self.freed
+        for stock in space.stocks:
+            stock.freed = self.freed
 
-    def freed_for(self, labels: tuple[tuple[str, str], ...]) -> int:
-        """Changes whenever something becomes free on a node that carries all these labels (and maybe more often)."""
-        if not labels:
-            return self.freed
-        if len(labels) == 1:
-            return max(self._freed_everywhere, self._freed_with.get(labels[0], 0))
-        return max(self._freed_everywhere, min([self._freed_with.get(label, 0) for label in labels]))
+    def stock(self, labels: Labels) -> Stock:
+        """What is free on nodes with these labels, or on more of them. O(nodes) when first asked for, kept true from
+        then on."""
+        stock = self._stocks.get(labels)
+        if stock is None:
+            if len(self._stocks) > STOCKS_KEPT:
+                return self.everywhere
+            stock = self._stocks[labels] = Stock(labels, freed=self.freed)
+            for space in self.spaces.values():
+                if stock.of(space.node):
+                    space.stocks.append(stock)
+                    stock.free_milli += sum(space.gpu_free.values())
+        return stock
+
+    @property
+    def free_gpu_milli(self) -> int:
+        """Thousandths of GPUs left on all nodes."""
+        return self.everywhere.free_milli
 
     def _book(self, binding: Binding, role: RoleShape, sign: int) -> None:
         space = self.spaces.get(binding.node)
@@ -327,6 +362,7 @@ class Ledger:
         name, gpu_free, gpu_class = space.node.name, space.gpu_free, space.gpu_class
         gained: dict[GpuClass, int] = {}
         """Wholly free devices."""
+        freed = 0
         for share in binding.gpus:
             gpu = share.gpu
             before = gpu_free.get(gpu)
@@ -335,7 +371,7 @@ class Ledger:
             change = -sign * share.milli
             after = gpu_free[gpu] = before + change
             cls = gpu_class[gpu]
-            self.free_gpu_milli += change
+            freed += change
             if before == WHOLE_GPU:
                 gained[cls] = gained.get(cls, 0) - 1
             elif before > 0:
@@ -344,6 +380,8 @@ class Ledger:
                 gained[cls] = gained.get(cls, 0) + 1
             elif after > 0:
                 insort(self._shared.setdefault(cls, []), (after, name, gpu))
+        for stock in space.stocks:
+            stock.free_milli += freed
         total = 0
         for cls, gain in gained.items():
             if gain:

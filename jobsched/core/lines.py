@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from jobsched.core.job import Job, Shape
+from jobsched.core.ledger import Stock
 from jobsched.core.policies.estimate import Estimates
 from jobsched.core.policies.parts import PoolKey
 from jobsched.core.resources import JobId
@@ -66,9 +67,11 @@ class Line:
     """One line of like jobs, best rank and oldest first."""
 
     key: LineKey
+    stock: Stock
+    """What there is for it."""
     places: list[Place] = field(default_factory=list)
     blocked_at: int = -1
-    """`Ledger.freed_for` its shape when its head was last found not to fit; equal means: not worth another try."""
+    """`Stock.freed` when its head was last found not to fit; equal means: not worth another try."""
     refused_at: int = -1
     """`Ledger.freed` when its head was last over a quota or limit."""
     hindered_at: int = -1
@@ -89,14 +92,19 @@ class Lines(dict[LineKey, Line]):
         goes."""
         self.waiting = 0
         """How many jobs are in a line."""
+        self.news = 0
+        """Rises when a line is worth a try that was not: a job came, or one left that did not start."""
+        self.started = 0
+        """How many left because they start."""
 
-    def join(self, key: LineKey, pool: PoolKey, place: Place) -> Line:
+    def join(self, key: LineKey, pool: PoolKey, stock: Stock, place: Place) -> Line:
         """Take a place in the line that is for such jobs."""
         line = self.get(key)
         if line is None:
-            line = self[key] = self.of_queue.setdefault(key.queue, {})[key] = Line(key)
+            line = self[key] = self.of_queue.setdefault(key.queue, {})[key] = Line(key, stock)
             self.of_pool.setdefault(pool, {}).setdefault(key.akin(), {})[key] = line
         self.waiting += 1
+        self.news += 1
         self.stuck.pop(key.queue, None)
         places = line.places
         if not places or places[-1] < place:
@@ -107,11 +115,15 @@ class Lines(dict[LineKey, Line]):
             line.blocked_at = -1  # it may be over sooner than those before it
         return line
 
-    def leave(self, line: Line, pool: PoolKey, place: Place) -> None:
+    def leave(self, line: Line, pool: PoolKey, place: Place, starts: bool) -> None:
         """Give the place up. A line that nobody is in is forgotten."""
         key, places = line.key, line.places
         del places[0 if places[0] is place else bisect_left(places, place)]
         self.waiting -= 1
+        if starts:
+            self.started += 1
+        else:
+            self.news += 1
         self.stuck.pop(key.queue, None)
         if places:
             return

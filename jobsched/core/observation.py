@@ -138,6 +138,8 @@ class Sight:
         jobs: set[JobId] = set()
         names: set[NodeName] = set()
         self.observed_at_ms = now_ms
+        if observation is NO_NEWS:
+            return jobs, names
         for report in observation.replicas:
             key = report.key
             job_id = JobId(key.split("/", 1)[0])

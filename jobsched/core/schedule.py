@@ -160,8 +160,8 @@ class Pass:
         to give, and nobody would have to leave for them. If so, it is left alone until something becomes free."""
         cluster, key, how = self.cluster, line.key, self.policy.preemption
         if (
-            key.shape.least_gpu_milli <= self.room.free_milli
-            or self.policy.strict or not self.sated or head in cluster.reservations
+            key.shape.least_gpu_milli <= self.room.free_milli(line.stock)
+            or not self.sated or head in cluster.reservations
         ):  # fmt: skip
             return False
         if cluster.quotas.account(key.queue).bounded:
@@ -172,7 +172,7 @@ class Pass:
                 self._claimants[level] = may_claim(cluster, how, key)
             if self._claimants[level]:
                 return False
-        line.blocked_at = cluster.ledger.freed_for(key.shape.node_labels)
+        line.blocked_at = line.stock.freed
         line.hindered_at = -1
         return True
 
@@ -183,9 +183,18 @@ class Pass:
         else:
             gang = place_gang(self.cluster, shape, job.avoid, self.policy.score)
         if isinstance(gang, Gang):
-            self.cluster.charge(job, gang.bindings, starts=True)
+            self.charge(job, gang)
             self.place(job, gang)
         return isinstance(gang, Gang)
+
+    def charge(self, job: Job, gang: Gang) -> None:
+        """Count a gang that starts in its queue, where a limit or an order could tell."""
+        cluster, policy = self.cluster, self.policy
+        if (
+            job.array_id or policy.fair is not None or policy.factors is not None
+            or cluster.quotas.account(job.spec.queue).bounded
+        ):  # fmt: skip
+            cluster.charge(job, gang.bindings, starts=True)
 
     def place(self, job: Job, gang: Gang) -> None:
         """Decide that a job starts in places which are taken already."""
@@ -233,18 +242,26 @@ def schedule(cluster: Cluster, now_ms: int, policy: Policy) -> Plan:
         drop_stale(cluster)
     freed = cluster.ledger.freed
     hungry = [cluster.jobs[job_id] for job_id, tried in cluster.growing.items() if tried != freed]
-    hungry.sort(key=_by_claim)
+    if len(hungry) > 1:
+        hungry.sort(key=_by_claim)
     if policy.replan is None:
         _ripe(cluster, now_ms)
-    run = Pass(cluster, now_ms, policy, examined=len(hungry))
-    lines = list(_worth_a_try(run)) if policy.replan is None else []
+    due = bool(hungry or policy.replan is not None or cluster.nominated) or _turns_to(cluster, now_ms, policy)
+    seen = (freed, cluster.lines.news, cluster.lines.started, cluster.claims_made)
+    still = cluster.looked == seen
     plan = NOTHING_TO_DO
-    if hungry or lines or policy.replan is not None or cluster.nominated or _turns_to(cluster, now_ms, policy):
-        with cluster.trial():
-            _steps(run, hungry, lines)
-        plan = Plan(tuple(run.decisions), run.examined, run.full)
+    if due or not still:
+        run = Pass(cluster, now_ms, policy, examined=len(hungry))
+        lines = list(_worth_a_try(run)) if policy.replan is None and not still else []
+        if due or lines:
+            with cluster.trial():
+                _steps(run, hungry, lines)
+            plan = Plan(tuple(run.decisions), run.examined, run.full)
+        cluster.looked = None if plan.more or cluster.nominated else _once_folded(seen, plan.decisions)
     if policy.replan is None:
-        instants = [*cluster.ripening.values(), *([cluster.window_ms] if cluster.window_ms and cluster.lines else [])]
+        instants = list(cluster.ripening.values())
+        if cluster.window_ms and cluster.lines:
+            instants.append(cluster.window_ms)
         if policy.elastic is not None and cluster.elastic:
             instants.append(cluster.resize_ms)
         if policy.defragmentation is not None and cluster.lines:
@@ -275,6 +292,15 @@ def _steps(run: Pass, hungry: Sequence[Job], lines: Sequence[Line]) -> None:
         for job in hungry:
             if not below_minimum(job):
                 grow(run, job)
+
+
+def _once_folded(seen: tuple[int, int, int, int], decisions: Sequence[Decision]) -> tuple[int, int, int, int] | None:
+    """What the next pass sees if nothing but these decisions is folded, and they only start jobs; else None."""
+    if not decisions:
+        return seen
+    starts = sum([isinstance(decision, ev.AttemptPlaced) for decision in decisions])
+    freed, news, started, claims = seen
+    return (freed, news, started + starts, claims) if starts == len(decisions) else None
 
 
 def _turns_to(cluster: Cluster, now_ms: int, policy: Policy) -> bool:
@@ -333,25 +359,25 @@ def start_waiting(run: Pass, lines: Iterable[Line]) -> None:
         place = line.places[at]
         if line.key.queue in cluster.lines.stuck:
             continue
-        if run.pass_over(line, place.job_id):
+        if not policy.strict and run.pass_over(line, place.job_id):
             heads.drop(run.pass_over)
             continue
         job, key = cluster.jobs[place.job_id], policy.ordering(line.key, place)
         run.examined += 1
         shape = admit(cluster, job, run.now_ms)
-        near = isinstance(shape, Shape) and _might_fit(run, shape)
+        near = isinstance(shape, Shape) and _might_fit(run, line, shape)
         felt = claims if near else [claim for claim in claims if claim.queue]
         others = in_the_way(cluster, job, key, felt, run.now_ms) if felt else []
         barred = any(claim.limits(job) for claim in others)
-        if near and not barred and isinstance(shape, Shape) and _start(run, job, shape, others):
+        if near and not barred and isinstance(shape, Shape) and _start(run, line, job, shape, others):
             heads.push(line, at + 1)
             continue
         if isinstance(shape, Refused):
-            line.refused_at = cluster.ledger.freed
+            line.refused_at, line.hindered_at = cluster.ledger.freed, -1
             if policy.backfill is not None:
                 _claim_limit(run, policy.backfill, job, shape, key)
         else:
-            line.blocked_at = cluster.ledger.freed_for(line.key.shape.node_labels)
+            line.blocked_at = line.stock.freed
             line.hindered_at = cluster.claims_made if others else -1
             if near and others and looks > 0:  # who stands behind it may be over sooner
                 looked, found = heads.seek(line, at, looks, partial(_freer, run, key, claims, len(others)))
@@ -370,7 +396,7 @@ def start_waiting(run: Pass, lines: Iterable[Line]) -> None:
     run.guard.let_go()
 
 
-def _start(run: Pass, job: Job, shape: Shape, others: Sequence[Reservation]) -> bool:
+def _start(run: Pass, line: Line, job: Job, shape: Shape, others: Sequence[Reservation]) -> bool:
     """Start a job that has to leave the seats of others alone: in those that were reserved for it, else in any. Where
     it may use reserved seats, it takes others if there are any."""
     run.room.leave()
@@ -379,7 +405,7 @@ def _start(run: Pass, job: Job, shape: Shape, others: Sequence[Reservation]) -> 
     if mine is None and all(claim in guard.claims for claim in kept):
         if run.start(job, shape):
             return True
-        if len(kept) == len(guard.claims) or not _might_fit(run, shape):
+        if len(kept) == len(guard.claims) or not _might_fit(run, line, shape):
             return False
     guard.keep(kept)
     return (mine is not None and _sit_down(run, job, shape, mine)) or run.start(job, shape)
@@ -392,9 +418,9 @@ def _freer(run: Pass, key: OrderKey, claims: Sequence[Reservation], than: int, j
     return len(in_the_way(run.cluster, job, key, claims, run.now_ms)) < than
 
 
-def _might_fit(run: Pass, shape: Shape) -> bool:
-    """Whether there are enough GPUs for a gang if none are kept free for others."""
-    return shape.least_gpu_milli <= run.room.free_milli
+def _might_fit(run: Pass, line: Line, shape: Shape) -> bool:
+    """Whether there are enough GPUs for a gang of a line if none are kept free for others."""
+    return shape.least_gpu_milli <= run.room.free_milli(line.stock)
 
 
 def _sit_down(run: Pass, job: Job, shape: Shape, claim: Reservation) -> bool:
@@ -402,7 +428,7 @@ def _sit_down(run: Pass, job: Job, shape: Shape, claim: Reservation) -> bool:
     if not seats_free(run.cluster, claim, shape):
         return False
     gang = Gang(tuple(binding for binding, _ in claim.seats), claim.coordinator_port)
-    run.cluster.charge(job, gang.bindings, starts=True)
+    run.charge(job, gang)
     run.place(job, gang)
     return True
 
@@ -566,7 +592,7 @@ class Heads:
 def _worth_a_try(run: Pass) -> Iterator[Line]:
     """Lines whose head may fit now, or may get something else from this pass. O(lines); with `strict`, O(queues) while
     nothing changes."""
-    cluster, policy, free = run.cluster, run.policy, run.room.free_milli
+    cluster, policy = run.cluster, run.policy
     for queue, lines in cluster.lines.of_queue.items():
         first = cluster.lines.stuck.get(queue)
         if first is not None:
@@ -575,23 +601,20 @@ def _worth_a_try(run: Pass) -> Iterator[Line]:
             del cluster.lines.stuck[queue]
         if policy.strict:
             first = min(lines.values(), key=lambda line: policy.ordering(line.key, line.places[0]))
-            if not _may_fit(cluster, first):
+            if not _may_fit(cluster, first) or run.pass_over(first, first.places[0].job_id):
                 cluster.lines.stuck[queue] = first
                 continue
             yield from lines.values()
             continue
         for line in lines.values():
-            if _may_fit(cluster, line) and (
-                line.key.shape.least_gpu_milli <= free or not run.pass_over(line, line.places[0].job_id)
-            ):
+            if _may_fit(cluster, line) and not run.pass_over(line, line.places[0].job_id):
                 yield line
 
 
 def _may_fit(cluster: Cluster, line: Line) -> bool:
-    ledger = cluster.ledger
     if line.hindered_at not in (-1, cluster.claims_made):
         return True
-    return line.refused_at != ledger.freed and line.blocked_at != ledger.freed_for(line.key.shape.node_labels)
+    return line.blocked_at != line.stock.freed and line.refused_at != cluster.ledger.freed
 
 
 # ---- making room ----
@@ -679,6 +702,7 @@ def make_room(run: Pass, how: Preemption, line: Line) -> None:
         for job in run.heads(line):
             if len(run.decisions) + len(found) >= run.policy.batch or leaving >= EVICTIONS:
                 line.blocked_at = -1
+                cluster.lines.news += 1
                 break
             way = hunt.room_for(job)
             if way is None:
@@ -729,6 +753,7 @@ def _ripe(cluster: Cluster, now_ms: int) -> None:
             del cluster.ripening[key]
             if line is not None:
                 line.blocked_at = line.refused_at = -1
+                cluster.lines.news += 1
 
 
 # ---- running jobs ----

@@ -71,7 +71,7 @@ def accusation(job: Job | None, event: ev.Event) -> tuple[NodeName, Accusation] 
     """What an event holds against a node; `job` is the event's job before it."""
     if isinstance(event, ev.AttemptStopping):
         cause = event.outcome.cause
-    elif isinstance(event, ev.ReplicasRestarted | ev.ReplicasUnbound):
+    elif isinstance(event, (ev.ReplicasRestarted, ev.ReplicasUnbound)):  # quicker than `|`: asked of every event
         cause = event.cause
     else:
         return None

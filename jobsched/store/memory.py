@@ -49,6 +49,9 @@ class MemoryStore:
             check_fence(fence, self._lease.fence)
             end = self._now.seq
             appended = self._now.append(events, expected or {})
+            if self._now.seq == end + len(appended.stored):
+                self._log += appended.stored
+                return appended
             for stored in appended.stored:
                 if stored.seq > end:  # else it had been sent before
                     end = stored.seq

@@ -133,7 +133,7 @@ def test_deadlines_go_first_when_it_is_now_or_never(due_s: int, first: str) -> N
     turns = in_time(told)(cluster, jobs, now)
     assert names[turns[0].job.id] == first
     places = [Place(told(job), job.submitted_at_ms, job.id) for job in jobs]
-    lines = [Line(LineKey("default", 0, cluster.shape(jobs[0])), places)]
+    lines = [Line(LineKey("default", 0, cluster.shape(jobs[0])), cluster.ledger.everywhere, places)]
     heads = in_time_heads(cluster, lines, 1, now)
     assert names[JobId(next(iter(heads)))] in (first, "due")
 

@@ -137,13 +137,13 @@ class Room:
 def _memory(cluster: Cluster) -> Callable[[], None]:
     """What a pass remembers of vain tries; the result brings it back."""
     lines = [(line, line.blocked_at, line.refused_at) for line in cluster.lines.values()]
-    growing, ripening = dict(cluster.growing), dict(cluster.ripening)
+    growing, ripening, looked = dict(cluster.growing), dict(cluster.ripening), cluster.looked
     nominated = {job_id: dict(victims) for job_id, victims in cluster.nominated.items()}
 
     def again() -> None:
         for line, blocked_at, refused_at in lines:
             line.blocked_at, line.refused_at = blocked_at, refused_at
-        cluster.growing, cluster.ripening, cluster.nominated = growing, ripening, nominated
+        cluster.growing, cluster.ripening, cluster.nominated, cluster.looked = growing, ripening, nominated, looked
 
     return again
 

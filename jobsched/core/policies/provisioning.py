@@ -136,11 +136,8 @@ def _ask(
 
 def _blocked(cluster: Cluster) -> Iterator[Job]:
     """Jobs of lines whose head was found not to fit, best first."""
-    ledger = cluster.ledger
-
     def waits(line: Line) -> bool:
-        blocked = line.blocked_at == ledger.freed_for(line.key.shape.node_labels)
-        return blocked and line.refused_at != ledger.freed
+        return line.blocked_at == line.stock.freed and line.refused_at != cluster.ledger.freed
 
     def places(line: Line) -> Iterator[tuple[int, int, str, Job]]:
         for place in line.places:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from jobsched.core.cluster import Cluster
 from jobsched.core.job import Binding, Job, Phase, Replica, ReplicaState, RoleShape
+from jobsched.core.ledger import Stock
 from jobsched.core.policies.admission import admit, limited
 from jobsched.core.policies.backfill import Guard
 from jobsched.core.policies.placement import Gang, Score, place_gang
@@ -49,10 +50,9 @@ class Room:
     """The quotas as they will be, while the ledger is."""
     _free_milli: int = 0
 
-    @property
-    def free_milli(self) -> int:
-        """Thousandths of GPUs that are free as things are, kept for reservations or not."""
-        return self.cluster.ledger.free_gpu_milli + self.guard.milli if self._mark is None else self._free_milli
+    def free_milli(self, stock: Stock) -> int:
+        """Thousandths of GPUs that are free there as things are, kept for reservations or not; or more than that."""
+        return stock.free_milli + self.guard.milli if self._mark is None else self._free_milli
 
     def keep(self, job: Job, gang: Gang) -> None:
         """Keep places for a job that cannot start in them yet."""
