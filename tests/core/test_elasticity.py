@@ -584,6 +584,33 @@ def test_what_was_learned_of_servers_survives_a_new_leader_and_users_pin_either_
     assert {servers for _, _, servers, _ in known} <= {1, 2}
 
 
+@pytest.mark.parametrize("priority", [0, 100])
+@pytest.mark.parametrize("cpus", [61, 63])
+def test_servers_give_way_to_a_job_that_needs_their_cpus_and_no_gpu(priority: int, cpus: int) -> None:
+    """The workers hold GPUs and the other job none: a minimum goes before a surplus all the same. What is left for two
+    workers and one server is 3 CPUs: with 61 it fits, with 63 it never does, and nobody leaves for it."""
+    world = World(nodes=1, gpus=4)
+    world.boot(Policy(elastic=HOW))
+    job_id = world.submit(a_ps_job({"min": 1, "max": 3, "prefer": 3}, {"min": 2, "max": 3, "prefer": 3}))
+    job = Serving(world, job_id, compute_s=0.1, load_s=0.3)
+    serve(world, job, seconds=20)
+    assert counts(world, job_id) == (3, 3)
+    before = rescales(world, job_id)
+    other = world.submit(a_spec(roles={"worker": {"command": "x", "cpu": cpus}}, priority=priority))
+    serve(world, job, seconds=20)
+    if cpus == 61:
+        assert counts(world, job_id) == (2, 1)
+        assert rescales(world, job_id)[len(before):] == [
+            "worker 3 to 2 and ps 3 to 1: predicted 0.49 times as fast, where others gain more"
+        ]
+        assert world.job(other).phase is Phase.RUNNING
+        world.wish(ev.JobCancelRequested(world.clock.now_ms(), other, "me"))
+        serve(world, job, seconds=20)
+    assert counts(world, job_id) == (3, 3)
+    if cpus == 63:
+        assert rescales(world, job_id) == before
+
+
 thetas = st.tuples(st.sampled_from([0.05, 0.2]), st.sampled_from([0.0, 0.005, 0.05, 0.3]), st.sampled_from([0.0, 0.05]))
 bounds = st.tuples(st.integers(1, 2), st.sampled_from([0, 2, 6])).map(lambda b: {"min": b[0], "max": b[0] + b[1],
                                                                                  "prefer": b[0]})  # fmt: skip

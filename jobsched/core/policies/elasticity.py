@@ -29,7 +29,7 @@ stand.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import log
 from typing import NamedTuple
 
@@ -138,6 +138,11 @@ class Mover:
             return found
         return found + Resources(size[1] * servers.cpu_milli, size[1] * servers.memory_bytes)
 
+    @property
+    def may_start(self) -> bool:
+        """Whether it waits, and may get its minimum."""
+        return not any(self.have) and len(self.options) > 1
+
     def stays(self, size: Size) -> bool:
         """Whether the attempt goes on with this size."""
         return size == self.have or (self.in_place and size[1] == self.have[1])
@@ -174,11 +179,29 @@ def in_motion(cluster: Cluster) -> bool:
 # ---- who, and what each size is worth ----
 
 
-Amounts = dict[GpuClass, Resources]
-"""GPUs of each class, and under `ANY` CPUs and memory."""
+@dataclass(slots=True)
+class Stock:
+    """An amount of everything: CPUs and memory, which all jobs take, and GPUs of each class."""
+
+    hosts: Resources = NOTHING
+    gpus: dict[GpuClass, int] = field(default_factory=dict)
+
+    def copy(self) -> Stock:
+        return Stock(self.hosts, dict(self.gpus))
+
+    def of(self, pool: GpuClass) -> Resources:
+        """What is there for the jobs of a pool."""
+        return replace(self.hosts, gpu_milli=self.gpus.get(pool, 0))
+
+    def give(self, pool: GpuClass, amount: Resources) -> None:
+        self.hosts += replace(amount, gpu_milli=0)
+        self.gpus[pool] = self.gpus.get(pool, 0) + amount.gpu_milli
+
+    def take(self, pool: GpuClass, amount: Resources) -> None:
+        self.give(pool, NOTHING - amount)
 
 
-def _free(cluster: Cluster, movers: Iterable[Mover]) -> Amounts:
+def _free(cluster: Cluster, movers: Iterable[Mover]) -> Stock:
     """What is free on usable nodes; of GPUs those that are wholly free, and where movers have shares, also what is left
     of others, in parts as large as the smallest of these shares."""
     free: dict[GpuClass, int] = {}
@@ -195,7 +218,7 @@ def _free(cluster: Cluster, movers: Iterable[Mover]) -> Amounts:
             for gpu_class, part in parts.items():
                 left = sum(level - level % part for level in space.levels(gpu_class) if level < WHOLE_GPU)
                 free[gpu_class] = free.get(gpu_class, 0) + left
-    return {ANY: Resources(cpu, memory), **{cls: Resources(gpu_milli=milli) for cls, milli in free.items()}}
+    return Stock(Resources(cpu, memory), free)
 
 
 def _mover(cluster: Cluster, job: Job, now_ms: int, how: Elasticity) -> Mover | None:
@@ -336,23 +359,40 @@ def _as_it_is(mover: Mover) -> tuple[Option, ...]:
 # ---- sizes ----
 
 
-def _sizes(movers: Sequence[Mover], free: Amounts) -> dict[JobId, Size]:
-    """The size of each job: within a pool higher priorities choose first, among what the minima of the lower leave.
-    CPUs and memory that one pool's jobs leave are there for those of the next."""
+def _sizes(movers: Sequence[Mover], free: Stock) -> dict[JobId, Size]:
+    """The size of each job. Higher priorities choose first, among what the minima of the lower leave; within a priority
+    pool by pool, among what the minima of the other pools leave, also of those who wait in them, as far as they fit."""
     sizes: dict[JobId, Size] = {}
-    hosts, gpus = free[ANY], {**free, ANY: NOTHING}
-    for pool in dict.fromkeys(mover.pool for mover in movers):
-        mine = [mover for mover in movers if mover.pool == pool]
-        left = hosts + gpus.get(pool, NOTHING) + _sum(mover.takes(mover.have) for mover in mine)
-        kept = _sum(mover.takes(mover.low) for mover in mine if any(mover.have))
-        for priority in sorted({mover.job.priority for mover in mine}, reverse=True):
-            group = [mover for mover in mine if mover.job.priority == priority]
-            kept -= _sum(mover.takes(mover.low) for mover in group if any(mover.have))
-            chosen = share([mover.options for mover in group], left - kept)
-            sizes |= {mover.job.id: option.size for mover, option in zip(group, chosen, strict=True)}
-            left -= _sum(option.takes for option in chosen)
-        hosts = replace(left, gpu_milli=0)
+    left, kept = free.copy(), Stock()
+    for mover in movers:
+        left.give(mover.pool, mover.takes(mover.have))
+        if any(mover.have):
+            kept.give(mover.pool, mover.takes(mover.low))
+    for priority in sorted({mover.job.priority for mover in movers}, reverse=True):
+        level = [mover for mover in movers if mover.job.priority == priority]
+        for pool in dict.fromkeys(mover.pool for mover in level):
+            group = [mover for mover in level if mover.pool == pool]
+            waiting = [m for m in level if m.pool != pool and m.job.id not in sizes and m.may_start]
+            hosts = _reserved(waiting, left, kept)
+            for mover in group:
+                if any(mover.have):
+                    kept.take(pool, mover.takes(mover.low))
+            chosen = share([mover.options for mover in group], left.of(pool) - kept.of(pool) - hosts)
+            for mover, option in zip(group, chosen, strict=True):
+                sizes[mover.job.id] = option.size
+                left.take(pool, option.takes)
     return sizes
+
+
+def _reserved(waiting: Iterable[Mover], left: Stock, kept: Stock) -> Resources:
+    """CPUs and memory for the minima of those who wait, the first first, as far as they fit beside `kept`."""
+    hosts, promised = NOTHING, kept.copy()
+    for mover in waiting:
+        low = mover.takes(mover.low)
+        if low.fits(left.of(mover.pool) - promised.of(mover.pool)):
+            promised.give(mover.pool, low)
+            hosts += replace(low, gpu_milli=0)
+    return hosts
 
 
 def share(bidders: Sequence[Sequence[Option]], free: Resources) -> list[Option]:
@@ -468,10 +508,6 @@ def _fill(
             else:
                 steps[j] = found
     return chosen
-
-
-def _sum(amounts: Iterable[Resources]) -> Resources:
-    return sum(amounts, start=NOTHING)
 
 
 # ---- places ----
