@@ -156,7 +156,7 @@ class Server:
         controller = self.controller = Controller(
             store, backend, clock, _policy(self._config.policy, self._config.pools),
             queues=self._config.queues,
-            sole_definer=self._config.kubernetes_objects is None,
+            sole_definer=self._config.kubernetes_objects is None and "queues" in self._config.model_fields_set,
             holder=f"{socket.gethostname()}:{self.home}",  # the next server of this home is the same leader
             lease_ttl_ms=self._config.timers.lease_ttl,
             idle_ms=self._config.timers.longest_wait,

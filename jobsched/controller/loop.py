@@ -460,17 +460,21 @@ class Controller:
         known = state.cluster.queues
         changed = [q for q in self._queues if known.get(q.name) is not q and known.get(q.name) != q]
         if self._sole_definer:
-            changed += self._retired(known)
+            changed += self._retired(state.cluster)
         if changed:
             self._append(state, [ev.QueueDefined(now, queue) for queue in changed], fence, news)
         state.queues_checked = state.cluster.queues
 
-    def _retired(self, known: Mapping[str, QueueSpec]) -> list[QueueSpec]:
+    def _retired(self, cluster: Cluster) -> list[QueueSpec]:
         """Queues that an earlier configuration defined and this one does not; cohorts lose what was said of them."""
         named, cohorts = {queue.name for queue in self._queues}, {queue.cohort for queue in self._queues}
-        found = []
-        for queue in known.values():
-            wanted = QueueSpec(name=queue.name) if queue.name in cohorts else retired(queue)
+        if named.issuperset(cluster.queues):
+            return []
+        used, found = {job.spec.queue for job in cluster.jobs.values()}, []
+        for queue in cluster.queues.values():
+            wanted = retired(queue, empty=queue.name not in used)
+            if queue.name in cohorts:
+                wanted = QueueSpec(name=queue.name)
             if queue.name not in named and wanted != queue:
                 log.warning("a queue that is no longer configured takes no more jobs", queue=queue.name)
                 found.append(wanted)

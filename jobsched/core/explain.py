@@ -246,7 +246,9 @@ def _shortage(cluster: Cluster, shape: Shape, short: Short) -> Why:
         return Why(Reason.TOPOLOGY, f"{text}, all within one {shape.within}", f"placement: {{prefer: {shape.within}}}")
     cordoned = [n for n in cluster.cordoned if n in cluster.nodes]
     if cordoned and short.placed < role.min:
-        text += f" ({len(cordoned)} nodes are cordoned)"
+        text += f" ({many(len(cordoned), 'node')} cordoned)"
+    if not spaces and cordoned:
+        return Why(Reason.NODE_CORDONED, text, f"jobsched node uncordon {cordoned[0]}")
     fewer = "fewer replicas, or " if role.min > 1 else ""
     return Why(Reason.RESOURCES, text, f"{fewer}wait for running jobs to end")
 

@@ -322,7 +322,7 @@ class Operator:
             if not gone:
                 found = self._claimed(key, found)
             known = next((one for one in self._service.queues() if one.queue.name == name), None)
-            wanted = retired(queue) if gone else queue
+            wanted = retired(queue, empty=False) if gone else queue
             if known is None or known.queue != wanted:
                 self._service.define_queue(wanted)
                 self._retry_refused()

@@ -89,10 +89,10 @@ class QueueSpec(SpecModel):
     """GPU time per window; none: no limit."""
 
 
-def retired(queue: QueueSpec) -> QueueSpec:
-    """A queue that nobody defines any more: it takes no more jobs, and its quota is its cohort's again; what waits and
-    runs goes on to its end, on what is lent to it."""
-    return queue.model_copy(update={"draining": True, "quota": {}, "lending_limit": {}})
+def retired(queue: QueueSpec, empty: bool) -> QueueSpec:
+    """A queue that nobody defines any more: it takes no more jobs. What waits and runs in it goes on to its end by its
+    limits; with nothing in it, its quota is its cohort's again."""
+    return QueueSpec(name=queue.name, draining=True) if empty else queue.model_copy(update={"draining": True})
 
 
 def distinct_queues(queues: tuple[QueueSpec, ...]) -> tuple[QueueSpec, ...]:
