@@ -514,22 +514,18 @@ class Controller:
         if not events:
             return True
         jobs = state.cluster.jobs
-        expected: dict[JobId, int] = {}
-        for event in events:
-            job_id = ev.job_id_of(event)
-            if job_id is not None and job_id not in expected and job_id in jobs:
-                expected[job_id] = jobs[job_id].version
+        expected = {job_id: jobs[job_id].version for event in events if (job_id := ev.job_id_of(event)) in jobs}
         result = self._store.append(events, expected, fence)
         for rejected in result.rejected:
             self.health.rejected += 1
             log.info("job changed meanwhile; decided again next tick", job=rejected.job_id)
             state.cluster.ledger.unblock()
             self._wake.set()
-        stored = result.stored
-        if stored and stored[0].seq == state.cluster.seq + 1 and stored[-1].seq == state.cluster.seq + len(stored):
+        stored, cluster = result.stored, state.cluster
+        if stored and stored[0].seq == cluster.seq + 1 and stored[-1].seq == cluster.seq + len(stored):
             with self._lock:
                 for entry in stored:
-                    state.cluster.evolve(entry.event, entry.seq)
+                    cluster.evolve(entry.event, entry.seq)
             news += stored
             return True
         news += self._read_news(state)

@@ -176,6 +176,12 @@ class Pass:
         line.hindered_at = -1
         return True
 
+    def hopeful(self, lines: Sequence[Line]) -> Sequence[Line]:
+        """These lines without those from which nothing can come."""
+        if self.policy.strict:
+            return lines
+        return [line for line in lines if not self.pass_over(line, line.places[0].job_id)]
+
     def start(self, job: Job, shape: Shape) -> bool:
         """Place a waiting job's gang, if it fits."""
         if job.id in self.cluster.targets:
@@ -241,23 +247,21 @@ def schedule(cluster: Cluster, now_ms: int, policy: Policy) -> Plan:
     if policy.backfill is not None:
         drop_stale(cluster)
     freed = cluster.ledger.freed
-    hungry = [cluster.jobs[job_id] for job_id, tried in cluster.growing.items() if tried != freed]
-    if len(hungry) > 1:
+    hungry: list[Job] = []
+    if cluster.growing:
+        hungry += [cluster.jobs[job_id] for job_id, tried in cluster.growing.items() if tried != freed]
         hungry.sort(key=_by_claim)
     if policy.replan is None:
         _ripe(cluster, now_ms)
-    due = bool(hungry or policy.replan is not None or cluster.nominated) or _turns_to(cluster, now_ms, policy)
     seen = (freed, cluster.lines.news, cluster.lines.started, cluster.claims_made)
-    still = cluster.looked == seen
+    lines = list(_worth_a_try(cluster, policy)) if policy.replan is None and cluster.looked != seen else []
     plan = NOTHING_TO_DO
-    if due or not still:
+    if lines or hungry or policy.replan is not None or cluster.nominated or _turns_to(cluster, now_ms, policy):
         run = Pass(cluster, now_ms, policy, examined=len(hungry))
-        lines = list(_worth_a_try(run)) if policy.replan is None and not still else []
-        if due or lines:
-            with cluster.trial():
-                _steps(run, hungry, lines)
-            plan = Plan(tuple(run.decisions), run.examined, run.full)
-        cluster.looked = None if plan.more or cluster.nominated else _once_folded(seen, plan.decisions)
+        with cluster.trial():
+            _steps(run, hungry, run.hopeful(lines))
+        plan = Plan(tuple(run.decisions), run.examined, run.full)
+    cluster.looked = None if plan.more or cluster.nominated else _once_folded(seen, plan.decisions)
     if policy.replan is None:
         instants = list(cluster.ripening.values())
         if cluster.window_ms and cluster.lines:
@@ -589,10 +593,10 @@ class Heads:
             self._put(queue)
 
 
-def _worth_a_try(run: Pass) -> Iterator[Line]:
+def _worth_a_try(cluster: Cluster, policy: Policy) -> Iterator[Line]:
     """Lines whose head may fit now, or may get something else from this pass. O(lines); with `strict`, O(queues) while
     nothing changes."""
-    cluster, policy = run.cluster, run.policy
+    fits_or_waits = policy.preemption is None and policy.backfill is None
     for queue, lines in cluster.lines.of_queue.items():
         first = cluster.lines.stuck.get(queue)
         if first is not None:
@@ -601,13 +605,14 @@ def _worth_a_try(run: Pass) -> Iterator[Line]:
             del cluster.lines.stuck[queue]
         if policy.strict:
             first = min(lines.values(), key=lambda line: policy.ordering(line.key, line.places[0]))
-            if not _may_fit(cluster, first) or run.pass_over(first, first.places[0].job_id):
+            short = fits_or_waits and first.key.shape.least_gpu_milli > first.stock.free_milli
+            if short or not _may_fit(cluster, first):
                 cluster.lines.stuck[queue] = first
                 continue
             yield from lines.values()
             continue
         for line in lines.values():
-            if _may_fit(cluster, line) and not run.pass_over(line, line.places[0].job_id):
+            if _may_fit(cluster, line):
                 yield line
 
 
