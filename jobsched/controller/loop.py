@@ -387,7 +387,9 @@ class Controller:
                 self._arm(state, everyone, now)
         if plan.more:
             self._wake.set()
-        if now - self._noted[0] >= self._recall_every_ms or cluster.seq - self._noted[1] >= RECALL_EVENTS:
+        if self._recall_every_ms and (
+            now - self._noted[0] >= self._recall_every_ms or cluster.seq - self._noted[1] >= RECALL_EVENTS
+        ):
             self._keep_recall(cluster, fence, now)
         return frozenset(seen_jobs)
 

@@ -34,7 +34,16 @@ from jobsched.core.pools import BY as POOLS
 from jobsched.core.pools import NodePool
 from jobsched.core.resources import NOTHING, WHOLE_GPU, JobId, NodeName
 from jobsched.core.shape import shape_of_job, sized_roles
-from jobsched.core.suspicion import BY, PREFLIGHT_LABEL, Accusation, Checked, Suspicion, accusation, against_node
+from jobsched.core.suspicion import (
+    ACCUSING,
+    BY,
+    PREFLIGHT_LABEL,
+    Accusation,
+    Checked,
+    Suspicion,
+    accusation,
+    against_node,
+)
 from jobsched.core.values import dataclass
 from jobsched.spec.job import JobSpec
 from jobsched.spec.queue import CPU, GPUS, MEMORY, QueueSpec
@@ -200,7 +209,7 @@ class Cluster:
         if isinstance(event, ev.CapacityWithdrawn) and event.late:
             self.late[event.pool] = (self.late.get(event.pool, (0, 0))[0] + 1, event.at_ms)
         before = self.jobs.get(event.job_id)
-        if (accused := accusation(before, event)) is not None:
+        if type(event) in ACCUSING and (accused := accusation(before, event)) is not None:
             self._accuse(*accused)
         after = take_evolved(before, event)
         if before is None:
@@ -386,7 +395,8 @@ class Cluster:
             or (moves and self._known[job_id].shape.elastic)
         ):  # fmt: skip
             self._note_leaving(before, after)
-        self._note_asked(before, after)
+        if before.asked is not after.asked:
+            self._note_asked(before, after)
         self.jobs[job_id] = after
         respecified = before.wanted is not after.wanted or before.spec is not after.spec
         if respecified:

@@ -286,19 +286,19 @@ class Simulation:
 
     def step(self) -> bool:
         """Submit what is due, tick once, move on to the next instant; False when nothing will ever happen again."""
-        now = self.clock.now_ms()
+        now, rules = self.clock.now_ms(), self.workload.rules
         submitted = self.submit(now)
-        if self.workload.rules.pause_everyone and (submitted or self._turns_at == now or self.engine.ends_now()):
+        if rules.pause_everyone and (submitted or self._turns_at == now or self.engine.ends_now()):
             self.player.catch_up()
             self.player.pause_everyone(self.engine)
-        every = self.workload.rules.report_every_ms
+        every = rules.report_every_ms
         if every and now % every == 0 and self._reported_ms != now:
             self._reported_ms = now
             self.player.catch_up()
             self.player.report(self.engine)
         pause = self.controller.tick()
         self.ticks += 1
-        if self.workload.rules.pause_everyone:
+        if rules.pause_everyone:
             with self.controller.view() as (cluster, _):
                 self._turns_at = cluster.next_pass_ms
         instants = [now + pause] if pause < NEVER_MS // 8 else []
