@@ -18,7 +18,9 @@ from pathlib import Path
 import pytest
 
 from jobsched.client.client import Client, JobHandle
-from jobsched.core.job import Phase
+from jobsched.core.events import AttemptStopping
+from jobsched.core.job import Phase, Reason
+from jobsched.load import load_job_file
 from tests.backends import docker_stage
 
 IMAGE = os.environ.get("JOBSCHED_TEST_IMAGE", "")
@@ -38,7 +40,9 @@ class Server:
     def __init__(self, home: Path) -> None:
         self.home = home
         engine = {"url": docker_stage.url(), "gpus": "sim-gpu:8", "same_files": True}
-        (home / "server.yaml").write_text(json.dumps({"backend": {"docker": {"image": IMAGE, "engines": [engine]}}}))
+        config = {"backend": {"docker": {"image": IMAGE, "engines": [engine]}},
+                  "policy": {"elastic": {"every": "2s", "restart": "2s"}}}  # fmt: skip
+        (home / "server.yaml").write_text(json.dumps(config))
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -134,3 +138,27 @@ def test_parameter_servers_survive_every_kill(server: Server) -> None:
         assert job.state is Phase.SUCCEEDED, job.headline
         assert accuracy(job) >= 0.95
         assert job.attempts == 1
+
+
+def test_parameter_servers_change_their_number_and_go_on_from_the_mounted_checkpoints(server: Server) -> None:
+    """One that workers wait for is divided into three, in new containers."""
+    spec = load_job_file(JOBS / "digits_ps" / "job.yaml").model_dump(mode="json")
+    command = ["python", "digits_ps/train.py", "--epochs", "12", "--pause-ms", "2", "--apply-ms", "30"]
+    spec["roles"]["ps"] |= {"command": command, "replicas": {"min": 1, "max": 3, "prefer": 1}}
+    spec["roles"]["worker"] |= {"command": command, "replicas": 2}
+    with Client() as client:
+        job = client.submit(spec)
+        assert isinstance(job, JobHandle)
+        wait(lambda: len([name for name in server.containers(job) if name.startswith("ps/")]) == 3
+             or job.refresh().state.terminal)
+        job.wait(timeout=PATIENCE_S)
+        assert job.state is Phase.SUCCEEDED, job.headline
+        assert accuracy(job) >= 0.9  # after half of the epochs
+        stops = [stored.event.outcome for stored in job.events() if isinstance(stored.event, AttemptStopping)]
+        said = [stop.cause.message for stop in stops if stop.reason is Reason.RESCALED and stop.cause is not None]
+        assert len(said) == 1
+        assert said[0].startswith("ps 1 to 3: predicted "), said
+        samples = job.metrics()
+        steps = [[sample.step for sample in samples if sample.attempt == attempt] for attempt in (1, 2)]
+        assert min(steps[1]) >= max(steps[0])
+        assert dict(samples[-1].metrics)["epoch_exact"] == 1.0
