@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from jobsched.cli import attach, render
-from jobsched.cli.connection import connected, path_of
+from jobsched.cli.connection import connected, for_each, path_of
 from jobsched.cli.render import Column, View, output_options, talk
 from jobsched.client.documents import (
     TERMINAL,
@@ -26,7 +26,7 @@ from jobsched.client.documents import (
     user,
 )
 from jobsched.client.remote import Remote
-from jobsched.errors import JobschedError, UsageError, WaitTimeout
+from jobsched.errors import UsageError, WaitTimeout
 
 SHORT_ID = 10
 """Characters of an id that tables show at least; more where jobs on the page share them."""
@@ -544,9 +544,7 @@ def metrics(ctx: click.Context, job: str, limit: int, watch: bool, view: View) -
             return
         samples = remote.documents(f"{path}/samples", limit=limit)
     names = sorted({name for s in samples for name in dict(s["metrics"])})
-    columns = METRIC_COLUMNS if view.format != "csv" else (
-        *METRIC_COLUMNS[:-1], *(Column(n.upper(), lambda s, n=n: dict(s["metrics"]).get(n)) for n in names)  # type: ignore[misc]
-    )
+    columns = METRIC_COLUMNS if view.format != "csv" else (*METRIC_COLUMNS[:-1], *map(_metric_column, names))
     render.show_list(view, columns, samples, name="samples", key="step")
 
 
@@ -567,24 +565,23 @@ def wait(ctx: click.Context, job: str, until: str, timeout: str | None) -> int:
         return attach.wait(remote, job, until, render.seconds(timeout))
 
 
+def _metric_column(name: str) -> Column:
+    return Column(name.upper(), lambda sample: dict(sample["metrics"]).get(name))
+
+
 # ---- wishes ----
 
 
 def _wish(ctx: click.Context, refs: Sequence[str], verb: str, body: Document, view: View, *, safe: bool = True) -> int:
     """Do the same to each job; what fails is reported and does not keep the others from being done."""
-    done, worst = [], 0
     with connected(ctx) as remote:
-        for ref in refs:
-            try:
-                answer = json.loads(remote.post(f"{path_of(remote, ref)}/{verb}", {"by": user(), **body}, safe=safe))
-            except JobschedError as exc:
-                if len(refs) == 1:
-                    raise
-                talk(exc.render())
-                worst = max(worst, exc.exit_code)
-                continue
-            done.append(render.job_document(answer))
-        done = _settled(remote, done)
+
+        def wish(ref: str) -> Document:
+            answer = remote.post(f"{path_of(remote, ref)}/{verb}", {"by": user(), **body}, safe=safe)
+            return render.job_document(json.loads(answer))
+
+        receipts, worst = for_each(refs, wish)
+        done = _settled(remote, receipts)
     render.show_list(view, JOB_COLUMNS, done, name="jobs", key="id")
     return worst
 

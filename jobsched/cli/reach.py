@@ -142,10 +142,11 @@ def cp(ctx: click.Context, source: str, target: str) -> int:
     from jobsched.client import copying
 
     there = [_place(text) for text in (source, target)]
-    if (there[0] is None) == (there[1] is None):
+    remote_side = there[0] or there[1]
+    if remote_side is None or None not in there:
         raise UsageError("one side is a path in a replica, the other one here",
                          hint="for example: jobsched cp @last/worker/0:out.json .")
-    replica, path = there[0] or there[1]  # type: ignore[misc]
+    replica, path = remote_side
     job, order = replica_of(replica)
     with connected(ctx) as remote:
         side = copying.Side(remote, path_of(remote, job), order, replica)

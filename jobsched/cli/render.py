@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import wraps
-from typing import IO, Any, TypeVar
+from typing import IO, Any, TypeVar, cast
 
 import click
 
@@ -97,7 +97,7 @@ def output_options(command: F) -> F:
                      help=f"Output format: {', '.join(FORMATS)}."),
     ):
         option(wrapper)
-    return wrapper  # type: ignore[return-value]
+    return cast(F, wrapper)
 
 
 # ---- documents ----

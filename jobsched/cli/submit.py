@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import click
 
 from jobsched.cli import attach, render
-from jobsched.cli.connection import connected, path_of
+from jobsched.cli.connection import connected, for_each, path_of
 from jobsched.cli.jobs import JOB_COLUMNS, reasons
 from jobsched.cli.render import View, output_options, talk
 from jobsched.client.documents import Document, submission, user
-from jobsched.errors import JobschedError, SpecError, UsageError
+from jobsched.errors import SpecError, UsageError
 
 if TYPE_CHECKING:
     from jobsched.spec.job import JobSpec
@@ -136,24 +136,18 @@ def update(
       jobsched update bert -f job.yaml
     """
     method, body = _edit(file, _overrides(options))
-    done: list[Document] = []
-    worst = 0
     with connected(ctx) as remote:
-        for job in jobs:
-            try:
-                path = f"{path_of(remote, job)}/spec"
-                if not (dry_run or yes) and sys.stdin.isatty():
-                    _confirm_edit(json.loads(remote.change(method, path, body, dry_run=True)), job)
-                answer = json.loads(remote.change(method, path, body, dry_run=dry_run))
-            except JobschedError as exc:
-                if len(jobs) == 1:
-                    raise
-                talk(exc.render())
-                worst = max(worst, exc.exit_code)
-                continue
+
+        def change(job: str) -> Document:
+            path = f"{path_of(remote, job)}/spec"
+            if not (dry_run or yes) and sys.stdin.isatty():
+                _confirm_edit(json.loads(remote.change(method, path, body, dry_run=True)), job)
+            answer = json.loads(remote.change(method, path, body, dry_run=dry_run))
             if not view.quiet:
                 talk(_edit_text(answer, dry_run))
-            done.append({**render.job_document(answer), "fields": answer["fields"], "restart": answer["restart"]})
+            return {**render.job_document(answer), "fields": answer["fields"], "restart": answer["restart"]}
+
+        done, worst = for_each(jobs, change)
     render.show_list(view, JOB_COLUMNS, done, name="jobs", key="id")
     return worst
 

@@ -273,7 +273,7 @@ class ReplicasReleased:
     for_job: JobId = NO_JOB
     """The job for which they make room."""
     why: str = ""
-    """What it does to the speed of an elastic job."""
+    """What it does to the speed of an elastic job, or who takes their places and by what right."""
     kind: Literal["ReplicasReleased"] = "ReplicasReleased"
 
 

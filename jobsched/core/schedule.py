@@ -290,11 +290,13 @@ def _steps(run: Pass, hungry: Sequence[Job], lines: Sequence[Line]) -> None:
         if policy.defragmentation is not None and not run.room.evicted:
             moving = defragment(run, policy.defragmentation)
     run.decisions += moving
-    if policy.elastic is not None and not run.room.evicted and not moving:
+    leaving = {d.job_id for d in run.decisions if isinstance(d, ev.AttemptStopping)}
+    if policy.elastic is not None and not (leaving or run.room.evicted or moving):
         run.decisions += resize(run, policy.elastic)
+        leaving = {d.job_id for d in run.decisions if isinstance(d, ev.AttemptStopping)}
     if len(run.decisions) < policy.batch:
         for job in hungry:
-            if not below_minimum(job):
+            if not below_minimum(job) and job.id not in leaving:
                 grow(run, job)
 
 

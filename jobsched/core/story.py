@@ -106,7 +106,7 @@ def sentence(event: ev.Event) -> str:
             why = f" ({event.why})" if event.why else ""
             return "grew by " + ", ".join(f"{b.id} on {b.node}" for b in event.bindings) + why
         case ev.ReplicasReleased():
-            whom = f", to make room for job {event.for_job}" if event.for_job else ""
+            whom = f", to make room for job {event.for_job}" if event.for_job and not event.why else ""
             why = f"; {event.why}" if event.why else ""
             return f"shrinks by {', '.join(event.replicas)} ({event.reason}{whom}{why})"
         case ev.HangSuspected():

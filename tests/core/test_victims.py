@@ -16,6 +16,7 @@ from jobsched.core.policies.ordering import Factors
 from jobsched.core.policies.victims import Candidates, Preemption, Scope
 from jobsched.core.resources import JobId
 from jobsched.core.schedule import Policy
+from jobsched.core.story import story
 from jobsched.sim.backend import Script
 from jobsched.spec.queue import GPUS, QueueSpec
 from tests.world import World, a_spec
@@ -166,6 +167,8 @@ def test_elastic_jobs_shrink_before_anybody_stops_and_grow_back() -> None:
     urgent = submit(world, "default", 1, **gang(3, 1, priority=5))
     world.run_to_phase(urgent[0], Phase.RUNNING)
     assert not stops(world)
+    told = "\n".join(story(world.store.history(elastic)))
+    assert f"(Preempted; job {urgent[0]} of queue default goes first: its priority is 5, this job's 0)" in told
     assert sum(r.binding is not None for r in world.job(elastic).replicas.values()) == 3
     assert world.job(fixed[0]).phase is Phase.RUNNING
     world.wish(ev.JobCancelRequested(world.clock.now_ms(), urgent[0], "me"))

@@ -269,5 +269,6 @@ def decisions_of(way: Way, now_ms: int) -> list[Decision]:
             found.append(ev.AttemptStopping(now_ms, job.id, job.attempt, outcome))
         else:
             ids = tuple(r.id for r in move.replicas)
-            found.append(ev.ReplicasReleased(now_ms, job.id, job.attempt, ids, Reason.MOVED, gang.id))
+            text = f"so that job {gang.name} of queue {gang.spec.queue} has its places together"
+            found.append(ev.ReplicasReleased(now_ms, job.id, job.attempt, ids, Reason.MOVED, gang.id, text))
     return found

@@ -418,15 +418,21 @@ def evictions(victims: Iterable[tuple[Job, Victim]], now_ms: int) -> list[Decisi
         if isinstance(last, ev.ReplicasReleased) and (last.job_id, last.for_job) == (victim.job.id, job.id):
             found[-1] = replace(last, replicas=(*last.replicas, *ids))
         else:
-            released = ev.ReplicasReleased(now_ms, victim.job.id, victim.job.attempt, ids, Reason.PREEMPTED, job.id)
-            found.append(released)
+            found.append(ev.ReplicasReleased(
+                now_ms, victim.job.id, victim.job.attempt, ids, Reason.PREEMPTED, job.id, _claim(job, victim)
+            ))  # fmt: skip
     return found
 
 
-def _stop(job: Job, victim: Victim, now_ms: int) -> ev.AttemptStopping:
+def _claim(job: Job, victim: Victim) -> str:
+    """By what right the job takes the victim's place, in words."""
     what = f"job {job.name} of queue {job.spec.queue}"
-    why = (f"{what} takes back what its queue lent" if victim.reclaimed
-           else f"{what} goes first: its priority is {job.priority}, this job's {victim.job.priority}")  # fmt: skip
-    cause = Cause(Reason.PREEMPTED, FailureClass.PREEMPTED, why)
+    if victim.reclaimed:
+        return f"{what} takes back what its queue lent"
+    return f"{what} goes first: its priority is {job.priority}, this job's {victim.job.priority}"
+
+
+def _stop(job: Job, victim: Victim, now_ms: int) -> ev.AttemptStopping:
+    cause = Cause(Reason.PREEMPTED, FailureClass.PREEMPTED, _claim(job, victim))
     outcome = Outcome(Phase.QUEUED, Reason.PREEMPTED, cause, for_job=job.id)
     return ev.AttemptStopping(now_ms, victim.job.id, victim.job.attempt, outcome)

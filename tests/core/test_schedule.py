@@ -1,0 +1,51 @@
+"""What one pass decides about a job goes together."""
+
+from __future__ import annotations
+
+import pytest
+
+from jobsched.core import events as ev
+from jobsched.core.job import Outcome, Phase, Reason
+from jobsched.core.policies.fairness import FairShare
+from jobsched.core.policies.ordering import learned
+from jobsched.core.policies.preemption import Replan
+from jobsched.core.policies.victims import Preemption
+from jobsched.core.rehearsal import picture_of
+from jobsched.core.resources import JobId
+from jobsched.core.schedule import Policy, schedule
+from jobsched.sim.backend import Script
+from jobsched.spec.job import JobSpec
+from tests.world import World, a_gpu_node, a_spec
+
+
+@pytest.mark.parametrize("policy", [
+    Policy(fair=FairShare(), preemption=Preemption(min_runtime_ms=0)), Policy(replan=Replan(learned)),
+])  # fmt: skip
+def test_a_job_that_has_to_leave_does_not_grow_in_the_same_pass(policy: Policy) -> None:
+    """It could: what became free elsewhere is too little for whom it leaves. Stop and growth together are illegal, so
+    that the store would refuse both, again and again."""
+
+    def spec(replicas: object, gpu: str, **more: object) -> JobSpec:
+        worker = {"command": "w", "gpu": gpu, "cpu": "100m", "replicas": replicas, "restart": {"scope": "replica"}}
+        return a_spec(roles={"worker": worker}, **more)
+
+    world = World(1, 4, lambda launch: Script(run_ms=3_600_000))
+    world.boot(policy)
+    world.tick(2)
+    world.submit(spec(1, "any:2"))
+    world.tick(3)
+    world.engine.put_node(a_gpu_node("other", 2))
+    world.tick(2)
+    ends = world.submit(spec(1, "any:2", placement={"avoid": ["n1"]}))
+    world.tick(3)
+    elastic = world.submit(spec("1..4", "any:1"))
+    world.tick(3)
+    assert [r.binding.node for r in world.job(elastic).replicas.values() if r.binding] == ["n1", "n1"]
+    now_ms = world.clock.now_ms()
+    twin = picture_of(world.cluster).cluster()
+    twin.evolve(ev.AttemptStopping(now_ms, ends, 1, Outcome(Phase.SUCCEEDED, Reason.COMPLETED)))
+    twin.evolve(ev.AttemptEnded(now_ms, ends, 1, Phase.SUCCEEDED))
+    urgent = spec(1, "any:4", priority=9)
+    twin.evolve(ev.JobSubmitted(now_ms, JobId("urgent"), "urgent", "me", urgent))
+    about = [type(d) for d in schedule(twin, now_ms, policy).decisions if d.job_id == elastic]
+    assert about == [ev.AttemptStopping]
