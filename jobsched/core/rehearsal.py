@@ -21,6 +21,7 @@ from jobsched.core.plan import Decision, Reservation
 from jobsched.core.policies.estimate import Estimates
 from jobsched.core.policies.fragmentation import Mix, MixNote
 from jobsched.core.policies.paces import Paces
+from jobsched.core.policies.pauses import Pauses
 from jobsched.core.policies.quota import AccountNote
 from jobsched.core.resources import WHOLE_GPU, JobId, NodeName
 from jobsched.core.schedule import Policy, schedule
@@ -52,6 +53,7 @@ class Picture:
     mix: MixNote
     estimates: Estimates
     paces: Paces
+    pauses: Pauses
     targets: Mapping[JobId, Target]
     reservations: tuple[Reservation, ...]
     accounts: tuple[AccountNote, ...]
@@ -64,7 +66,8 @@ class Picture:
             jobs, self.nodes, self.queues, self.lost, self.cordoned, self.ended, self.seq, self.rank,
             estimates=self.estimates, alike=self.alike,
         )  # fmt: skip
-        twin.mix, twin.targets, twin.paces = Mix.of(self.mix), dict(self.targets), self.paces.as_they_are()
+        twin.mix, twin.targets = Mix.of(self.mix), dict(self.targets)
+        twin.paces, twin.pauses = self.paces.as_they_are(), self.pauses.as_they_are()
         for claim in self.reservations:
             twin.reservations[claim.job_id] = replace(claim, made_for=twin.pools_moved)
         twin.quotas.recall(self.accounts)
@@ -84,7 +87,7 @@ def picture_of(cluster: Cluster, waiting: Iterable[JobId] | None = None) -> Pict
         tuple(cluster.jobs[job_id] for job_id in ids), tuple(cluster.nodes.values()), tuple(cluster.queues.values()),
         tuple(sorted(cluster.lost)), tuple(cluster.cordoned.items()), tuple(cluster.ended.items()), cluster.seq,
         cluster.rank, cluster.alike, cluster.mix.noted(), cluster.estimates.as_they_are(ids),
-        cluster.paces.as_they_are(),
+        cluster.paces.as_they_are(), cluster.pauses.as_they_are(),
         {job_id: cluster.targets[job_id] for job_id in ids if job_id in cluster.targets},
         tuple(c for c in cluster.reservations.values() if c.made_for == cluster.pools_moved and c.job_id in ids),
         cluster.quotas.noted(),

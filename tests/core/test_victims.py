@@ -14,6 +14,7 @@ from jobsched.core.ledger import Ledger
 from jobsched.core.policies.fairness import FairShare
 from jobsched.core.policies.ordering import Factors
 from jobsched.core.policies.victims import Candidates, Preemption, Scope
+from jobsched.core.rehearsal import picture_of
 from jobsched.core.resources import JobId
 from jobsched.core.schedule import Policy
 from jobsched.core.story import story
@@ -174,6 +175,21 @@ def test_elastic_jobs_shrink_before_anybody_stops_and_grow_back() -> None:
     world.wish(ev.JobCancelRequested(world.clock.now_ms(), urgent[0], "me"))
     world.tick(6)
     assert sum(r.binding is not None for r in world.job(elastic).replicas.values()) == 6
+
+
+def test_who_has_shown_to_restart_fast_stops_before_the_younger() -> None:
+    world = a_world(a_queue("a", 8))
+    elastic = gang({"min": 4, "max": 5, "prefer": 4}, restart={"scope": "job"})
+    fast, slow = submit(world, "a", 2, **elastic)
+    world.tick(3)
+    for job_id, took_ms in ((fast, 1_000), (slow, 90_000)):
+        for _ in range(8):
+            world.cluster.pauses.note(world.job(job_id), False, took_ms)
+    planned = picture_of(world.cluster).cluster()
+    assert planned.pauses == world.cluster.pauses
+    submit(world, "a", priority=5, **gang(gpus=4))
+    world.tick(3)
+    assert [stop.job_id for stop in stops(world)] == [fast]
 
 
 def test_places_are_kept_while_victims_save() -> None:

@@ -6,8 +6,8 @@ of that job, or of one of its family (`estimate.family_of`), is expected to take
 before those of others; what is believed without any counts as one of them, so that a single slow start, which would
 keep a job from ever changing again, is not yet believed.
 
-Kept by `Cluster`, fed by `controller.telemetry`, asked by `policies.elasticity`. Not in the log: the next leader has
-what was noted last (`core.recall`).
+Kept by `Cluster`, fed by `controller.telemetry`, asked by `policies.elasticity` and `victims`. Not in the log: the next
+leader has what was noted last (`core.recall`).
 """
 
 from __future__ import annotations
@@ -47,6 +47,10 @@ class Pauses:
         """As it was when that was noted."""
         return cls({(as_key(family), in_place): tuple((job_id, ms) for job_id, ms in seen)
                     for family, in_place, seen in note})  # fmt: skip
+
+    def as_they_are(self) -> Pauses:
+        """For copies of a cluster. O(families)."""
+        return Pauses(dict(self._of))
 
     def note(self, job: Job, in_place: bool, pause_ms: int) -> None:
         """A change of this job's size took so long."""

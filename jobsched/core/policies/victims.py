@@ -69,7 +69,7 @@ class Preemption:
     lost_free_ms: int = 600_000
     """So much may be lost whatever the job ran."""
     restart_ms: int = 30_000
-    """What a restart costs, where the job has not shown how long it takes."""
+    """What a restart costs, where the job has not shown how long it takes (elastic ones: `pauses`)."""
     tries: int = 16
     """Most heads of a queue for which room is looked for in vain in one pass."""
 
@@ -216,16 +216,19 @@ class Candidates:
             return
         lent = self.lent.get(job.id, ())
         for replica in _surplus(job, [r for r in _bound(job) if r.id not in lent]) if claim.surplus_of(job) else ():
-            yield Victim.of(job, (replica,), False, claim.reclaims, self._restart_ms(job))
+            yield Victim.of(job, (replica,), False, claim.reclaims, self._restart_ms(job, in_place=True))
 
     def _affords(self, job: Job, lost_ms: int) -> bool:
         """The job's budget: what preemption has made it lose, and would now, against what it ran."""
         ran = job.ran_ms + (self.now_ms - job.running_since_ms if job.running_since_ms else 0)
         return job.lost_ms + lost_ms <= max(self.how.lost_free_ms, ran * self.how.lost_pct // 100) or not job.lost_ms
 
-    def _restart_ms(self, job: Job) -> int:
+    def _restart_ms(self, job: Job, in_place: bool = False) -> int:
         started = job.running_since_ms - job.attempt_started_at_ms if job.running_since_ms else 0
-        return started if started > 0 else self.how.restart_ms
+        known_ms = started if started > 0 else self.how.restart_ms
+        if not self.cluster.shape(job).elastic:
+            return known_ms
+        return self.cluster.pauses.expected_ms(job, in_place, known_ms)
 
     def best_last(self, job: Job, offers: Offers) -> list[Victim]:
         """In the order in which they are to give way for a job, the first at the end: who shrinks, cheapest first; who
