@@ -177,10 +177,11 @@ def test_elastic_jobs_shrink_before_anybody_stops_and_grow_back() -> None:
     assert sum(r.binding is not None for r in world.job(elastic).replicas.values()) == 6
 
 
-def test_who_has_shown_to_restart_fast_stops_before_the_younger() -> None:
+def test_who_has_shown_to_restart_fast_stops_before_its_like() -> None:
+    """Nothing shown, it would be the first."""
     world = a_world(a_queue("a", 8))
     elastic = gang({"min": 4, "max": 5, "prefer": 4}, restart={"scope": "job"})
-    fast, slow = submit(world, "a", 2, **elastic)
+    slow, fast = submit(world, "a", 2, **elastic)
     world.tick(3)
     for job_id, took_ms in ((fast, 1_000), (slow, 90_000)):
         for _ in range(8):
