@@ -44,11 +44,27 @@ def find_or_start(
     server: str | None = None, token: str | None = None, token_file: str | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Endpoint:
-    """`find`, or an embedded server started in the home directory; `say` is told when one was."""
+    """`find`, or an embedded server started in the home directory; `say` is told when one was. Raises `Unreachable`
+    where somebody's own server has died: an embedded one, with other nodes and queues, would take its jobs for lost."""
     try:
         return find(server, token, token_file)
     except Unreachable:
-        return start(settings.home(), say=say)
+        home = settings.home()
+        if not _has_died(home):
+            return start(home, say=say)
+    raise Unreachable(
+        f"the server that somebody started in {home} has died; its jobs are as they were",
+        hint=f"start it again as before ('jobsched serve …'); to have an embedded one, remove {home / 'server.json'}",
+    )
+
+
+def _has_died(home: Path) -> bool:
+    """Whether a server that no client started ran from `home`, and did not stop in good order."""
+    try:
+        said = json.loads((home / "server.json").read_text())
+        return said["embedded"] is False and not alive(int(said["pid"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def connect(endpoint: Endpoint) -> Remote:

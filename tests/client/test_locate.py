@@ -143,3 +143,13 @@ def test_a_server_that_dies_at_start_is_reported_with_its_log(
     (home / "stand_in.py").write_text("import sys; sys.exit('port is taken')")
     with pytest.raises(Unreachable, match="port is taken"):
         locate.start(home)
+
+
+def test_a_server_of_somebody_that_died_is_not_replaced_by_an_embedded_one(home: Path) -> None:
+    """It would not know the nodes and queues of the configuration, and restart every job elsewhere."""
+    said = {"url": "http://127.0.0.1:1", "pid": 2**22 + 1, "embedded": False}
+    (home / "server.json").write_text(json.dumps(said))
+    with pytest.raises(Unreachable, match="has died; its jobs are as they were") as caught:
+        locate.find_or_start()
+    assert "jobsched serve" in caught.value.hint
+    assert not (home / "server.log").exists()

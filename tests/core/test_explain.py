@@ -2,11 +2,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from jobsched.core import events as ev
 from jobsched.core import explain
 from jobsched.core.job import Phase, Reason
 from jobsched.core.policies.ordering import Factors, expected_service, learned
 from jobsched.core.policies.preemption import Replan
-from jobsched.core.resources import GpuShare
+from jobsched.core.resources import GpuShare, NodeName
 from jobsched.core.schedule import Policy
 from jobsched.spec.queue import Budget, QueueSpec
 from tests.world import World, a_gpu_node, a_spec
@@ -82,6 +83,18 @@ def test_only_nodes_that_the_job_may_use_count() -> None:
     )
     assert "each on another node" in never("any:1", 4, spread="node", tolerate=["mig"])
     assert "not on 3 nodes without label rack=r7" in never("any:1", nodes={"rack": "r7"})
+
+
+def test_cordoned_nodes_are_named_when_they_are_all_there_is() -> None:
+    world = World(nodes=2, gpus=2)
+    world.tick(2)
+    world.store.append([ev.NodeCordoned(0, NodeName(name), "ops") for name in ("n1", "n2")])
+    waits = world.submit()
+    world.tick(2)
+    (why,) = explain.verdict(world.cluster, world.job(waits), world.clock.now_ms()).reasons
+    assert why.reason is Reason.NODE_CORDONED
+    assert "0 of 4 matching GPUs are free, at most 0 on one node (2 nodes cordoned)" in why.message
+    assert why.fix == "jobsched node uncordon n1"
 
 
 def test_a_budget_of_nothing_is_never() -> None:
