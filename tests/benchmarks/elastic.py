@@ -4,8 +4,8 @@
 BENCH=full of the published ones (1, 2, 3, 4, 6) and their mean; `0.5_1` is workload 1 at half the load. Peers are the
 published averages. Our policy gets what Pollux's scheduler gets, or less: measurements that each running job reports
 about itself once a minute (time of a pass, synchronisation, batch, gradient noise), never what is left of it, nor, but
-for the time that changes of size took, what other jobs have shown. Rules of the paper's simulator: 16 nodes of 4 GPUs, sizes reconsidered every 60 s, 30 s without
-progress at every start and change of size.
+for the time that changes of size took, what other jobs have shown. Rules of the paper's simulator: 16 nodes of 4 GPUs,
+sizes reconsidered every 60 s, 30 s without progress at every start and change of size.
 """
 
 from __future__ import annotations
