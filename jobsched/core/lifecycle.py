@@ -71,10 +71,10 @@ COUNTED: Final = (FailureClass.USER, FailureClass.OOM, FailureClass.HANG)
 """Failures that use up the restart budget."""
 
 
-_FOLDED: Final[dict[tuple[int, int], tuple[Job | None, ev.JobEvent, Job]]] = {}
-"""What was folded and not yet taken. Judge, the store and the cluster apply the same event to the same job one after
-the other; they get the same result without folding again. Entries keep their inputs alive, so identities cannot be
-reused."""
+_FOLDED: Final[dict[int, tuple[ev.JobEvent, Job | None, Job]]] = {}
+"""What was folded and not yet taken, by the event's identity: (event, job before, job after). Judge, the store and the
+cluster apply the same event to the same job one after the other; they get the same result without folding again.
+Entries keep their events alive, so identities cannot be reused."""
 FOLDED_KEPT = 4_096
 
 
@@ -84,21 +84,20 @@ class Illegal(ValueError):
 
 def evolve_job(job: Job | None, event: ev.JobEvent) -> Job:
     """The job after `event`. O(replicas of the job) at most. Raises `Illegal`; never changes its input."""
-    key = (id(job), id(event))
-    folded = _FOLDED.get(key)
-    if folded is not None:
+    folded = _FOLDED.get(id(event))
+    if folded is not None and folded[1] is job:
         return folded[2]
     after = _fold(job, event)
     if len(_FOLDED) >= FOLDED_KEPT:
         _FOLDED.clear()
-    _FOLDED[key] = (job, event, after)
+    _FOLDED[id(event)] = (event, job, after)
     return after
 
 
 def take_evolved(job: Job | None, event: ev.JobEvent) -> Job:
     """The same for whoever comes last, the leader's memory: nobody will ask again, so nothing is kept."""
-    folded = _FOLDED.pop((id(job), id(event)), None)
-    return folded[2] if folded is not None else _fold(job, event)
+    folded = _FOLDED.pop(id(event), None)
+    return folded[2] if folded is not None and folded[1] is job else _fold(job, event)
 
 
 def _fold(job: Job | None, event: ev.JobEvent) -> Job:

@@ -103,8 +103,9 @@ class SimBackend:
             for _, node in (come := [entry for entry in coming if entry[0] <= now]):
                 self.put_node(node)
             self._coming[name] = [entry for entry in coming if entry not in come]
-        while (at := self._next_due_ms()) is not None and at <= now:
-            self._changed[heapq.heappop(self._due)[1]] = None
+        due = self._due
+        while due and due[0][0] <= now and (at := self._next_due_ms()) is not None and at <= now:
+            self._changed[heapq.heappop(due)[1]] = None
         have, nodes = self._replicas, self._nodes
         if self._full:
             self._full = False

@@ -324,8 +324,9 @@ class Simulation:
     def submit(self, now: int) -> bool:
         """Submit what is due; whether anything was."""
         events: list[ev.Event] = []
-        while (due_ms := self.next_arrival_ms()) is not None and due_ms <= now:
-            a = self._coming.pop()
+        coming = self._coming
+        while coming and START_MS + coming[-1].at_ms <= now:
+            a = coming.pop()
             events.append(ev.JobSubmitted(now, a.job_id, a.spec.name or str(a.job_id), a.owner, a.spec))
         if events:
             self.store.append(events)
@@ -339,7 +340,8 @@ class Simulation:
         try:
             while self.step():
                 if progress is not None and self.ticks % 500 == 0:
-                    progress(self.ended())
+                    with self.controller.view() as (cluster, _):  # quicker than to ask the store
+                        progress(len(self.arrivals) - len(self._coming) - len(cluster.jobs))
         finally:
             if collects:
                 gc.enable()
