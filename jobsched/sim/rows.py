@@ -45,15 +45,15 @@ class Row:
         """The cell, "" where there is none."""
         return self.cells.get(column, "")
 
-    def number(self, column: str, most: float = MOST) -> float:
-        """A number from 0 to `most`; never infinite."""
+    def number(self, column: str, most: float = MOST, least: float = 0) -> float:
+        """A number from `least` to `most`; never infinite."""
         text = self[column]
         try:
             number = float(text)
         except ValueError:
             raise self.wrong(f"{show(text)} is not a number", column) from None
-        if not isfinite(number) or not 0 <= number <= most:
-            raise self.wrong(f"{show(text)} is not a number from 0 to {most:g}", column)
+        if not isfinite(number) or not least <= number <= most:
+            raise self.wrong(f"{show(text)} is not a number from {least:g} to {most:g}", column)
         return number
 
     def count(self, column: str, least: int = 0, most: int = int(MOST)) -> int:

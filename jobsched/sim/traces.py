@@ -53,7 +53,8 @@ def philly(name: str = "philly_2017-10", nodes: str = "philly_vc_nodes_load85", 
     """Philly (ATC'19) with one pool of 8-GPU nodes per virtual cluster, as in Helios (SC'21). `estimates` names a file
     of run times that jobs say they expect, each off by some error; default: the true ones are told to the policies."""
     sizes = {row["vc"]: row.count("node num", most=100_000) for row in rows(find("philly", nodes))}
-    told = [round(row.number("est_duration_s")) for row in rows(find("philly", estimates))] if estimates else None
+    guesses = rows(find("philly", estimates)) if estimates else ()
+    told = [round(row.number("est_duration_s", least=-MOST)) for row in guesses]  # noise may take them below 0
     arrivals: list[Arrival] = []
     begin: datetime | None = None
     for place, row in enumerate(rows(find("philly", name))):

@@ -89,6 +89,20 @@ def test_every_format_names_what_is_wrong(folder: Path, fmt: str) -> None:
     assert caught.value.problems[0].file == str(path)
 
 
+def test_guesses_below_nothing_are_taken_for_none(folder: Path) -> None:
+    """The noise of Philly's published estimates takes some below 0."""
+    (folder / "philly" / "philly_vc_nodes_load85.csv").write_text("vc,node num\na,1\n")
+    (folder / "philly" / "mine.csv").write_text(
+        "timestamp,duration,num_gpus,gpu_time,cluster\n" + "2017-10-01 00:00:45,30.0,1,30.0,a\n" * 2
+    )
+    (folder / "philly" / "mine_noisy_estimate.csv").write_text("est_duration_s\n-20\n40\n")
+    workload = traces.read("philly", "mine", "guessed")
+    assert [arrival.spec.expected for arrival in workload.arrivals] == [0, 40_000]
+    (folder / "philly" / "mine_noisy_estimate.csv").write_text("est_duration_s\n40\n")
+    with pytest.raises(SpecError, match="mine_noisy_estimate has only 1 estimates"):
+        traces.read("philly", "mine", "guessed")
+
+
 def test_gavel_needs_its_measurements_whole(folder: Path) -> None:
     (folder / "gavel" / "mine.trace").write_text("")
     (folder / "gavel" / "simulation_throughputs.json").write_text('{"v100": ')
