@@ -607,8 +607,9 @@ def _worth_a_try(cluster: Cluster, policy: Policy) -> Iterator[Line]:
             del cluster.lines.stuck[queue]
         if policy.strict:
             first = min(lines.values(), key=lambda line: policy.ordering(line.key, line.places[0]))
-            short = fits_or_waits and first.key.shape.least_gpu_milli > first.stock.free_milli
-            if short or not _may_fit(cluster, first):
+            if fits_or_waits and first.key.shape.least_gpu_milli > first.stock.free_milli:
+                first.blocked_at = first.stock.freed
+            if not _may_fit(cluster, first):
                 cluster.lines.stuck[queue] = first
                 continue
             yield from lines.values()

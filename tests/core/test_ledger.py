@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from jobsched.core.job import Binding, RoleShape
-from jobsched.core.ledger import Ledger
+from jobsched.core.ledger import STOCKS_KEPT, Ledger
 from jobsched.core.node import Node, kind_matches
 from jobsched.core.resources import GpuId, GpuShare, NodeName, Resources
 from tests.world import a_gpu_node
@@ -112,3 +112,40 @@ def test_ports_roll_forward_and_are_never_handed_out_twice() -> None:
     assert again
     assert again.ports == (100,)
     assert book.ports(NodeName("a"), 1) == (102,)
+
+
+def test_the_stock_of_nodes_with_a_label_follows_what_is_taken_freed_joins_and_leaves() -> None:
+    blue = (("team", "blue"),)
+    book = ledger(a_gpu_node("a", 2, labels=blue), a_gpu_node("b", 4, labels=(("team", "red"),)))
+    stock = book.stock(blue)
+    assert (stock.free_milli, book.stock((*blue, ("zone", "z"))).free_milli, book.free_gpu_milli) == (2_000, 0, 6_000)
+    binding = bind(book, role())
+    assert binding is not None
+    assert binding.node == "a"
+    assert (stock.free_milli, book.free_gpu_milli) == (1_000, 5_000)
+    freed = stock.freed
+    book.give(binding, role())
+    assert (stock.free_milli, book.free_gpu_milli) == (2_000, 6_000)
+    assert stock.freed > freed
+    freed = stock.freed
+    other = bind(book, role(4_000))
+    assert other is not None
+    book.give(other, role(4_000))
+    assert stock.freed == freed, "what is freed elsewhere makes nothing here worth a try"
+    book.unblock()
+    assert stock.freed > freed
+    book.put_node(a_gpu_node("c", 8, labels=(*blue, ("zone", "z"))))
+    assert (stock.free_milli, book.stock((*blue, ("zone", "z"))).free_milli) == (10_000, 8_000)
+    with book.trial():
+        assert bind(book, role(8_000)) is not None
+        assert stock.free_milli == 2_000
+    assert stock.free_milli == 10_000
+    book.drop_node(NodeName("c"))
+    assert stock.free_milli == 2_000
+
+
+def test_beyond_so_many_labels_all_nodes_are_looked_at() -> None:
+    book = ledger(a_gpu_node("a", 2))
+    stocks = [book.stock((("job", str(number)),)) for number in range(STOCKS_KEPT + 1)]
+    assert stocks[0].free_milli == 0
+    assert stocks[-1] is book.everywhere
