@@ -374,7 +374,9 @@ def start_waiting(run: Pass, lines: Iterable[Line]) -> None:
         near = isinstance(shape, Shape) and _might_fit(run, line, shape)
         felt = claims if near else [claim for claim in claims if claim.queue]
         others = in_the_way(cluster, job, key, felt, run.now_ms) if felt else []
-        barred = any(claim.limits(job) for claim in others)
+        mine = cluster.reservations.get(job.id)
+        since_ms = mine.at_ms if mine is not None and mine.queue else 0
+        barred = any(claim.limits(job) and not 0 < since_ms <= claim.at_ms for claim in others)
         if near and not barred and isinstance(shape, Shape) and _start(run, line, job, shape, others):
             heads.push(line, at + 1)
             continue
@@ -414,7 +416,14 @@ def _start(run: Pass, line: Line, job: Job, shape: Shape, others: Sequence[Reser
         if len(kept) == len(guard.claims) or not _might_fit(run, line, shape):
             return False
     guard.keep(kept)
-    return (mine is not None and _sit_down(run, job, shape, mine)) or run.start(job, shape)
+    if (mine is not None and _sit_down(run, job, shape, mine)) or run.start(job, shape):
+        return True
+    if mine is None or not mine.seats:
+        return False
+    # Those that were promised their seats for later were promised them after this job. It is expected to run longer
+    # now than it was then; if it left their seats alone for that, as they do its, neither would ever start.
+    guard.keep([claim for claim in kept if claim.at_ms < mine.at_ms])
+    return _sit_down(run, job, shape, mine)
 
 
 def _freer(run: Pass, key: OrderKey, claims: Sequence[Reservation], than: int, job: Job) -> bool:

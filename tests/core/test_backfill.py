@@ -10,7 +10,7 @@ import pytest
 from jobsched.core.resources import JobId
 from jobsched.sim.run import POLICIES, START_MS, Simulation
 from jobsched.sim.throughput import Steady
-from jobsched.sim.workload import Arrival, Workload, make_nodes
+from jobsched.sim.workload import Arrival, Workload, make_nodes, synthetic
 from jobsched.spec.job import JobSpec
 from jobsched.spec.queue import QueueSpec
 
@@ -82,6 +82,15 @@ def test_backfill_never_delays_a_reservation(policy: str, seed: int) -> None:
     late = {job_id: started[job_id] - at for job_id, at in promised.items() if started[job_id] > at}
     assert not late
     assert simulation.ended() == 60
+
+
+def test_promises_do_not_keep_each_other_waiting_for_ever() -> None:
+    """Jobs are expected to run longer the more is learned: a job that would then reach into the time of a later promise
+    still takes its own seats, or both would leave the empty cluster to the other."""
+    for seed in (4, 5):
+        simulation = Simulation(synthetic(150, seed, "2x8"), POLICIES["conservative"], "conservative", seed)
+        simulation.run()
+        assert simulation.ended() == 150
 
 
 @pytest.mark.parametrize("limit", [{"max_gpus": 4}, {"quota": {"gpus": 4}}, {"max_gpus_per_user": 4}], ids=str)
