@@ -22,6 +22,7 @@ from jobsched.core.policies.elasticity import Elasticity
 from jobsched.core.policies.estimate import REPORT_AFTER_MS, gpus_milli
 from jobsched.core.policies.kinds import Speed, by_kind, learned_left, learned_speed
 from jobsched.core.policies.ordering import (
+    LEASE_MS,
     expected_service,
     fifo,
     finish_time_fairness,
@@ -34,6 +35,7 @@ from jobsched.core.policies.ordering import (
     least_attained,
     left_told,
     outlook,
+    patient,
     priority,
     shortest,
 )
@@ -446,7 +448,7 @@ POLICIES: dict[str, PolicyMaker] = {
     "silent": _learned,
     "guessed": _learned,
     "in-time": _in_time,
-    "themis": _preempting(lambda sim: finish_time_fairness(sim.player.left_ms)),
+    "themis": _preempting(lambda sim: patient(finish_time_fairness(sim.player.left_ms), LEASE_MS)),
     "kinds": lambda sim: _by_kind(sim, lambda cluster, job, kind: sim.speed_on(job, kind)),
     "blind": lambda sim: _by_kind(sim, lambda cluster, job, kind: 1.0),
     "kinds-learned": lambda sim: _policy(sim, replan=Replan(by_kind(learned_left, learned_speed, MIN_RUN_MS))),
