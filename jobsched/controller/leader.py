@@ -15,12 +15,15 @@ class Leader:
         self._holder = holder
         self._ttl_ms = ttl_ms
         self._lease: Lease | None = None
+        self._renew_ms = 0
+        """When the lease that is held is to be renewed."""
 
     def hold(self, now_ms: int) -> int | None:
         """The fence while this holder leads, renewing after a third of the time; None while somebody else does."""
-        lease = self._lease
-        if lease is None or now_ms >= lease.expires_ms - 2 * self._ttl_ms // 3:
+        if self._lease is None or now_ms >= self._renew_ms:
             self._lease = self._store.lease(self._holder, self._ttl_ms, now_ms)
+            if self._lease is not None:
+                self._renew_ms = self._lease.expires_ms - 2 * self._ttl_ms // 3
         return self._lease.fence if self._lease is not None else None
 
     def holds(self, now_ms: int) -> bool:
@@ -39,6 +42,4 @@ class Leader:
 
     def next_ms(self, now_ms: int) -> int:
         """When to call `hold` again at the latest."""
-        if self._lease is None:
-            return now_ms + self._ttl_ms // 3
-        return self._lease.expires_ms - 2 * self._ttl_ms // 3
+        return self._renew_ms if self._lease is not None else now_ms + self._ttl_ms // 3

@@ -78,6 +78,8 @@ class MemoryStore:
                 self._ended[job.phase] += 1
 
     def read(self, after: int, limit: int = 10_000) -> Sequence[Stored]:
+        if after >= len(self._log):
+            return ()  # asked each tick, and mostly nothing is new
         with self._lock:
             after = max(0, after)
             return tuple(self._log[after : after + limit])
