@@ -165,22 +165,8 @@ class DockerBackend:
             self._aside(self._start_gang, station, gang)
 
     def stop(self, keys: Sequence[LaunchKey], grace_ms: int) -> None:
-        now = time.monotonic()
-        until = now + grace_ms / 1000
-        with self.table.changed:
-            for replica in self.table.known(keys):
-                if not replica.alive:
-                    continue
-                if not replica.container:
-                    replica.withdrawn = True
-                    self.table.end(replica, replace(
-                        replica.report, signal=int(signal.SIGTERM), message="stopped before it ran"))
-                elif replica.stop is None:
-                    replica.stop = Stop(until, replica.acknowledged, now=grace_ms <= 0)
-                    self._aside(self._carry_out, replica, replica.stop)
-                elif until < replica.stop.until:
-                    replica.stop.until, replica.stop.now = until, grace_ms <= 0
-            self.table.changed.notify_all()
+        for replica, stop in self.table.stop(keys, grace_ms, lambda replica: bool(replica.container)):
+            self._aside(self._carry_out, replica, stop)
 
     def ask_stacks(self, keys: Sequence[LaunchKey]) -> None:
         for replica in self.table.known(keys):

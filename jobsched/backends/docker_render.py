@@ -16,7 +16,7 @@ from jobsched.backends.containers import exit_of, instant
 from jobsched.backends.gpus import is_real, visible_devices
 from jobsched.contract import ReplicaEnv, from_environ, to_environ
 from jobsched.core.job import Reason
-from jobsched.core.launch import Launch, LaunchKey, parse_key
+from jobsched.core.launch import Launch, LaunchKey, own_key, parse_key
 from jobsched.core.node import Gpu, Node
 from jobsched.core.observation import Incident, ReplicaReport, Seen
 from jobsched.core.resources import NOTHING, GpuId, GpuShare, NodeName, Resources
@@ -341,10 +341,7 @@ def incident(event: Json, home_id: str) -> Incident | None:
     action = str(event.get("Action", ""))
     if labels.get(HOME) != home_id or action not in TOLD:
         return None
-    key = LaunchKey(labels.get(KEY, ""))
-    try:
-        parse_key(key)
-    except ValueError:
+    if (key := own_key(labels.get(KEY, ""))) is None:
         return None
     words = {
         "die": f"exit code {labels.get('exitCode', '?')}", "kill": f"signal {labels.get('signal', '?')}",

@@ -16,7 +16,7 @@ from jobsched.backends.docker_engine import Engine
 from jobsched.backends.docker_render import Json, Site
 from jobsched.backends.gpus import read_inventory
 from jobsched.backends.replica_table import Known
-from jobsched.core.launch import LaunchKey, parse_key
+from jobsched.core.launch import LaunchKey, own_key
 from jobsched.core.node import Gpu, Node
 from jobsched.core.observation import ReplicaReport
 from jobsched.core.resources import NOTHING, GpuShare, NodeName
@@ -33,7 +33,6 @@ class Replica(Known):
 
     engine: Station = field(kw_only=True)
     container: str = ""
-    withdrawn: bool = False
     died_at: float = 0.0
     """When the engine told its end; its log may still be on its way."""
     died_with: int | None = None
@@ -128,12 +127,7 @@ class Station:
 
 def key_of(inspected: Json) -> LaunchKey | None:
     """None for a label that is none of ours."""
-    key = LaunchKey(inspected["Config"]["Labels"].get(render.KEY, ""))
-    try:
-        parse_key(key)
-    except ValueError:
-        return None
-    return key
+    return own_key(inspected["Config"]["Labels"].get(render.KEY, ""))
 
 
 def stamp(text: str) -> str:

@@ -71,7 +71,6 @@ class Replica(Heard):
     uid: str = ""
     gpus: tuple[str, ...] = ()
     keep_ms: int = 0
-    withdrawn: bool = False
     made_at: float = 0.0
     """When the API server took it (monotonic seconds)."""
     bound: bool = False
@@ -161,22 +160,8 @@ class KubernetesBackend:
             self._aside(self._start_gang, gang)
 
     def stop(self, keys: Sequence[LaunchKey], grace_ms: int) -> None:
-        until = time.monotonic() + grace_ms / 1000
-        with self.table.changed:
-            for replica in self.table.known(keys):
-                if not replica.alive:
-                    continue
-                if not replica.pod:
-                    replica.withdrawn = True
-                    self.table.end(replica, replace(
-                        replica.report, signal=int(signal.SIGTERM), message="stopped before it ran"))
-                elif replica.stop is None:
-                    replica.stop = Stop(until, replica.acknowledged, now=grace_ms <= 0)
-                    self._aside(self._carry_out, replica, replica.stop)
-                elif until < replica.stop.until:
-                    replica.stop.until, replica.stop.now = until, grace_ms <= 0
-                    self.table.stir(replica)
-            self.table.changed.notify_all()
+        for replica, stop in self.table.stop(keys, grace_ms, lambda replica: bool(replica.pod)):
+            self._aside(self._carry_out, replica, stop)
 
     def ask_stacks(self, keys: Sequence[LaunchKey]) -> None:
         for replica in self.table.known(keys):

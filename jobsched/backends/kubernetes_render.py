@@ -21,7 +21,7 @@ from jobsched.backends.bundle import Owner
 from jobsched.backends.containers import exit_of, instant
 from jobsched.contract import from_environ, to_environ
 from jobsched.core.job import Reason
-from jobsched.core.launch import Launch, LaunchKey, parse_key
+from jobsched.core.launch import Launch, LaunchKey, own_key, parse_key
 from jobsched.core.observation import NO_LAUNCH, NO_NODE, Incident, ReplicaReport, Seen
 from jobsched.core.resources import GpuShare, NodeName
 from jobsched.spec.pod import CONTAINER, merge, powerful
@@ -340,12 +340,7 @@ def _unpacking(launch: Launch, config: KubernetesBackend, image: str) -> Json:
 
 def key_of(found: Json) -> LaunchKey | None:
     """None for a pod that is none of ours."""
-    key = LaunchKey((found["metadata"].get("annotations") or {}).get(KEY, ""))
-    try:
-        parse_key(key)
-    except ValueError:
-        return None
-    return key
+    return own_key((found["metadata"].get("annotations") or {}).get(KEY, ""))
 
 
 def token_of(found: Json) -> str:

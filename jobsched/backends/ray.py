@@ -35,7 +35,7 @@ from jobsched.backends.supervisor import replica_log, secret_files
 from jobsched.backends.supervisor.protocol import Layout, Settings
 from jobsched.backends.supervisor.sweeper import Sweeper
 from jobsched.core.job import Reason
-from jobsched.core.launch import Launch, LaunchKey, parse_key
+from jobsched.core.launch import Launch, LaunchKey, own_key
 from jobsched.core.node import Node
 from jobsched.core.observation import Observation, ReplicaReport, Seen
 from jobsched.core.pools import Demand
@@ -459,11 +459,7 @@ class RayBackend:
             for name, bundles in message["groups"].items()
         }
         self._take_nodes(message["nodes"], message["available"])
-        found = {}
-        for one in message["actors"]:
-            with suppress(ValueError):
-                parse_key(one["key"])
-                found[LaunchKey(one["key"])] = one
+        found = {key: one for one in message["actors"] if (key := own_key(one["key"])) is not None}
         for replica in self.table.all():
             if replica.key in found:
                 continue

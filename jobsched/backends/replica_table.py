@@ -6,6 +6,7 @@ replica is woken by its own news only: a thousand stops at a time must not wake 
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -43,6 +44,8 @@ class Known:
     stop_signal: str = "USR1"
     progress: Progress | None = None
     stop: Stop | None = None
+    withdrawn: bool = False
+    """Stopped before the engine had made it: who makes it takes it back."""
     ended_at: float = 0.0
     news: threading.Condition | None = None
     """Told with `changed` when this replica changed; made when somebody waits for it."""
@@ -163,6 +166,27 @@ class ReplicaTable(Generic[R]):
             replica.ended_at = time.monotonic() - report.ended_age_ms / 1000
             self.mark(replica)
             return True
+
+    def stop(self, keys: Iterable[LaunchKey], grace_ms: int, made: Callable[[R], bool]) -> list[tuple[R, Stop]]:
+        """Ask for the end of replicas: the stops that begin by that, to be carried out. One that is not `made` yet ends
+        here; a stop under way may only become shorter."""
+        until, begun = time.monotonic() + grace_ms / 1000, []
+        with self.changed:
+            for replica in self.known(keys):
+                if not replica.alive:
+                    continue
+                if not made(replica):
+                    replica.withdrawn = True
+                    self.end(replica, replace(
+                        replica.report, signal=int(signal.SIGTERM), message="stopped before it ran"))
+                elif replica.stop is None:
+                    replica.stop = Stop(until, replica.acknowledged, now=grace_ms <= 0)
+                    begun.append((replica, replica.stop))
+                elif until < replica.stop.until:
+                    replica.stop.until, replica.stop.now = until, grace_ms <= 0
+                    self.stir(replica)
+            self.changed.notify_all()
+        return begun
 
     def drop(self, replica: R) -> None:
         """As if it had never been."""

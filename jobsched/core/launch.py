@@ -29,9 +29,19 @@ def launch_key(job_id: JobId, attempt: int, role: str, index: int, restart: int)
 
 
 def parse_key(key: LaunchKey) -> KeyParts:
-    """Inverse of `launch_key`; ValueError for anything else (for example a foreign label on a container)."""
+    """Inverse of `launch_key`; ValueError for anything else."""
     job_id, attempt, role, index, restart = key.split("/")
     return KeyParts(JobId(job_id), int(attempt), role, int(index), int(restart))
+
+
+def own_key(text: str) -> LaunchKey | None:
+    """The key that an engine tells of; None for what is none of ours (for example a foreign label on a container)."""
+    key = LaunchKey(text)
+    try:
+        parse_key(key)
+    except ValueError:
+        return None
+    return key
 
 
 @dataclass(frozen=True, slots=True)
