@@ -19,7 +19,8 @@ from jobsched.core.launch import Launch, LaunchKey, parse_key
 from jobsched.core.observation import Progress
 from jobsched.core.policies.backfill import Backfill
 from jobsched.core.policies.elasticity import Elasticity
-from jobsched.core.policies.estimate import REPORT_AFTER_MS, gpus_milli
+from jobsched.core.policies.estimate import REPORT_AFTER_MS
+from jobsched.core.policies.families import gpus_milli
 from jobsched.core.policies.kinds import Speed, by_kind, learned_left, learned_speed
 from jobsched.core.policies.ordering import (
     LEASE_MS,

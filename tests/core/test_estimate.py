@@ -7,7 +7,9 @@ from itertools import pairwise
 import pytest
 
 from jobsched.core.job import Job, Phase
-from jobsched.core.policies.estimate import BUCKETS, EDGES_MS, PER_DOUBLING, Estimates, bucket_of, family_of
+from jobsched.core.policies.estimate import Estimates
+from jobsched.core.policies.families import family_of
+from jobsched.core.policies.survival import EDGES_MS, bucket_of
 from jobsched.core.resources import JobId
 from jobsched.core.values import changed
 from jobsched.spec.job import JobSpec
@@ -43,12 +45,6 @@ def end(estimates: Estimates, job: Job, run_ms: int) -> None:
 
 def _ran(job: Job, run_ms: int, phase: Phase) -> Job:
     return changed(job, ran_ms=run_ms, phase=phase)
-
-
-def test_buckets_double() -> None:
-    found = [bucket_of(ms) for ms in (0, 1, MINUTE_MS - 1, MINUTE_MS, 2 * MINUTE_MS, 4 * MINUTE_MS)]
-    assert found == [0, 0, 0, 1, 1 + PER_DOUBLING, 1 + 2 * PER_DOUBLING]
-    assert bucket_of(1 << 60) == BUCKETS - 1
 
 
 def test_quantiles_come_near_what_was_seen() -> None:

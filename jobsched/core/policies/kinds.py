@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 from jobsched.core.cluster import Cluster
 from jobsched.core.job import Job, Phase, Shape
-from jobsched.core.policies.estimate import gpus_milli, ran_ms
+from jobsched.core.policies.estimate import ran_ms
+from jobsched.core.policies.families import gpus_milli
 from jobsched.core.policies.ordering import cost_of
 from jobsched.core.policies.parts import pool_key
 from jobsched.core.policies.preemption import Order, Turn

@@ -15,9 +15,11 @@ from operator import itemgetter
 from jobsched.core.cluster import Cluster
 from jobsched.core.job import Job, Phase
 from jobsched.core.lines import Line, LineKey, Place
-from jobsched.core.policies.estimate import EDGES_MS, PROBE_MS, Estimates, gpus_milli, ran_ms
+from jobsched.core.policies.estimate import PROBE_MS, Estimates, ran_ms
 from jobsched.core.policies.fairness import SCALE, dominant
+from jobsched.core.policies.families import gpus_milli
 from jobsched.core.policies.preemption import Order, Turn
+from jobsched.core.policies.survival import EDGES_MS
 from jobsched.core.resources import WHOLE_GPU, JobId
 from jobsched.spec.queue import GPUS
 

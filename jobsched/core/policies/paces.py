@@ -17,7 +17,7 @@ from itertools import islice
 from math import exp, log
 
 from jobsched.core.job import Job
-from jobsched.core.policies.estimate import Key, as_key, family_of
+from jobsched.core.policies.families import Key, as_key, family_of
 from jobsched.core.resources import JobId
 
 TRUST = 1.0

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from jobsched.core.job import Job
-from jobsched.core.policies.estimate import Key, as_key, family_of
+from jobsched.core.policies.families import Key, as_key, family_of
 from jobsched.core.resources import JobId
 
 ASKED = 8
