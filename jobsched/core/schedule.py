@@ -112,6 +112,8 @@ class Pass:
     """Who leaves for whom, and what there is then."""
     claims: list[Reservation] = field(init=False)
     """Reservations, with those that this pass makes."""
+    dropped: bool = False
+    """Whether a reservation was taken back, so that it hinders nobody any more."""
     sought: int = 0
     """Searches for seats that are too far off to tell."""
     _ends: list[tuple[int, JobId]] | None = None
@@ -152,8 +154,9 @@ class Pass:
             self.cluster.claims_made += 1
             self.cluster.reservations[job.id] = found
             self.claims.append(found)
-        else:
-            self.cluster.reservations.pop(job.id, None)
+        elif self.cluster.reservations.pop(job.id, None) is not None:
+            self.cluster.claims_made += 1  # whom it hindered is worth another try
+            self.dropped = True
 
     def pass_over(self, line: Line, head: JobId) -> bool:
         """Whether nothing can come of a look at a line: its jobs need more GPUs than are free, there is no reservation
@@ -260,7 +263,7 @@ def schedule(cluster: Cluster, now_ms: int, policy: Policy) -> Plan:
         run = Pass(cluster, now_ms, policy, examined=len(hungry))
         with cluster.trial():
             _steps(run, hungry, run.hopeful(lines))
-        plan = Plan(tuple(run.decisions), run.examined, run.full)
+        plan = Plan(tuple(run.decisions), run.examined, run.full or run.dropped)
     cluster.looked = None if plan.more or cluster.nominated else _once_folded(seen, plan.decisions)
     if policy.replan is None:
         instants = list(cluster.ripening.values())
@@ -418,12 +421,12 @@ def _start(run: Pass, line: Line, job: Job, shape: Shape, others: Sequence[Reser
     guard.keep(kept)
     if (mine is not None and _sit_down(run, job, shape, mine)) or run.start(job, shape):
         return True
-    if mine is None or not mine.seats:
+    if mine is None:
         return False
-    # Those that were promised their seats for later were promised them after this job. It is expected to run longer
-    # now than it was then; if it left their seats alone for that, as they do its, neither would ever start.
+    # Of two that hinder each other the one with the earlier promise goes, or neither would ever start: run times are
+    # expected to be longer now than when seats were promised side by side, and limits are promised apart from seats.
     guard.keep([claim for claim in kept if claim.at_ms < mine.at_ms])
-    return _sit_down(run, job, shape, mine)
+    return _sit_down(run, job, shape, mine) if mine.seats else run.start(job, shape)
 
 
 def _freer(run: Pass, key: OrderKey, claims: Sequence[Reservation], than: int, job: Job) -> bool:

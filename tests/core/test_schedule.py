@@ -6,13 +6,15 @@ import pytest
 
 from jobsched.core import events as ev
 from jobsched.core.job import Outcome, Phase, Reason
+from jobsched.core.plan import Reservation
+from jobsched.core.policies.backfill import Backfill
 from jobsched.core.policies.fairness import FairShare
 from jobsched.core.policies.ordering import learned
 from jobsched.core.policies.preemption import Replan
 from jobsched.core.policies.victims import Preemption
 from jobsched.core.rehearsal import picture_of
 from jobsched.core.resources import JobId
-from jobsched.core.schedule import Policy, schedule
+from jobsched.core.schedule import Pass, Policy, _worth_a_try, schedule
 from jobsched.sim.backend import Script
 from jobsched.spec.job import JobSpec
 from tests.world import World, a_gpu_node, a_spec
@@ -49,3 +51,23 @@ def test_a_job_that_has_to_leave_does_not_grow_in_the_same_pass(policy: Policy) 
     twin.evolve(ev.JobSubmitted(now_ms, JobId("urgent"), "urgent", "me", urgent))
     about = [type(d) for d in schedule(twin, now_ms, policy).decisions if d.job_id == elastic]
     assert about == [ev.AttemptStopping]
+
+
+def test_whom_a_reservation_hindered_is_tried_again_once_it_is_taken_back() -> None:
+    """On a cluster where nothing runs any more, nothing else would ever wake them."""
+    policy = Policy(fair=FairShare(), backfill=Backfill())
+    world = World(1, 1, lambda launch: Script(run_ms=3_600_000))
+    world.boot(policy)
+    world.submit()
+    waits = [world.submit(a_spec(priority=priority)) for priority in (0, 1)]
+    world.tick(3)
+    cluster, (hindered, promised) = world.cluster, (world.job(job_id) for job_id in waits)
+    cluster.reservations[promised.id] = Reservation(promised.id, 1, (), (0, 0, 0, ""), queue="default")
+    line = cluster.line_of(hindered.id)
+    assert line is not None
+    line.blocked_at, line.hindered_at = line.stock.freed, cluster.claims_made
+    assert line not in list(_worth_a_try(cluster, policy))
+    run = Pass(cluster, world.clock.now_ms(), policy)
+    run.reserved(promised, None)
+    assert line in list(_worth_a_try(cluster, policy))
+    assert run.dropped, "another pass comes at once"
