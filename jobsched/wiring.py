@@ -61,7 +61,8 @@ from jobsched.errors import ConfigError, Conflict, MissingExtra
 from jobsched.ports import Backend, Provisioner, Store, Wake
 from jobsched.service import Service
 from jobsched.spec import server as spec
-from jobsched.spec.server import BackendConfig, GpuStock, LocalBackend, PolicyConfig, ServerConfig, VirtualNodes
+from jobsched.spec.backends import BackendConfig, GpuStock, KubernetesBackend, LocalBackend, VirtualNodes
+from jobsched.spec.server import PolicyConfig, ServerConfig
 
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 FIRST_TICK_S = 5.0
@@ -194,7 +195,7 @@ class Server:
         from jobsched.operator.loop import Operator
 
         given = {name: text for name in ("kubeconfig", "context", "namespace") if (text := getattr(config, name))}
-        backend = self._config.backend.kubernetes or spec.KubernetesBackend()
+        backend = self._config.backend.kubernetes or KubernetesBackend()
         operator = Operator(
             Api(backend.model_copy(update=given)), service, controller, clock, directory=config.directory,
             configured=[queue.name for queue in self._config.queues],

@@ -20,7 +20,7 @@ from typing import Any
 from jobsched.backends.kubernetes_api import Api, Exists, Gone, Refused
 from jobsched.backends.kubernetes_watch import Informer
 from jobsched.errors import BackendUnreachable
-from jobsched.spec.server import KubernetesBackend
+from jobsched.spec.backends import KubernetesBackend
 
 Json = dict[str, Any]
 LABEL = "fake/node"

@@ -17,7 +17,7 @@ from typing import Any
 from jobsched.backends.containers import instant
 from jobsched.backends.reports import LineFilter
 from jobsched.backends.supervisor import replica_log
-from jobsched.spec.server import LogLimits
+from jobsched.spec.backends import LogLimits
 
 NOTE_S = 1.0
 """How often the position is noted."""

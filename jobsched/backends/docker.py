@@ -44,8 +44,8 @@ from jobsched.core.pools import Demand
 from jobsched.core.resources import JobId, NodeName
 from jobsched.errors import BackendUnreachable, Conflict, JobschedError
 from jobsched.ports import Addressing, Capabilities, LogChunk, Session, Window
-from jobsched.spec.server import DockerBackend as Config
-from jobsched.spec.server import DockerEngine
+from jobsched.spec.backends import DockerBackend as Config
+from jobsched.spec.backends import DockerEngine
 
 ANSWER_S = 25.0
 """Longest wait for an engine's first listing."""

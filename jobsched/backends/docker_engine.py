@@ -25,7 +25,7 @@ from jobsched.backends.docker_sessions import LOST, Exec
 from jobsched.backends.sessions import TERMINAL
 from jobsched.errors import BackendUnreachable
 from jobsched.ports import Window
-from jobsched.spec.server import DockerEngine
+from jobsched.spec.backends import DockerEngine
 
 TIMEOUT_S = 20
 """Longest wait for an answer."""

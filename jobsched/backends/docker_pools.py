@@ -24,8 +24,8 @@ from pydantic import ValidationError
 
 from jobsched.backends.docker_render import Json
 from jobsched.core.pools import Demand
+from jobsched.spec.backends import DockerEngine
 from jobsched.spec.job import SpecModel, Text
-from jobsched.spec.server import DockerEngine
 
 AGAIN_S = 10.0
 LONGEST_S = 900.0

@@ -20,7 +20,7 @@ from jobsched.core.launch import Launch, LaunchKey, own_key, parse_key
 from jobsched.core.node import Gpu, Node
 from jobsched.core.observation import Incident, ReplicaReport, Seen
 from jobsched.core.resources import NOTHING, GpuId, GpuShare, NodeName, Resources
-from jobsched.spec.server import DockerBackend, DockerEngine
+from jobsched.spec.backends import DockerBackend, DockerEngine
 
 Json = dict[str, Any]
 

@@ -46,8 +46,8 @@ from jobsched.core.pools import Demand
 from jobsched.core.resources import JobId, NodeName
 from jobsched.errors import BackendUnreachable, Conflict
 from jobsched.ports import Addressing, Capabilities, LogChunk, Session, Window
+from jobsched.spec.backends import KubernetesBackend as Config
 from jobsched.spec.pod import CONTAINER
-from jobsched.spec.server import KubernetesBackend as Config
 
 log = structlog.get_logger("jobsched.kubernetes")
 

@@ -30,7 +30,7 @@ from jobsched.backends.kubernetes_render import message_of
 from jobsched.backends.kubernetes_sessions import COMMANDS, PORTS, Exec, Forward, Socket
 from jobsched.errors import BackendUnreachable, ConfigError
 from jobsched.ports import Window
-from jobsched.spec.server import KubernetesBackend
+from jobsched.spec.backends import KubernetesBackend
 
 Json = dict[str, Any]
 

@@ -16,7 +16,7 @@ from jobsched.backends import kubernetes_nodes as nodes
 from jobsched.backends.kubernetes_nodes import Use
 from jobsched.core.node import Node
 from jobsched.core.resources import NodeName
-from jobsched.spec.server import KubernetesBackend
+from jobsched.spec.backends import KubernetesBackend
 
 Json = dict[str, Any]
 

@@ -27,8 +27,8 @@ from jobsched.backends.supervisor.protocol import Layout
 from jobsched.core.launch import LaunchKey
 from jobsched.core.observation import ReplicaReport, Seen
 from jobsched.errors import BackendUnreachable
+from jobsched.spec.backends import LogLimits
 from jobsched.spec.pod import CONTAINER
-from jobsched.spec.server import LogLimits
 
 log = structlog.get_logger("jobsched.kubernetes")
 

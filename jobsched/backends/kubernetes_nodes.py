@@ -15,7 +15,7 @@ from typing import Any
 from jobsched.backends.gpus import gpu_kind
 from jobsched.core.node import Gpu, Node
 from jobsched.core.resources import NOTHING, WHOLE_GPU, GpuId, GpuShare, NodeName, Resources
-from jobsched.spec.server import KubernetesBackend, KubernetesGpus
+from jobsched.spec.backends import KubernetesBackend, KubernetesGpus
 
 Json = dict[str, Any]
 

@@ -24,8 +24,8 @@ from jobsched.core.job import Reason
 from jobsched.core.launch import Launch, LaunchKey, own_key, parse_key
 from jobsched.core.observation import NO_LAUNCH, NO_NODE, Incident, ReplicaReport, Seen
 from jobsched.core.resources import GpuShare, NodeName
+from jobsched.spec.backends import KubernetesBackend, KubernetesVolume
 from jobsched.spec.pod import CONTAINER, merge, powerful
-from jobsched.spec.server import KubernetesBackend, KubernetesVolume
 
 Json = dict[str, Any]
 

@@ -42,7 +42,7 @@ from jobsched.core.pools import Demand
 from jobsched.core.resources import NOTHING, GpuId, GpuShare, NodeName, Resources
 from jobsched.errors import BackendUnreachable, Conflict
 from jobsched.ports import Addressing, Capabilities, LogChunk, Session, Window
-from jobsched.spec.server import RayBackend as Config
+from jobsched.spec.backends import RayBackend as Config
 
 ANSWER_S = 60.0
 """Longest wait for a driver's first listing: Ray takes its time to connect."""

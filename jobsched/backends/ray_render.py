@@ -18,7 +18,7 @@ from jobsched.core.job import Reason
 from jobsched.core.launch import Launch, LaunchKey
 from jobsched.core.node import Gpu, Node
 from jobsched.core.resources import NOTHING, WHOLE_GPU, GpuId, GpuShare, NodeName, Resources
-from jobsched.spec.server import RayBackend
+from jobsched.spec.backends import RayBackend
 
 Json = dict[str, Any]
 

@@ -13,7 +13,7 @@ from types import ModuleType
 
 from jobsched.errors import MissingExtra
 from jobsched.ports import Backend
-from jobsched.spec.server import BackendConfig, DockerBackend, KubernetesBackend, LocalBackend, RayBackend
+from jobsched.spec.backends import BackendConfig, DockerBackend, KubernetesBackend, LocalBackend, RayBackend
 
 
 def make_backend(config: BackendConfig, home: Path) -> Backend:

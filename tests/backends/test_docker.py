@@ -23,7 +23,7 @@ from jobsched.core.observation import ReplicaReport, Seen
 from jobsched.core.pools import Demand, NodePool
 from jobsched.core.resources import JobId, NodeName
 from jobsched.errors import BackendUnreachable
-from jobsched.spec.server import DockerBackend as Config
+from jobsched.spec.backends import DockerBackend as Config
 from tests.backends import docker_stage
 from tests.contracts.backend import PATIENCE_S, CommandEngine, ProcessBackendContract, Watcher, a_key, a_launch
 

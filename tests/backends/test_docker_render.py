@@ -16,7 +16,7 @@ from jobsched.core.launch import Launch, LaunchKey
 from jobsched.core.node import Gpu
 from jobsched.core.observation import ReplicaReport, Seen
 from jobsched.core.resources import GpuId, GpuShare, NodeName, Resources
-from jobsched.spec.server import DockerBackend, DockerEngine
+from jobsched.spec.backends import DockerBackend, DockerEngine
 from tests.backends import golden
 
 KEY = LaunchKey("01jobid/2/worker/1/0")

@@ -22,7 +22,7 @@ from jobsched.core.launch import Launch
 from jobsched.core.observation import ReplicaReport, Seen
 from jobsched.core.resources import GpuShare, JobId, NodeName
 from jobsched.errors import BackendUnreachable, ConfigError
-from jobsched.spec.server import KubernetesBackend as Config
+from jobsched.spec.backends import KubernetesBackend as Config
 from tests.backends.kubernetes_fake import FakeCluster, until
 from tests.contracts.backend import ENV_SCRIPT, ProcessBackendContract, Watcher, a_key, a_launch
 

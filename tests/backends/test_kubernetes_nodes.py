@@ -8,7 +8,7 @@ import pytest
 
 from jobsched.backends import kubernetes_nodes as nodes
 from jobsched.core.resources import GpuShare
-from jobsched.spec.server import KubernetesBackend
+from jobsched.spec.backends import KubernetesBackend
 
 CONFIG = KubernetesBackend()
 GIB = 2**30

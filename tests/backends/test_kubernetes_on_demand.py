@@ -22,7 +22,7 @@ from jobsched.backends.kubernetes_pools import GROUP, OWNER, POOL
 from jobsched.client.client import Client
 from jobsched.core.job import Phase
 from jobsched.errors import BackendUnreachable
-from jobsched.spec.server import KubernetesBackend
+from jobsched.spec.backends import KubernetesBackend
 from tests.control_plane import Kubectl, cluster
 from tests.fake_nodes import FakeNodes
 from tests.operator.stage import serving, until

@@ -14,7 +14,7 @@ from jobsched.backends import kubernetes_pools as pools
 from jobsched.backends.kubernetes import KubernetesBackend
 from jobsched.backends.kubernetes_render import Site
 from jobsched.core.pools import Demand, NodePool
-from jobsched.spec.server import KubernetesBackend as Config
+from jobsched.spec.backends import KubernetesBackend as Config
 from tests.backends import golden
 from tests.backends.kubernetes_fake import FakeCluster, until
 from tests.contracts.backend import Watcher

@@ -15,7 +15,7 @@ import pytest
 from jobsched.backends.containers import SEND
 from jobsched.core.observation import ReplicaReport
 from jobsched.core.resources import GpuShare
-from jobsched.spec.server import KubernetesBackend as Config
+from jobsched.spec.backends import KubernetesBackend as Config
 from tests.backends import kubernetes_stage
 from tests.backends.kubernetes_stage import kubectl
 from tests.contracts.backend import ENV_SCRIPT, ProcessBackendContract, Watcher, a_launch

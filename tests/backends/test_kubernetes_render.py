@@ -20,9 +20,9 @@ from jobsched.core.job import Reason
 from jobsched.core.launch import Launch, LaunchKey
 from jobsched.core.observation import Incident, Seen
 from jobsched.core.resources import GpuId, GpuShare, NodeName
+from jobsched.spec.backends import KubernetesBackend
 from jobsched.spec.job import JobSpec
 from jobsched.spec.pod import both
-from jobsched.spec.server import KubernetesBackend
 from tests.backends import golden
 from tests.contracts.backend import a_key
 

@@ -12,7 +12,7 @@ from jobsched.backends.local_nodes import Machine, VirtualGroup, virtual_nodes
 from jobsched.core.node import Gpu
 from jobsched.core.resources import GpuId, GpuShare
 from jobsched.errors import MissingExtra
-from jobsched.spec.server import BackendConfig
+from jobsched.spec.backends import BackendConfig
 from tests.backends.conftest import LocalEngine
 
 

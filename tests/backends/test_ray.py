@@ -18,7 +18,7 @@ from jobsched.core.launch import Launch, LaunchKey
 from jobsched.core.observation import ReplicaReport, Seen
 from jobsched.core.resources import GpuShare, NodeName
 from jobsched.errors import BackendUnreachable
-from jobsched.spec.server import RayBackend as Config
+from jobsched.spec.backends import RayBackend as Config
 from tests.backends import ray_stage
 from tests.contracts.backend import CommandEngine, ProcessBackendContract, Watcher, a_key, a_launch
 

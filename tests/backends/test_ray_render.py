@@ -16,7 +16,7 @@ from jobsched.core.job import Reason
 from jobsched.core.launch import Launch, LaunchKey
 from jobsched.core.resources import GpuId, GpuShare, NodeName, Resources
 from jobsched.errors import MissingExtra
-from jobsched.spec.server import RayBackend as Config
+from jobsched.spec.backends import RayBackend as Config
 from tests.backends import golden
 
 GIB = 1 << 30

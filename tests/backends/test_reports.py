@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from jobsched.backends import reports
 from jobsched.backends.container_log import collect, read_position
-from jobsched.spec.server import LogLimits
+from jobsched.spec.backends import LogLimits
 
 
 def a_report(step: int, token: str = "t", **more: Any) -> dict[str, Any]:

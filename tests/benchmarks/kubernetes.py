@@ -23,8 +23,9 @@ from jobsched.backends.kubernetes import KubernetesBackend
 from jobsched.backends.kubernetes_api import AT_ONCE, Api
 from jobsched.backends.kubernetes_watch import Informer
 from jobsched.client.client import Client
-from jobsched.spec.server import BackendConfig, ServerConfig
-from jobsched.spec.server import KubernetesBackend as Config
+from jobsched.spec.backends import BackendConfig
+from jobsched.spec.backends import KubernetesBackend as Config
+from jobsched.spec.server import ServerConfig
 from jobsched.wiring import Server
 from tests.fake_nodes import LABEL
 

@@ -12,7 +12,7 @@ from typing import Any
 from jobsched.backends.kubernetes_api import Api, Gone
 from jobsched.cli.demo import clear_away
 from jobsched.load import load_server_config
-from jobsched.spec.server import KubernetesBackend
+from jobsched.spec.backends import KubernetesBackend
 from jobsched.wiring import Server
 
 Json = dict[str, Any]

@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 pytest.importorskip("kubernetes", reason="the package kubernetes is not installed")
 
 from jobsched.backends.kubernetes_api import Api, Exists, Gone
-from jobsched.spec.server import KubernetesBackend
+from jobsched.spec.backends import KubernetesBackend
 from tests.control_plane import MANIFESTS, Kubectl, cluster
 from tests.operator.stage import cleared, serving, until
 
