@@ -23,7 +23,8 @@ from pydantic import ValidationError
 from jobsched.errors import ConfigError, Problem, SpecError, UsageError
 from jobsched.spec import document
 from jobsched.spec.document import MAX_CHARS, Malformed, Node, Place, join
-from jobsched.spec.job import API_VERSION, KIND, ROLE_ONLY, JobSpec, Replicas, SpecModel
+from jobsched.spec.fields import SpecModel
+from jobsched.spec.job import API_VERSION, KIND, ROLE_ONLY, JobSpec, Replicas
 from jobsched.spec.problems import called, did_you_mean, explained, ordered
 from jobsched.spec.quantity import format_duration, show
 from jobsched.spec.queue import QueueSpec, distinct_queues

@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from jobsched.backends.docker_render import Json
 from jobsched.core.pools import Demand
 from jobsched.spec.backends import DockerEngine
-from jobsched.spec.job import SpecModel, Text
+from jobsched.spec.fields import SpecModel, Text
 
 AGAIN_S = 10.0
 LONGEST_S = 900.0

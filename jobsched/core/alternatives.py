@@ -17,7 +17,8 @@ from jobsched.core.policies.backfill import Guard, in_the_way
 from jobsched.core.policies.placement import Gang, place_gang
 from jobsched.core.resources import WHOLE_GPU, JobId
 from jobsched.core.values import changed
-from jobsched.spec.job import GpuRequest, JobSpec, Replicas, RoleSpec
+from jobsched.spec.gpu import GpuRequest
+from jobsched.spec.job import JobSpec, Replicas, RoleSpec
 
 NOBODY = JobId("")
 QUEUES_TRIED = 8

@@ -21,7 +21,8 @@ from jobsched.core.policies.placement import Score
 from jobsched.core.resources import GpuId, JobId, NodeName
 from jobsched.errors import Unplaceable
 from jobsched.sim.throughput import Served, Steady, Work
-from jobsched.spec.job import GPU_KIND, JobSpec
+from jobsched.spec.gpu import GPU_KIND
+from jobsched.spec.job import JobSpec
 from jobsched.spec.queue import QueueSpec
 
 GIB = 2**30

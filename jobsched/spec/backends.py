@@ -8,7 +8,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from jobsched.spec.job import GPU_KIND, Bytes, CpuMilli, DurationMs, Labels, ModuleName, Name, SpecModel, Text
+from jobsched.spec.fields import Bytes, CpuMilli, DurationMs, Labels, ModuleName, Name, SpecModel, Text
+from jobsched.spec.gpu import GPU_KIND
 from jobsched.spec.quantity import show
 
 EPHEMERAL_PORT = 32_768

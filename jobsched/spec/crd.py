@@ -19,18 +19,9 @@ from typing import Literal, cast
 from pydantic import ConfigDict
 from pydantic.alias_generators import to_camel
 
-from jobsched.spec.job import (
-    API_VERSION,
-    ENV_NAME,
-    GPU_KIND,
-    KIND,
-    LABEL,
-    MAX_REPLICAS,
-    NAME,
-    ROLE_ONLY,
-    GpuRequest,
-    SpecModel,
-)
+from jobsched.spec.fields import ENV_NAME, LABEL, NAME, SpecModel
+from jobsched.spec.gpu import GPU_KIND, GpuRequest
+from jobsched.spec.job import API_VERSION, KIND, MAX_REPLICAS, ROLE_ONLY
 from jobsched.spec.queue import QueueSpec
 from jobsched.spec.schema import Schema, job_schema
 

@@ -10,27 +10,39 @@ Checks sit on the field they blame, so that the error points there and one wrong
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from enum import StrEnum
 from itertools import pairwise
 from typing import Annotated, Literal, Self
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    PlainSerializer,
     SerializerFunctionWrapHandler,
     ValidationInfo,
-    WithJsonSchema,
     field_validator,
     model_serializer,
     model_validator,
 )
 
 from jobsched.spec import quantity
+from jobsched.spec.fields import (
+    NAME,
+    Bytes,
+    CpuMilli,
+    DurationMs,
+    Env,
+    EnvName,
+    Labels,
+    ModuleName,
+    Name,
+    RoleName,
+    SpecModel,
+    Text,
+    any_of,
+)
+from jobsched.spec.gpu import GpuRequest
 from jobsched.spec.pod import PodOverlay
 from jobsched.spec.quantity import show
 
@@ -42,79 +54,7 @@ MAX_REPLICAS = 10_000
 """Most replicas of a job, all roles together."""
 MAX_MEMBERS = 100_000
 """Most members of an array."""
-
-SECRET = "secret://"
-"""What an environment value begins with when it is a reference, resolved by the backend at the last moment."""
-
-NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,50}[a-z0-9])?")
-ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
-LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,251}[A-Za-z0-9])?")
-GPU_KIND = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}(:[0-9]{1,2}g\.[0-9]{1,4}gb(\+[a-z.]{1,8})?)?")
-"""A kind, with its profile when it is a MIG slice (`h100-80gb:1g.10gb`)."""
-_COUNT = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
-_GPU_TEXT = (r"^\s*([A-Za-z0-9_. -]+(:[0-9]{1,2}[gG]\.[0-9]{1,4}[gG][bB](\+[A-Za-z.]{1,8})?)?\s*(\||$|(\([^()]+\))?\s*"
-             r"(:(0*[1-9][0-9]*(\.[0-9]+)?|0+\.0*[1-9][0-9]*))?\s*$))+$")
-"""What the notations of a GPU request look like, for schemas."""
 _BOUNDS = re.compile(r"\s*([0-9]{1,9})\s*(?:\.\.\s*([0-9]{1,9})\s*)?")
-
-DurationMs = Annotated[
-    int,
-    BeforeValidator(quantity.parse_duration_ms),
-    PlainSerializer(quantity.format_duration, return_type=str, when_used="json"),
-    WithJsonSchema({"type": ["string", "number"], "pattern": quantity.DURATION, "minimum": 0,
-                    "examples": ["90s", "30m", "1h30m", "2d"]}),
-]
-"""Milliseconds. What is validated is text or a number of seconds; only defaults and copies hold milliseconds."""
-Bytes = Annotated[
-    int,
-    BeforeValidator(quantity.parse_bytes),
-    PlainSerializer(quantity.format_bytes, return_type=str, when_used="json"),
-    WithJsonSchema({"type": ["string", "number"], "pattern": quantity.SIZE, "minimum": 0,
-                    "examples": ["512Mi", "32Gi", "80GB"]}),
-]
-CpuMilli = Annotated[
-    int,
-    BeforeValidator(quantity.parse_cpu_milli),
-    PlainSerializer(quantity.format_cpu, return_type=str, when_used="json"),
-    WithJsonSchema({"type": ["string", "number"], "pattern": quantity.CPUS, "minimum": 0,
-                    "examples": [4, 0.5, "500m"]}),
-]
-
-
-def _name(value: str) -> str:
-    if not NAME.fullmatch(value):
-        raise ValueError(f"{show(value)} is not a name; use lower-case letters, digits and '-', at most 52")
-    return value
-
-
-def _role_name(value: str) -> str:
-    if len(value) > 24 or not NAME.fullmatch(value):
-        raise ValueError(f"{show(value)} is not a role name; use lower-case letters, digits and '-', at most 24")
-    return value
-
-
-def _env_name(value: str) -> str:
-    if not ENV_NAME.fullmatch(value):
-        raise ValueError(f"{show(value)} is not a variable name; use letters, digits and '_'")
-    return value
-
-
-def _label_key(value: str) -> str:
-    if not LABEL.fullmatch(value):
-        raise ValueError(f"{show(value)} is not a label name; use letters, digits, '.', '_', '/' and '-'")
-    return value
-
-
-def _module_name(value: str) -> str:
-    if len(value) > 255 or not all(part.isidentifier() for part in value.split(".")):
-        raise ValueError(f"{show(value)} is not the name of a Python module")
-    return value
-
-
-def _env_value(value: str) -> str:
-    if value.startswith(SECRET) and not LABEL.fullmatch(value.removeprefix(SECRET)):
-        raise ValueError(f"{show(value)} is not a reference to a secret; write for example secret://wandb-key")
-    return value
 
 
 def _command(value: object) -> object:
@@ -128,194 +68,15 @@ def _command(value: object) -> object:
     return value
 
 
-Text = Annotated[str, Field(max_length=100_000, pattern=r"^[^\x00]*$")]
-"""Text that can be handed to a process: no NUL, and below the kernel's limit for one argument."""
-Name = Annotated[str, AfterValidator(_name), Field(json_schema_extra={"pattern": f"^{NAME.pattern}$"})]
-RoleName = Annotated[str, AfterValidator(_role_name)]
-EnvName = Annotated[str, AfterValidator(_env_name)]
-ModuleName = Annotated[str, AfterValidator(_module_name)]
-LabelKey = Annotated[str, AfterValidator(_label_key)]
-LabelValue = Annotated[str, Field(max_length=253, pattern=r"^[^\x00]*$")]
-Env = Mapping[EnvName, Annotated[Text, AfterValidator(_env_value)] | None]
-Labels = Annotated[Mapping[LabelKey, LabelValue], Field(max_length=64)]
 ExitCode = Annotated[int, Field(strict=True, ge=1, le=255)]
 ReplicaCount = Annotated[int, Field(strict=True, ge=1, le=MAX_REPLICAS)]
-
-
-class SpecModel(BaseModel):
-    """Frozen, closed (unknown fields are errors), lists become tuples, defaults are documented in the schema."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class GpuRequest(SpecModel):
-    """GPUs of one replica: kinds in order of preference, a range of memory, and how much, in thousandths of a GPU.
-
-    Written `h100:8`, `any:1`, `any:0.5`, `24GB..:2` (memory range), `[h100:8, a100:8]`, `8`, or
-    `{type: [h100, a100], memory: 24GB.., count: 8}`. A size without dots is the least memory.
-    """
-
-    model_config = ConfigDict(json_schema_extra=lambda schema: _any_of(schema, [
-        {"type": "string", "pattern": _GPU_TEXT, "examples": ["h100:8", "any:1", "any:0.5", "24GB..:2", "h100|a100:4"]},
-        {"type": "number", "exclusiveMinimum": 0, "maximum": 1_024},
-        {"type": "array", "items": {"type": "string"}, "minItems": 1},
-        {"type": "object", "additionalProperties": False, "minProperties": 1, "properties": {
-            "type": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
-            "memory": {"type": ["string", "number"], "examples": ["24GB..", "40GB..80GB"]},
-            "count": {"type": ["number", "string"]},
-        }},
-    ]))
-
-    kinds: Annotated[tuple[str, ...], Field(max_length=64)] = ()
-    """GPU kinds that will do, best first; empty means any kind. `h100` also matches `h100-80gb`."""
-    memory_min_bytes: Bytes = 0
-    """Least memory of one GPU."""
-    memory_max_bytes: Bytes = quantity.MAX_BYTES
-    """Most memory of one GPU."""
-    milli: Annotated[int, Field(strict=True, ge=1, le=1_024_000)] = 1_000
-    """Thousandths of a GPU; below 1000 a share of one GPU, else a whole number of GPUs times 1000."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _notation(cls, value: object) -> object:
-        return parse_gpu(value)
-
-    @field_validator("kinds")
-    @classmethod
-    def _kinds(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        kinds = tuple(dict.fromkeys(kind.strip().lower() for kind in value))
-        for kind in kinds:
-            if kind == "any":
-                raise ValueError("'any' stands alone: it already includes every other kind")
-            if not GPU_KIND.fullmatch(kind):
-                raise ValueError(f"{show(kind)} is not a GPU kind; {_GPU_HINT}")
-        return kinds
-
-    @field_validator("memory_max_bytes")
-    @classmethod
-    def _range(cls, value: int, info: ValidationInfo) -> int:
-        if info.data.get("memory_min_bytes", 0) > value:
-            raise ValueError("the lower bound of GPU memory is above the upper bound")
-        return value
-
-    @field_validator("milli")
-    @classmethod
-    def _whole(cls, value: int) -> int:
-        if value > 1_000 and value % 1_000:
-            raise ValueError(f"{value / 1_000:g} GPUs: above 1 only whole GPUs can be asked for")
-        return value
-
-    @property
-    def count(self) -> int:
-        """How many GPU devices one replica is given (a share counts as one)."""
-        return max(1, self.milli // 1_000)
-
-    def __str__(self) -> str:
-        """The shortest notation, which reads back to an equal request: `h100|a100:8`, `24GB..:2`, `h100(40GB..):1`."""
-        low, high = self.memory_min_bytes, self.memory_max_bytes
-        memory = ""
-        if low or high != quantity.MAX_BYTES:
-            upper = "" if high == quantity.MAX_BYTES else quantity.format_bytes(high)
-            memory = f"{quantity.format_bytes(low)}..{upper}"
-        kinds = "|".join(self.kinds)
-        what = f"{kinds}({memory})" if kinds and memory else kinds or memory or "any"
-        return f"{what}:{self.milli / 1_000:g}"
-
-
-_GPU_HINT = "write for example h100:8, 24GB..:2, any:1 or any:0.5"
-
-
-def parse_gpu(value: object) -> object:
-    """Normal form (a dict of `GpuRequest` fields) of every GPU notation; other values pass through to pydantic."""
-    match value:
-        case bool():
-            raise ValueError(f"{show(value)} is not a GPU request; {_GPU_HINT}")
-        case int() | float():
-            return {"milli": _gpu_milli(value)}
-        case str():
-            return _parse_gpu_text(value)
-        case list() | tuple():
-            return _parse_gpu_list(value)
-        case dict() if value.keys() & {"type", "memory", "count"}:
-            kinds = value.get("type", "any")
-            result = {k: v for k, v in value.items() if k not in ("type", "memory", "count")}
-            result["kinds"] = _kind_list(kinds.split("|")) if isinstance(kinds, str) else kinds
-            result["milli"] = _gpu_milli(value.get("count", 1))
-            return result | (_memory_range(value["memory"]) if "memory" in value else {})
-        case _:
-            return value
-
-
-def _parse_gpu_list(value: Sequence[object]) -> dict[str, object]:
-    parts = [part for part in map(parse_gpu, value) if isinstance(part, dict)]
-    if not parts or len(parts) != len(value):
-        raise ValueError("a list of GPUs holds notations such as h100:8, best first")
-    common = {k: v for k, v in parts[0].items() if k != "kinds"}
-    if any({k: v for k, v in part.items() if k != "kinds"} != common for part in parts):
-        raise ValueError("every entry of a GPU list must ask for the same number of GPUs and the same memory")
-    if len(parts) > 1 and not all(part.get("kinds") for part in parts):
-        raise ValueError("'any' stands alone: it already includes every other kind")
-    return common | {"kinds": [kind for part in parts for kind in part.get("kinds", ())]}
-
-
-def _parse_gpu_text(text: str) -> dict[str, object]:
-    text = text.strip()
-    if len(text) > 4_096:
-        raise ValueError(f"{show(text)} is not a GPU request; {_GPU_HINT}")
-    head, colon, tail = text.rpartition(":")
-    if not colon and _COUNT.fullmatch(text):
-        head, tail = "any", text
-    elif not _COUNT.fullmatch(tail):  # a MIG kind such as h100-80gb:1g.10gb holds a colon of its own
-        head, tail = text, "1"
-    result: dict[str, object] = {"milli": _gpu_milli(tail)}
-    kinds, bracket, memory = head.partition("(")
-    if bracket and memory.endswith(")"):
-        result |= _memory_range(memory[:-1])
-    elif ".." in head or _is_size(head):
-        return result | _memory_range(head)
-    return result | {"kinds": _kind_list((kinds if bracket and memory.endswith(")") else head).split("|"))}
-
-
-def _kind_list(kinds: Sequence[str]) -> tuple[str, ...]:
-    return () if [kind.strip() for kind in kinds] == ["any"] else tuple(kinds)
-
-
-def _is_size(text: str) -> bool:
-    """Whether text is a size with a unit: `24GB` is memory, `4090` is a kind."""
-    try:
-        return quantity.parse_bytes(text) > 0 and not text.strip().isdigit()
-    except ValueError:
-        return False
-
-
-def _memory_range(value: object) -> dict[str, object]:
-    low, _, high = value.partition("..") if isinstance(value, str) else (value, "", "")
-    return {
-        "memory_min_bytes": quantity.parse_bytes(low) if low != "" else 0,
-        "memory_max_bytes": quantity.parse_bytes(high) if high.strip() else quantity.MAX_BYTES,
-    }
-
-
-def _gpu_milli(value: object) -> int:
-    text = value.strip() if isinstance(value, str) else ""
-    number = float(text) if _COUNT.fullmatch(text) else value
-    if not isinstance(number, (int, float)) or isinstance(number, bool) or not 0.001 <= number <= 1_024:
-        raise ValueError(f"{show(value)} is not a number of GPUs; write 1 to 1024, or a share such as 0.5")
-    return round(number * 1_000)
-
-
-def _any_of(schema: dict[str, object], notations: list[object]) -> None:
-    """Rewrite the JSON Schema of a model in place: its normal form, or one of the notations that people write."""
-    own = ("type", "properties", "additionalProperties", "minimum", "maximum")
-    normal = {key: schema.pop(key) for key in own if key in schema}
-    schema["anyOf"] = [*notations, normal]
 
 
 class Replicas(SpecModel):
     """How many replicas a role has: a number, or `{min, max, prefer}` (or `2..4`) for an elastic role. Role `ps`
     changes its number with a new attempt, which goes on from its checkpoints."""
 
-    model_config = ConfigDict(json_schema_extra=lambda schema: _any_of(schema, [
+    model_config = ConfigDict(json_schema_extra=lambda schema: any_of(schema, [
         {"type": "integer", "minimum": 1, "maximum": MAX_REPLICAS},
         {"type": "string", "pattern": r"^\s*[0-9]+\s*(\.\.\s*[0-9]+\s*)?$", "examples": ["2..4"]},
     ]))
@@ -409,7 +170,7 @@ class RestartPolicy(SpecModel):
 class KubernetesWishes(SpecModel):
     """What the job wants of Kubernetes in particular; other backends ignore it."""
 
-    pod: PodOverlay = {}
+    pod: PodOverlay = Field(default={})
     """Parts of a pod laid over what jobsched makes: `{spec: {priorityClassName: high}}`."""
 
 
@@ -434,7 +195,7 @@ class RoleSpec(SpecModel):
     """Container image; ignored by the local backend."""
     working_dir: Text = ""
     """Directory in which the command runs; relative to the job file; default: the job's."""
-    env: Env = {}
+    env: Env = Field(default={})
     """Environment; an empty value is filled from the caller, refused if unset there; `secret://NAME` is a reference."""
     ports: Annotated[Mapping[EnvName, Annotated[int, Field(strict=True, ge=0, le=65_535)]], Field(max_length=16)] = {}
     """Named ports of one replica; 0 lets the backend choose. Found in `JOBSCHED_PORT_<NAME>`."""
@@ -483,7 +244,7 @@ class Placement(SpecModel):
     """The same as a preference."""
     spread: Literal["", "node", "rack", "zone"] = ""
     """Replicas of one role on different domains of this level."""
-    nodes: Labels = {}
+    nodes: Labels = Field(default={})
     """Labels that a node must carry."""
     tolerate: Annotated[tuple[Text, ...], Field(max_length=64)] = ()
     """Taints (key or key=value) that do not keep this job away."""
@@ -505,7 +266,7 @@ class ArraySpec(SpecModel):
     Written `0-9`, `1,3,5`, `0-99%4` (at most 4 at a time), or a number of members; JSON carries that notation too.
     """
 
-    model_config = ConfigDict(json_schema_extra=lambda schema: _any_of(schema, [
+    model_config = ConfigDict(json_schema_extra=lambda schema: any_of(schema, [
         {"type": "string", "pattern": r"^\s*[0-9][0-9, -]*(%\s*[0-9]+\s*)?$", "examples": ["0-9", "1,3,5", "0-99%4"]},
         {"type": "integer", "minimum": 1, "maximum": MAX_MEMBERS},
     ]))
@@ -576,7 +337,7 @@ def _parse_array(text: str) -> dict[str, object]:
 
 
 def _or_a_name(schema: dict[str, object]) -> None:
-    _any_of(schema, [{"type": "string", "pattern": f"^{NAME.pattern}$"}])
+    any_of(schema, [{"type": "string", "pattern": f"^{NAME.pattern}$"}])
 
 
 SuccessRule = Literal["auto", "chief", "worker0", "all_workers"]
@@ -594,7 +355,7 @@ class JobSpec(SpecModel):
     """Higher goes first within the queue: a number, or a class of the server's configuration (low, normal, high)."""
     priority_class: Name | Literal[""] = ""
     """The class that `priority` names; the server puts its number there."""
-    labels: Labels = {}
+    labels: Labels = Field(default={})
     """Free labels, for selection with -l."""
     roles: Annotated[Mapping[RoleName, RoleSpec], Field(validate_default=True)] = {}
     """Role name -> role. `chief` and `worker` train; `ps` and `evaluator` serve and never decide success."""
@@ -602,7 +363,7 @@ class JobSpec(SpecModel):
     """Directory in which commands run; relative to the job file."""
     image: Text = ""
     """Container image of every role that names none."""
-    env: Env = {}
+    env: Env = Field(default={})
     """Environment of every role."""
     restart: RestartPolicy = RestartPolicy()
     """Restart policy of every role that has none."""

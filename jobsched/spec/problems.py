@@ -17,7 +17,8 @@ from pydantic_core import ErrorDetails
 
 from jobsched.errors import Problem
 from jobsched.spec.document import Node
-from jobsched.spec.job import API_VERSION, KIND, ROLE_ONLY, GpuRequest, JobSpec, RoleSpec
+from jobsched.spec.gpu import GpuRequest
+from jobsched.spec.job import API_VERSION, KIND, ROLE_ONLY, JobSpec, RoleSpec
 from jobsched.spec.quantity import show
 
 MOST_PROBLEMS = 100

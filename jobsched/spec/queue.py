@@ -13,7 +13,8 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
 from jobsched.spec import quantity
-from jobsched.spec.job import GPU_KIND, DurationMs, Name, SpecModel
+from jobsched.spec.fields import DurationMs, Name, SpecModel
+from jobsched.spec.gpu import GPU_KIND
 from jobsched.spec.quantity import show
 
 GPUS, CPU, MEMORY = "gpus", "cpu", "memory"

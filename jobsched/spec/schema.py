@@ -7,13 +7,13 @@ from typing import cast
 
 from pydantic import BaseModel
 
+from jobsched.spec.gpu import GpuRequest
 from jobsched.spec.job import (
     API_VERSION,
     KIND,
     ROLE_ONLY,
     ArraySpec,
     Checkpoint,
-    GpuRequest,
     JobSpec,
     Placement,
     Replicas,

@@ -14,7 +14,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from jobsched.spec.backends import BackendConfig, GpuStock
-from jobsched.spec.job import Bytes, CpuMilli, DurationMs, Labels, Name, SpecModel, Text
+from jobsched.spec.fields import Bytes, CpuMilli, DurationMs, Labels, Name, SpecModel, Text
 from jobsched.spec.quantity import show
 from jobsched.spec.queue import QueueSpec, distinct_queues
 
