@@ -213,7 +213,7 @@ class PlanVictim:
     job_id: JobId
     name: str
     how: str
-    """`stops`, or `shrinks by 2`."""
+    """`stops`, `shrinks by 2`, or `shrinks from 4 to 2 replicas, by a new attempt`."""
     unsaved_gpu_s: float
     """GPU-seconds since its last checkpoint; what it saves while it stops is not lost."""
 

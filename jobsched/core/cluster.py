@@ -15,7 +15,7 @@ from dataclasses import field, replace
 from typing import NamedTuple, assert_never
 
 from jobsched.core import events as ev
-from jobsched.core.job import Asked, Binding, Job, Phase, Replica, ReplicaId, ReplicaState, RoleShape, Shape
+from jobsched.core.job import Asked, Binding, Job, Phase, Reason, Replica, ReplicaId, ReplicaState, RoleShape, Shape
 from jobsched.core.ledger import ANY, GpuClass, Ledger
 from jobsched.core.lifecycle import REBINDS, take_evolved
 from jobsched.core.lines import Alike, Line, LineKey, Lines, Place, Rank, all_alike, equal_rank
@@ -70,6 +70,9 @@ class Target(NamedTuple):
     why: str = ""
     bindings: tuple[Binding, ...] = ()
     coordinator_port: int = 0
+    stays: tuple[ReplicaId, ...] = ()
+    """Set: it makes room for another job by starting anew without the rest of its replicas; the places of these, which
+    `bindings` are, remain its own meanwhile."""
 
 
 @dataclass(slots=True)
@@ -467,6 +470,9 @@ class Cluster:
                 self.ends.begins(job_id)
             if phase is not Phase.QUEUED:
                 self.nominated.pop(job_id, None)
+            if runs and (target := self.targets.get(job_id)) is not None and target.stays:
+                del self.targets[job_id]  # it has made its room, and may be asked for more
+                self.ledger.unblock()
         leaves = after.outcome.for_job if phase is Phase.STOPPING and after.outcome is not None else None
         if runs and before is not None and before.replicas is after.replicas:
             return
@@ -485,6 +491,8 @@ class Cluster:
             self.leaving[job_id] = leaves
             if leaves:
                 self.nominated.setdefault(leaves, {})[job_id] = None
+                if after.outcome is not None and after.outcome.reason is Reason.RESCALED:
+                    self.nominated.setdefault(job_id, {})  # what it does not give stays its own
         if was and was != leaves and was in self.nominated:
             self.nominated[was].pop(job_id, None)
 
@@ -667,14 +675,21 @@ class Cluster:
             self.quotas.book(job.spec.queue, job.owner, self._charged[job.id, replica.id], 1)
 
     def lend_leaving(self) -> None:
-        """Inside a trial: as if everything that stops had stopped. O(its replicas)."""
+        """Inside a trial: as if everything that stops had stopped, and nothing had taken what it keeps. O(its
+        replicas)."""
         for job_id in self.leaving:
             job = self.jobs[job_id]
             whole = job.phase is Phase.STOPPING
+            stays = self.stays(job) if whole else ()
             self.lend(job, [
                 r for r in job.replicas.values()
-                if r.binding is not None and (whole or r.state is ReplicaState.STOPPING)
+                if r.binding is not None and (whole or r.state is ReplicaState.STOPPING) and r.id not in stays
             ])  # fmt: skip
+
+    def stays(self, job: Job) -> tuple[ReplicaId, ...]:
+        """Whose places a job keeps that starts anew with fewer replicas to make room for another."""
+        target, outcome = self.targets.get(job.id), job.outcome
+        return () if target is None or (outcome is not None and outcome.reason is not Reason.RESCALED) else target.stays
 
     # ---- questions ----
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from jobsched.core import events as ev
 from jobsched.core.answers import PlanAnswer, PlanVictim, QuotaAfter, RolePlan, Verdict, Why
 from jobsched.core.cluster import Cluster, Target
-from jobsched.core.explain import could_ever_fit, each_of, verdict
+from jobsched.core.explain import could_ever_fit, each_of, many, verdict
 from jobsched.core.job import Job, Phase, Reason
 from jobsched.core.lines import Alike, Rank
 from jobsched.core.node import Cordon, Node
@@ -136,8 +136,11 @@ def _victims(twin: Cluster, decisions: Iterable[Decision], now_ms: int) -> Itera
     for decision in decisions:
         match decision:
             case ev.AttemptStopping(job_id=job_id, outcome=outcome) if outcome.for_job == PROBE:
-                job = twin.jobs[job_id]
-                yield PlanVictim(job_id, job.name, "stops", _unsaved_gpu_s(job, job.gpu_milli, now_ms))
+                job, how = twin.jobs[job_id], "stops"
+                if outcome.reason is Reason.RESCALED:
+                    left = len(twin.stays(job))
+                    how = f"shrinks from {len(job.replicas)} to {many(left, 'replica')}, by a new attempt"
+                yield PlanVictim(job_id, job.name, how, _unsaved_gpu_s(job, job.gpu_milli, now_ms))
             case ev.ReplicasReleased(job_id=job_id, replicas=replicas, for_job=beneficiary) if beneficiary == PROBE:
                 job = twin.jobs[job_id]
                 yield PlanVictim(job_id, job.name, f"shrinks by {len(replicas)}", 0.0)

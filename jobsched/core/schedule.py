@@ -289,7 +289,7 @@ def _steps(run: Pass, hungry: Sequence[Job], lines: Sequence[Line]) -> None:
     else:
         start_nominated(run)
         start_waiting(run, lines)
-        run.decisions += evictions(run.room.evicted, run.now_ms)
+        run.decisions += evictions(run.cluster, run.room.evicted, run.now_ms)
         if policy.defragmentation is not None and not run.room.evicted:
             moving = defragment(run, policy.defragmentation)
     run.decisions += moving
@@ -642,9 +642,10 @@ def _may_fit(cluster: Cluster, line: Line) -> bool:
 
 def start_nominated(run: Pass) -> None:
     """Start jobs for which others left, or keep for them what is free of the places that they will have; in the order
-    in which room was made for them."""
+    in which room was made for them, after those that made it by starting anew in what they kept."""
     cluster = run.cluster
     late = [cluster.jobs[job_id] for job_id in cluster.nominated if cluster.line_of(job_id) is not None]
+    late.sort(key=lambda job: not cluster.stays(job))
     for at, job in enumerate(late):
         shape = admit(cluster, job, run.now_ms)
         if not isinstance(shape, Shape) or not run.start(job, shape):

@@ -78,6 +78,20 @@ def test_who_would_stop_for_it_and_what_that_costs() -> None:
     assert planned(world, a_worker("any:2")).victims == ()
 
 
+def test_who_would_shrink_by_starting_anew_and_by_how_many() -> None:
+    world = a_world(nodes=1, gpus=4)
+    role = {"command": "x", "cpu": 1, "gpu": "any:1", "replicas": {"min": 1, "max": 4, "prefer": 4}}
+    job_id = world.submit(a_spec(name="shrinks", roles={"worker": role}, restart={"scope": "job"}))
+    world.run_to_phase(job_id, Phase.RUNNING)
+    world.tick(50, step_ms=2_000)
+    before = picture_of(world.cluster)
+    answer = planned(world, a_worker("any:2", priority=5))
+    (victim,) = answer.victims
+    assert (victim.job_id, victim.how) == (job_id, "shrinks from 4 to 2 replicas, by a new attempt")
+    assert victim.unsaved_gpu_s > 0
+    assert picture_of(world.cluster) == before
+
+
 def test_who_would_shrink_and_what_its_queue_then_holds() -> None:
     queues = tuple(QueueSpec(name=name, cohort="all", quota={"gpus": 2}) for name in "ab")
     world = a_world(nodes=1, gpus=4, queues=queues)

@@ -386,3 +386,156 @@ def test_a_pass_costs_what_it_decides_not_lines_times_jobs(monkeypatch: pytest.M
     assert lent < 2 * 20
     assert looked < 2 * 64
     assert cost(32)[0] < 1.5 * lent, "four times as many run"
+
+
+def placed(job: Job) -> list[Binding]:
+    return [r.binding for r in job.replicas.values() if r.binding is not None]
+
+
+RIGID = {"min": 2, "max": 4, "prefer": 4}
+
+
+def a_gang_of_range(replicas: object = RIGID, **fields: object) -> Mapping[str, object]:
+    return gang(replicas, restart={"scope": "job"}, **fields)
+
+
+def test_who_can_only_shrink_by_a_new_attempt_does_and_goes_on_at_once() -> None:
+    """A rigid job beside it, younger, so cheaper, is left alone."""
+    world = a_world(QueueSpec(), scripts=lambda launch: Script(run_ms=LONG, save_ms=5_000))
+    (elastic,) = submit(world, "default", **a_gang_of_range())
+    world.tick(3, step_ms=30_000)
+    fixed = submit(world, "default", 4)
+    world.tick(4)
+    before = placed(world.job(elastic))
+    (urgent,) = submit(world, "default", **gang(1, priority=5))
+    world.run_to_phase(urgent, Phase.RUNNING)
+    world.run_to_phase(elastic, Phase.RUNNING)
+    assert all(world.job(j).attempt == 1 and world.job(j).phase is Phase.RUNNING for j in fixed)
+    (stop,) = stops(world)
+    assert (stop.job_id, stop.outcome.reason, stop.outcome.for_job) == (elastic, Reason.RESCALED, urgent)
+    assert placed(world.job(elastic)) == before[:3], "as many as need be leave, the others come back where they were"
+    assert world.job(elastic).attempt == 2
+    told = "\n".join(story(world.store.history(elastic)))
+    assert "shrinks from 4 to 3 workers to make room; " in told
+    assert f"job {urgent} of queue default goes first: its priority is 5, this job's 0" in told
+    assert not world.cluster.targets
+    assert not world.cluster.nominated
+
+
+def test_nobody_sits_down_where_it_will_go_on_and_its_minimum_is_its_own() -> None:
+    """An elastic claimant, which would take more than its minimum, and a job that waits longer, get no place of its."""
+    world = a_world(QueueSpec(), gpus=4, scripts=lambda launch: Script(run_ms=LONG, save_ms=20_000))
+    (elastic,) = submit(world, "default", **a_gang_of_range())
+    world.tick(3)
+    (urgent,) = submit(world, "default", **a_gang_of_range({"min": 1, "max": 4, "prefer": 4}, priority=5))
+    world.tick(2)
+    (waits,) = submit(world, "default", priority=3)
+    world.run_to_phase(urgent, Phase.RUNNING)
+    assert len(placed(world.job(urgent))) == 1
+    assert len(placed(world.job(elastic))) == 3, "it starts in the same pass"
+    assert world.job(waits).phase is Phase.QUEUED
+    world.run_to_phase(waits, Phase.RUNNING)
+    assert len(placed(world.job(elastic))) == 2, "it may be made to give one more, and did"
+    assert [s.outcome.reason for s in stops(world)] == [Reason.RESCALED] * 2
+
+
+def test_who_takes_more_than_the_surplus_stops_the_whole_and_restarts_are_for_lower_priorities_alone() -> None:
+    for gpus, priority, reasons in ((3, 5, [Reason.PREEMPTED]), (2, 5, [Reason.RESCALED]), (2, 0, [])):
+        world = a_world(QueueSpec(), gpus=4)
+        (elastic,) = submit(world, "default", **a_gang_of_range())
+        world.tick(3)
+        submit(world, "default", **gang(1, gpus, priority=priority))
+        world.tick(8)
+        assert [s.outcome.reason for s in stops(world)] == reasons
+        assert world.job(elastic).phase is (Phase.QUEUED if gpus == 3 else Phase.RUNNING)
+
+
+def test_it_shrinks_no_sooner_than_it_might_be_stopped() -> None:
+    world = a_world(QueueSpec(), gpus=4, how=Preemption(min_runtime_ms=60_000))
+    (elastic,) = submit(world, "default", **a_gang_of_range())
+    world.tick(3)
+    started = world.job(elastic).attempt_started_at_ms
+    (urgent,) = submit(world, "default", **gang(1, 2, priority=5))
+    world.tick(20, step_ms=1_000)
+    assert not stops(world)
+    world.run_to_phase(urgent, Phase.RUNNING)
+    assert [s.outcome.reason for s in stops(world)] == [Reason.RESCALED]
+    assert stops(world)[0].at_ms >= started + 60_000
+
+
+def test_a_queue_takes_back_what_it_lent_by_a_restart_that_leaves_the_rest() -> None:
+    world = a_world(a_queue("a", 4), a_queue("b", 4))
+    (elastic,) = submit(world, "b", **a_gang_of_range({"min": 2, "max": 8, "prefer": 8}, priority=9))
+    world.tick(3)
+    mine = submit(world, "a", 3)
+    world.tick(8)
+    assert all(world.job(j).phase is Phase.RUNNING for j in mine)
+    assert (held(world, "a"), held(world, "b")) == (3, 5)
+    assert {s.outcome.reason for s in stops(world)} == {Reason.RESCALED}
+    assert world.job(elastic).phase is Phase.RUNNING
+
+
+def test_servers_of_a_parameter_server_job_stay_and_workers_leave_with_the_attempt() -> None:
+    world = a_world(QueueSpec(), gpus=4)
+    worker = {"command": "w", "gpu": "any:1", "cpu": "100m", "replicas": RIGID, "restart": {"scope": "job"}}
+    job_id = world.submit(a_spec(roles={"ps": {"command": "p", "cpu": "100m", "replicas": 2}, "worker": worker}))
+    world.tick(3)
+    assert len(placed(world.job(job_id))) == 6
+    (urgent,) = submit(world, "default", **gang(1, 2, priority=5))
+    world.tick(8)
+    assert world.job(urgent).phase is Phase.RUNNING
+    roles = sorted(binding.id for binding in placed(world.job(job_id)))
+    assert roles == ["ps/0", "ps/1", "worker/0", "worker/1"]
+
+
+def test_a_server_that_dies_while_one_shrinks_still_makes_the_room() -> None:
+    """Its places are forgotten, not the room."""
+    world = a_world(QueueSpec(), gpus=4, scripts=lambda launch: Script(run_ms=LONG, save_ms=20_000))
+    (elastic,) = submit(world, "default", **a_gang_of_range())
+    world.tick(3)
+    (urgent,) = submit(world, "default", **gang(1, 2, priority=5))
+    world.tick(2)
+    world.boot(Policy(fair=FairShare(), preemption=Preemption(min_runtime_ms=0)))
+    world.run_to_phase(urgent, Phase.RUNNING)
+    world.run_to_phase(elastic, Phase.RUNNING)
+    assert len(placed(world.job(elastic))) == 2
+    assert len(stops(world)) == 1
+
+
+def test_workers_that_could_leave_in_place_leave_with_the_attempt_where_servers_do() -> None:
+    """Servers have to go in any case: one stop, and no release beside it."""
+    world = a_world(QueueSpec(), gpus=4)
+    worker = {"command": "w", "gpu": "any:1", "cpu": "1", "replicas": RIGID, "restart": {"scope": "replica"}}
+    server = {"command": "p", "cpu": "1", "replicas": {"min": 1, "max": 3, "prefer": 3}}
+    job_id = world.submit(a_spec(roles={"ps": server, "worker": worker}))
+    world.tick(3)
+    assert len(placed(world.job(job_id))) == 7
+    free = next(iter(world.cluster.ledger.spaces.values())).cpu_milli // 1_000
+    needs = {"roles": {"worker": {"command": "w", "cpu": free + 4}}, "priority": 5}
+    (urgent,) = submit(world, "default", **needs)
+    world.tick(8)
+    assert world.job(urgent).phase is Phase.RUNNING
+    assert sorted(binding.id for binding in placed(world.job(job_id))) == ["ps/0", "worker/0", "worker/1"]
+    (stop,) = stops(world)
+    assert stop.outcome.cause is not None
+    assert stop.outcome.cause.message.startswith("shrinks from 3 to 1 ps and from 4 to 2 workers to make room; ")
+    assert not [s for s in world.store.read(0, 100_000) if isinstance(s.event, ev.ReplicasReleased)]
+
+
+def test_who_starts_anew_fast_shrinks_before_its_like_and_costs_less_than_if_it_stopped() -> None:
+    """Nothing shown, the younger would be the first."""
+    world = a_world(QueueSpec())
+    slow, fast = submit(world, "default", 2, **a_gang_of_range())
+    world.tick(3)
+    for job_id, took_ms in ((fast, 1_000), (slow, 90_000)):
+        for _ in range(8):
+            world.cluster.pauses.note(world.job(job_id), False, took_ms)
+    (urgent,) = submit(world, "default", priority=5)
+    now_ms = world.clock.now_ms()
+    world.controller.tick()
+    offers = Candidates(world.cluster, Preemption(min_runtime_ms=0), now_ms, {}, {}).offers(world.job(urgent))
+    whole = {victim.job.id: victim.cost for victim in offers.stops}
+    assert [victim.anew for victim in offers.shrinks] == [True] * len(offers.shrinks)
+    assert all(victim.cost < whole[victim.job.id] for victim in offers.shrinks)
+    world.tick(5)
+    assert [stop.job_id for stop in stops(world)] == [fast]

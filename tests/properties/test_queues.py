@@ -6,7 +6,7 @@ The core alone: plans are folded and carried out by hand, so that it is this tes
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, combinations
 
 from hypothesis import HealthCheck, example, given, settings
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jobsched.core import events as ev
 from jobsched.core import invariants
 from jobsched.core.cluster import Cluster
-from jobsched.core.job import Job, Phase, ReplicaState
+from jobsched.core.job import Job, Phase, Reason, ReplicaId, ReplicaState
 from jobsched.core.plan import Decision
 from jobsched.core.policies.fairness import FairShare
 from jobsched.core.policies.quota import Account
@@ -53,11 +53,12 @@ def trees() -> st.SearchStrategy[tuple[QueueSpec, ...]]:
     return st.builds(build, st.sampled_from(["flat", "flat", "deep", "free"]), st.lists(quota, min_size=2, max_size=4))
 
 
-Wish = tuple[int, int, int, int, bool]
-"""(queue, priority, replicas, GPUs of each, elastic)"""
+Wish = tuple[int, int, int, int, str]
+"""(queue, priority, replicas, GPUs of each, elastic: in place ("replica"), by a new attempt ("job"), or "" not)"""
 WISHES = st.tuples(
-    st.integers(0, 3), st.integers(0, 2), st.integers(1, 3), st.sampled_from([1, 1, 1, 2, 3]), st.booleans()
-)
+    st.integers(0, 3), st.integers(0, 2), st.integers(1, 3), st.sampled_from([1, 1, 1, 2, 3]),
+    st.sampled_from(["", "replica", "job"]),
+)  # fmt: skip
 
 
 class Room:
@@ -66,6 +67,8 @@ class Room:
     def __init__(self, queues: Iterable[QueueSpec], nodes: int, gpus: int) -> None:
         self.cluster = Cluster()
         self.now = 1_000_000
+        self.due: dict[JobId, int] = {}
+        """Who has just left to start anew with fewer replicas, with how many: it does so in the next pass."""
         self.queues = [q for q in queues if q.name.startswith("q")]
         for queue in queues:
             self.fold(ev.QueueDefined(self.now, queue))
@@ -80,7 +83,7 @@ class Room:
         job_id = JobId(f"j{self.cluster.seq:05}")
         count = {"min": 1, "max": replicas, "prefer": replicas} if elastic and replicas > 1 else replicas
         worker = {"command": "w", "gpu": f"any:{gpus}", "replicas": count, "cpu": "250m",
-                  "restart": {"scope": "replica" if elastic else "job"}}  # fmt: skip
+                  "restart": {"scope": elastic or "job"}}  # fmt: skip
         name = self.queues[queue % len(self.queues)].name
         spec = a_spec(queue=name, priority=priority, roles={"worker": worker})
         self.fold(ev.JobSubmitted(self.now, job_id, job_id, "me", spec))
@@ -184,6 +187,8 @@ def test_room_is_made_by_claim_alone_and_comes_to_rest(
 
 def step(room: Room, taken: list[tuple[JobId, JobId]], saved: bool) -> bool:
     decisions, cluster = room.plan(), room.cluster
+    starts = {placed.job_id: len(placed.bindings) for placed in decisions if isinstance(placed, ev.AttemptPlaced)}
+    assert all(starts.get(job_id) == n for job_id, n in room.due.items()), "the places that it kept were taken"
     with cluster.trial():
         for placed in decisions:
             if isinstance(placed, ev.AttemptPlaced | ev.ReplicasBound):
@@ -196,11 +201,20 @@ def step(room: Room, taken: list[tuple[JobId, JobId]], saved: bool) -> bool:
             last = winner
             assert winner.phase is Phase.QUEUED
             assert of_lower_claim(cluster, victim, winner)
-            cluster.lend(victim, [r for r in victim.replicas.values() if r.binding is not None])
+            stays = cluster.stays(victim) if stop.outcome.reason is Reason.RESCALED else ()
+            assert shrinks_by(victim, stays)
+            cluster.lend(victim, [r for r in victim.replicas.values() if r.binding is not None and r.id not in stays])
             taken.append((victim.id, winner.id))
     room.commit(decisions)
+    smaller = {j.id: n for j in cluster.jobs.values() if j.phase is Phase.STOPPING and (n := len(cluster.stays(j)))}
     room.happen(lambda job: saved)
+    room.due = {job_id: n for job_id, n in smaller.items() if cluster.jobs[job_id].phase is Phase.QUEUED}
     return bool(decisions)
+
+
+def shrinks_by(victim: Job, stays: Sequence[ReplicaId]) -> bool:
+    """Whether it stops as a whole, or may go on with these alone."""
+    return not stays or len(stays) >= victim.spec.roles["worker"].replicas.min
 
 
 def of_lower_claim(cluster: Cluster, victim: Job, winner: Job) -> bool:
@@ -226,14 +240,14 @@ def needs_of(job: Job) -> dict[str, int]:
 
 
 @QUIET
-@example(2, 3, [(0, 0, 2, 1, False), (0, 2, 2, 2, False), (0, 0, 1, 1, False)], (0, 0, 1, 1, False))
+@example(2, 3, [(0, 0, 2, 1, ""), (0, 2, 2, 2, ""), (0, 0, 1, 1, "")], (0, 0, 1, 1, ""))
 @given(st.integers(1, 3), st.integers(2, 4), st.lists(WISHES, min_size=1, max_size=7), WISHES)
 def test_victims_are_enough_and_none_too_many(nodes: int, gpus: int, wishes: list[Wish], wish: Wish) -> None:
     """Against every subset of the jobs that may be made to leave: room is found when there is any, and no victim could
     have stayed."""
     room = Room([QueueSpec(name="q0")], nodes, gpus)
     for each in wishes:
-        room.submit((0, each[1], each[2], each[3], False))
+        room.submit((0, each[1], each[2], each[3], ""))
         room.commit(room.plan())
         room.happen(lambda job: True)
     running = [j for j in room.cluster.jobs.values() if j.phase is Phase.RUNNING]
@@ -241,7 +255,7 @@ def test_victims_are_enough_and_none_too_many(nodes: int, gpus: int, wishes: lis
     others = [j for j in room.cluster.jobs.values() if j.phase is Phase.QUEUED]
     for job in others:
         room.fold(ev.JobEnded(room.now, job.id, Phase.CANCELLED, _cause()))
-    job_id = room.submit((0, 2, wish[2], wish[3], False))
+    job_id = room.submit((0, 2, wish[2], wish[3], ""))
     decisions = room.plan()
     chosen = {stop.job_id for stop in victims(decisions)}
     if any(isinstance(d, ev.AttemptPlaced) and d.job_id == job_id for d in decisions):

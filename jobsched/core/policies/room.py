@@ -234,6 +234,8 @@ class Hunt:
     def _lend(self, job: Job, victim: Victim) -> Given | None:
         """As if the victim had left; None when the claim on it no longer holds, or it has given that way already."""
         rest = self._rest(victim)
+        if self.candidates.anew.get(victim.job.id, job.id) != job.id:
+            return None
         claim = self.candidates.claim(job, self.cluster.quotas.account(victim.job.spec.queue))
         if not rest or claim is None or not claim.covers(victim):
             return None
@@ -241,6 +243,8 @@ class Hunt:
             claim.reclaims and isinstance(admit(self.cluster, job, self.now_ms, least=True), Refused)
         ):  # fmt: skip
             return None  # what is not wholly borrowed goes only where the quota itself is needed back
+        if victim.anew:
+            self.candidates.anew[victim.job.id] = job.id
         return self._give(victim, rest)
 
     def _rest(self, victim: Victim) -> tuple[Replica, ...]:
@@ -267,6 +271,7 @@ class Hunt:
             del lent[job_id][replica.id]
         if not lent[job_id]:
             del lent[job_id]
+            self.candidates.anew.pop(job_id, None)
 
     def _only_needed(self, job: Job, chosen: list[Given]) -> tuple[Gang, list[Given]]:
         """Take back, dearest first, whoever the job does not need after all. O(victims) placements."""

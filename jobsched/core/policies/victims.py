@@ -13,8 +13,13 @@ come back, and borrowers reclaim nothing; priority only falls along a chain of v
 with its borrowWithinCohort restricted to what is wholly borrowed.) A job that has not run for `min_runtime_ms` is left
 alone, and one that has lost more than its share of work to others' priority may only be reclaimed.
 
-Victims are the cheapest per place made, and no more than needed. A victim costs the GPU time since its last
-acknowledged checkpoint, and its restart.
+Elastic jobs whose replicas cannot leave in place give up their surplus by starting anew with fewer: who might be
+stopped as a whole may be made to do that, and goes on at once in the places that it keeps (`Target.stays`). Nobody
+takes that way from jobs of its own priority: whether the restart pays there is for `elasticity` to say.
+
+Victims are the cheapest per place made, and no more than needed: first who shrinks in place, then who shrinks by
+starting anew, then who stops. A victim costs the GPU time since its last acknowledged checkpoint, and its restart: at
+its smaller size where it goes on.
 """
 
 from __future__ import annotations
@@ -26,8 +31,9 @@ from math import inf
 from operator import attrgetter, itemgetter
 
 from jobsched.core import events as ev
-from jobsched.core.cluster import Cluster
+from jobsched.core.cluster import Cluster, Target
 from jobsched.core.job import (
+    Binding,
     Cause,
     FailureClass,
     Job,
@@ -44,6 +50,7 @@ from jobsched.core.plan import Decision
 from jobsched.core.policies.admission import least_needs, limited
 from jobsched.core.policies.quota import Account
 from jobsched.core.resources import JobId, NodeName
+from jobsched.core.shape import sized_roles
 from jobsched.spec.job import resizes_in_place
 
 
@@ -90,18 +97,23 @@ class Victim:
     """The same by node; of jobs without GPUs: 0s."""
     key: tuple[bool, int, int, int, str, int]
     """Borrowers first, then lower priority, cheaper, younger."""
+    anew: bool = False
+    """It shrinks, by starting anew without these."""
 
     @classmethod
-    def of(cls, job: Job, replicas: Sequence[Replica], stops: bool, reclaimed: bool, cost_ms: int) -> Victim:
-        """`cost_ms`: run time lost."""
+    def of(
+        cls, job: Job, replicas: Sequence[Replica], stops: bool, reclaimed: bool, cost_ms: int, anew: int = 0
+    ) -> Victim:
+        """`cost_ms`: run time lost. `anew`: it starts anew without these, and that costs so much GPU time, however many
+        they are."""
         frees: dict[NodeName, int] = {}
         for replica in replicas:
             if (binding := replica.binding) is not None:
                 frees[binding.node] = frees.get(binding.node, 0) + sum([share.milli for share in binding.gpus])
         milli = sum(frees.values())
-        cost, last = cost_ms * (milli or 1), max([replica.index for replica in replicas])
+        cost, last = anew or cost_ms * (milli or 1), max([replica.index for replica in replicas])
         key = (not reclaimed, job.priority, cost, -job.attempt_started_at_ms, str(job.id), -last)
-        return cls(job, tuple(replicas), stops, reclaimed, cost, milli, frees, key)
+        return cls(job, tuple(replicas), stops, reclaimed, cost, milli, frees, key, anew > 0)
 
 
 Lent = dict[JobId, dict[ReplicaId, None]]
@@ -115,7 +127,7 @@ class Offers:
     stops: list[Victim] = field(default_factory=list)
     """All that a job holds; one a job."""
     shrinks: list[Victim] = field(default_factory=list)
-    """A replica each of elastic jobs' surplus."""
+    """A replica each of elastic jobs' surplus; in place or by starting anew."""
     wait_ms: int = 0
     """When a job that is protected now will no longer be; 0: none is."""
 
@@ -134,6 +146,8 @@ class Candidates:
     """(Queue or cohort, limit) -> what is booked for jobs that do not run yet, so that it makes nobody a borrower."""
     lent: Lent
     """Replicas that were made to leave in this pass already, or leave anyhow."""
+    anew: dict[JobId, JobId] = field(default_factory=dict)
+    """Who starts anew with fewer replicas -> for whom; nobody else takes from it in the same pass."""
     _ripe: dict[tuple[str, int], tuple[list[Job], int]] = field(default_factory=dict)
     """(Queue, priority) -> who is not protected, and when the first of those that are will no longer be."""
     _stops: dict[tuple[JobId, bool], Victim | None] = field(default_factory=dict)
@@ -152,9 +166,12 @@ class Candidates:
                 ripe, ready_ms = self._ripe_at(account.name, level)
                 if ready_ms:
                     waits.append(ready_ms)
+                surplus = cluster.surplus.get(account.name, {})
                 for other in ripe:
                     if (victim := self._stop(other, claim.reclaims)) is not None:
                         found.stops.append(victim)
+                        if other.id in surplus:
+                            found.shrinks += self._anew(victim)
             for job_id in cluster.surplus.get(account.name, ()):
                 found.shrinks += self._shrinks(cluster.jobs[job_id], claim)
         found.wait_ms = min(waits, default=0)
@@ -218,6 +235,21 @@ class Candidates:
         for replica in _surplus(job, [r for r in _bound(job) if r.id not in lent]) if claim.surplus_of(job) else ():
             yield Victim.of(job, (replica,), False, claim.reclaims, self._restart_ms(job, in_place=True))
 
+    def _anew(self, whole: Victim) -> Iterator[Victim]:
+        """The surplus of a job that would go on without it; `whole`: all it has, which it might be made to give."""
+        job = whole.job
+        serving = (ReplicaState.BOUND, ReplicaState.RUNNING)
+        if job.id in self.cluster.leaving or len(whole.replicas) < len(_bound(job)):
+            return
+        if job.suspected_since_ms or any(r.state not in serving for r in whole.replicas):
+            return
+        gives = list(_surplus_anew(job))
+        kept_milli = sum([s.milli for r in _bound(job) if r not in gives and r.binding for s in r.binding.gpus])
+        lost_ms = whole.cost // (whole.gpu_milli or 1) - self._restart_ms(job)
+        cost = lost_ms * (whole.gpu_milli or 1) + self._restart_ms(job) * (kept_milli or not whole.gpu_milli)
+        for replica in gives:
+            yield Victim.of(job, (replica,), False, whole.reclaimed, 0, anew=max(1, cost))
+
     def _affords(self, job: Job, lost_ms: int) -> bool:
         """The job's budget: what preemption has made it lose, and would now, against what it ran."""
         ran = job.ran_ms + (self.now_ms - job.running_since_ms if job.running_since_ms else 0)
@@ -231,11 +263,12 @@ class Candidates:
         return self.cluster.pauses.expected_ms(job, in_place, known_ms)
 
     def best_last(self, job: Job, offers: Offers) -> list[Victim]:
-        """In the order in which they are to give way for a job, the first at the end: who shrinks, cheapest first; who
-        stops, by the places that it makes; last whose queue would fall below its quota. O(offers log)."""
+        """In the order in which they are to give way for a job, the first at the end: who shrinks in place, and who by
+        starting anew, cheapest first; who stops, by the places that it makes; last whose queue would fall below its
+        quota. O(offers log)."""
         bundles = _by_place(self.cluster, job, offers.stops)
         bundles.sort(key=self._straddles)
-        return [*reversed(bundles), *sorted(offers.shrinks, key=_CHEAPEST, reverse=True)]
+        return [*reversed(bundles), *sorted(offers.shrinks, key=_LIGHTEST, reverse=True)]
 
     def _straddles(self, victim: Victim) -> bool:
         """Whether its queue would fall below its quota, so that it goes last."""
@@ -322,7 +355,7 @@ class Claim:
         return self.reclaims or (self.surplus and victim.priority <= self.priority)
 
     def covers(self, victim: Victim) -> bool:
-        return self.all_of(victim.job) if victim.stops else self.surplus_of(victim.job)
+        return self.all_of(victim.job) if victim.stops or victim.anew else self.surplus_of(victim.job)
 
 
 def _spare(account: Account, key: str, promised: Mapping[tuple[str, str], int]) -> int:
@@ -340,7 +373,19 @@ def _surplus(job: Job, bound: Iterable[Replica]) -> Iterator[Replica]:
             yield from reversed(held[role.replicas.min :])
 
 
+def _surplus_anew(job: Job) -> Iterator[Replica]:
+    """Replicas above the minimum that may only leave with the attempt, highest index first; never the first of a role,
+    and of no role that its user has scaled."""
+    for name in sized_roles(job.spec):
+        role = job.spec.roles[name] if name else None
+        if role is None or not role.replicas.elastic or name in job.wanted or resizes_in_place(job.spec, name):
+            continue
+        held = sorted((r for r in _bound(job) if r.role == name), key=lambda r: r.index)
+        yield from reversed(held[max(1, role.replicas.min) :])
+
+
 _CHEAPEST = attrgetter("key")
+_LIGHTEST = attrgetter("anew", "key")
 
 
 def _by_place(cluster: Cluster, job: Job, victims: list[Victim]) -> list[Victim]:
@@ -405,12 +450,22 @@ def _bundles(
             first, free = place + 1, free % each if each else 0
 
 
-def evictions(victims: Iterable[tuple[Job, Victim]], now_ms: int) -> list[Decision]:
-    """The decisions that make victims leave, each for the job named beside it, in that order. A job that shrinks for
-    one may stop for another."""
+def evictions(cluster: Cluster, victims: Sequence[tuple[Job, Victim]], now_ms: int) -> list[Decision]:
+    """The decisions that make victims leave, each for the job named beside it, in that order. A job that shrinks in
+    place for one may stop for another. Sets `cluster.targets` of those that start anew."""
     found: list[Decision] = []
     stopped: set[JobId] = set()
+    gives: dict[JobId, dict[ReplicaId, None]] = {}
+    for _, victim in victims:
+        gives.setdefault(victim.job.id, {}).update((r.id, None) for r in victim.replicas)
+    ends = {victim.job.id: None for _, victim in victims if victim.stops}
+    anew = {victim.job.id: job.id for job, victim in victims if victim.anew}
     for job, victim in victims:
+        if victim.anew or (anew.get(victim.job.id) == job.id and not victim.stops):
+            if victim.job.id not in stopped and victim.job.id not in ends:
+                stopped.add(victim.job.id)
+                found.append(_smaller(cluster, job, victim, gives[victim.job.id], now_ms))
+            continue
         assert victim.job.id not in stopped, "it leaves as a whole already"
         last = found[-1] if found else None
         if victim.stops:
@@ -439,3 +494,30 @@ def _stop(job: Job, victim: Victim, now_ms: int) -> ev.AttemptStopping:
     cause = Cause(Reason.PREEMPTED, FailureClass.PREEMPTED, _claim(job, victim))
     outcome = Outcome(Phase.QUEUED, Reason.PREEMPTED, cause, for_job=job.id)
     return ev.AttemptStopping(now_ms, victim.job.id, victim.job.attempt, outcome)
+
+
+def _smaller(
+    cluster: Cluster, job: Job, victim: Victim, gives: Mapping[ReplicaId, None], now_ms: int
+) -> ev.AttemptStopping:
+    """It is to start anew where it is, without these replicas."""
+    shrinks, bound = victim.job, _bound(victim.job)
+    seats: list[Binding] = []
+    had: dict[str, int] = {}
+    have: dict[str, int] = {}
+    for replica in sorted(bound, key=lambda r: (r.role, r.index)):
+        had[replica.role] = had.get(replica.role, 0) + 1
+        if replica.id not in gives and replica.binding is not None:
+            seats.append(replace(replica.binding, index=have.get(replica.role, 0)))
+            have[replica.role] = have.get(replica.role, 0) + 1
+    changes = [
+        f"from {had[name]} to {count} {name if count == 1 or name.endswith('s') else name + 's'}"
+        for name, count in have.items() if count != had[name]
+    ]  # fmt: skip
+    why = f"shrinks {' and '.join(changes)} to make room; {_claim(job, victim)}"
+    sizes = tuple([(name, have.get(name, 0)) for name in sized_roles(shrinks.spec) if name])
+    stays = tuple([r.id for r in bound if r.id not in gives])
+    cluster.targets[shrinks.id] = Target(sizes, why, tuple(seats), shrinks.coordinator_port, stays)
+    outcome = Outcome(
+        Phase.QUEUED, Reason.RESCALED, Cause(Reason.RESCALED, FailureClass.PREEMPTED, why), for_job=job.id
+    )  # fmt: skip
+    return ev.AttemptStopping(now_ms, shrinks.id, shrinks.attempt, outcome)
