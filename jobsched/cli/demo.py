@@ -23,7 +23,7 @@ import click
 
 from jobsched.cli import attach, render
 from jobsched.cli.cluster import NODE_COLUMNS
-from jobsched.cli.jobs import explanation
+from jobsched.cli.explain import explanation
 from jobsched.cli.render import talk
 from jobsched.cli.server import end_supervisor, stop_server
 from jobsched.client import locate

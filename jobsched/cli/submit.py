@@ -17,7 +17,8 @@ import click
 
 from jobsched.cli import attach, render
 from jobsched.cli.connection import connected, for_each, path_of
-from jobsched.cli.jobs import JOB_COLUMNS, reasons
+from jobsched.cli.explain import reasons
+from jobsched.cli.jobs import JOB_COLUMNS
 from jobsched.cli.render import View, output_options, talk
 from jobsched.client.documents import Document, submission, user
 from jobsched.errors import SpecError, UsageError

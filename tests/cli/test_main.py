@@ -77,7 +77,7 @@ def modules_after(statement: str) -> set[str]:
     [
         "import jobsched",
         "from jobsched.cli import main",
-        "from jobsched.cli import jobs, cluster, debug, server, attach",
+        "from jobsched.cli import jobs, explain, output, wishes, cluster, debug, server, attach",
     ],
 )
 def test_commands_import_nothing_heavy(statement: str) -> None:
