@@ -1,4 +1,4 @@
-"""Commands about jobs: formats, tables, explanations, wishes, waits."""
+"""Commands that list jobs, show one, or stay with it: formats, tables, waits."""
 
 import csv
 import io
