@@ -1,5 +1,5 @@
 """The durable store: event log and projections in one SQL database, by SQLAlchemy Core. SQLite is the default;
-PostgreSQL differs only in `_BEGIN` and in whose `INSERT … ON CONFLICT` is called.
+PostgreSQL differs only in `_BEGIN` and in `statements.put`.
 
 Made by `wiring`, called by service, controller and API threads alike. Writers are let in one at a time (`BEGIN
 IMMEDIATE`; an advisory lock on PostgreSQL), so numbers have no gaps and readers see the log grow only at its end.
@@ -18,32 +18,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from typing import Any, Final, Literal
 
-from pydantic import TypeAdapter, ValidationError
-from sqlalchemy import (
-    URL,
-    BigInteger,
-    ColumnElement,
-    Connection,
-    Executable,
-    Row,
-    Select,
-    Table,
-    bindparam,
-    case,
-    create_engine,
-    delete,
-    event,
-    func,
-    insert,
-    make_url,
-    select,
-    tuple_,
-    update,
-)
-from sqlalchemy.dialects import postgresql, sqlite
+from pydantic import ValidationError
+from sqlalchemy import URL, Connection, Executable, Row, Select, create_engine, event, func, make_url, select, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
@@ -59,18 +37,13 @@ from jobsched.core.events import (
     job_id_of,
 )
 from jobsched.core.job import Job, Phase
-from jobsched.core.node import Cordon, Node
 from jobsched.core.recall import Recall
-from jobsched.core.resources import JobId, NodeName
+from jobsched.core.resources import JobId
 from jobsched.errors import StoreUnavailable
 from jobsched.ports import Appended, JobQuery, Lease, Loaded, Sample, Usage
-from jobsched.spec.job import ArraySpec, JobSpec
-from jobsched.spec.queue import QueueSpec
-from jobsched.store import schema
+from jobsched.store import codec, schema, statements
 from jobsched.store.projections import (
-    SAMPLES_KEPT,
     NodeEvent,
-    NodeState,
     Projections,
     assert_fenced,
     check_fence,
@@ -113,189 +86,6 @@ _HINTS: Final = {
     "SQLITE_CORRUPT": "the file is damaged; restore a backup",
     "SQLITE_NOTADB": "the file is not a jobsched database; restore a backup, or name another file",
 }
-
-
-# ---- values <-> text ----
-
-_JOB: Final = TypeAdapter(Job)
-_STATE: Final = TypeAdapter(dict[str, Any])
-_NODE: Final = TypeAdapter(Node)
-_CORDON: Final = TypeAdapter(Cordon)
-_QUEUE: Final = TypeAdapter(QueueSpec)
-_RECALL: Final = TypeAdapter(Recall)
-_ARRAY: Final[TypeAdapter[ArraySpec | None]] = TypeAdapter(ArraySpec | None)
-_OWN: Final = {"name", "array"}
-"""The fields of a spec that differ between jobs that are otherwise alike. They are kept in `doc`, so that the text in
-`spec` is the same for many jobs, is decoded once, and its value is shared."""
-_IN_SPEC: Final = {"spec": set(JobSpec.model_fields) - _OWN}
-
-
-def _decode_job(spec: str, doc: str) -> Job:
-    state = _STATE.validate_json(doc)
-    own = state["spec"]
-    array = _ARRAY.validate_python(own.get("array"))
-    state["spec"] = _decode_spec(spec).model_copy(update={"name": own.get("name"), "array": array})
-    return _JOB.validate_python(state)
-
-
-@lru_cache(maxsize=4_096)
-def _decode_spec(text: str) -> JobSpec:
-    return JobSpec.model_validate_json(text)
-
-
-def _job_row(job: Job) -> dict[str, object]:
-    """The columns of a job that change, keyed for `_UPDATE_JOB`."""
-    return {
-        "key": job.id,
-        "version": job.version,
-        "phase": job.phase.value,
-        "priority": job.priority,
-        "ended_at_ms": job.ended_at_ms,
-        "first_placed_at_ms": job.first_placed_at_ms,
-        "gpu_milli": job.gpu_milli,
-        "gpu_milli_ms": job.gpu_milli_ms,
-        "gpu_since_ms": job.gpu_since_ms,
-        "doc": _JOB.dump_json(job, exclude=_IN_SPEC, exclude_defaults=True).decode(),
-    }
-
-
-def _new_job_row(job: Job) -> dict[str, object]:
-    row = _job_row(job)
-    return row | {
-        "id": row.pop("key"),
-        "name": job.name,
-        "owner": job.owner,
-        "queue": job.spec.queue,
-        "submitted_at_ms": job.submitted_at_ms,
-        "array_id": job.array_id or None,
-        "spec": job.spec.model_dump_json(exclude=_OWN),
-    }
-
-
-def _edited_row(job: Job) -> dict[str, object]:
-    """The columns that only an edit changes, keyed for `_UPDATE_SPEC`."""
-    return {"key": job.id, "queue": job.spec.queue, "spec": job.spec.model_dump_json(exclude=_OWN)}
-
-
-def _label_rows(job: Job) -> list[dict[str, object]]:
-    return [{"key": key, "value": value, "submitted_at_ms": job.submitted_at_ms, "job_id": job.id}
-            for key, value in job.labels.items()]
-
-
-def _stored(row: Row[*tuple[Any, ...]]) -> Stored:
-    return Stored(row.seq, EVENT.validate_json(row.body))
-
-
-def _nodes(rows: Iterable[Row[*tuple[Any, ...]]]) -> dict[NodeName, NodeState]:
-    return {
-        row.name: NodeState(
-            _NODE.validate_json(row.doc) if row.doc else None,
-            row.lost,
-            _CORDON.validate_json(row.cordon) if row.cordon else None,
-        )
-        for row in rows
-    }
-
-
-def _node_row(name: NodeName, state: NodeState) -> dict[str, object]:
-    doc = _NODE.dump_json(state.node).decode() if state.node is not None else None
-    cordon = _CORDON.dump_json(state.cordon).decode() if state.cordon is not None else None
-    return {"name": name, "doc": doc, "lost": state.lost, "cordon": cordon}
-
-
-def _sample(row: Row[*tuple[Any, ...]]) -> Sample:
-    metrics = tuple((name, value) for name, value in json.loads(row.metrics))
-    return Sample(row.job_id, row.at_ms, row.attempt, row.step, row.total, row.world_size, metrics)
-
-
-# ---- statements ----
-
-# Built once: building one costs more than running it.
-
-def _among(*columns: ColumnElement[Any]) -> ColumnElement[bool]:
-    """`column IN :keys`, run by `_rows_in`."""
-    return (columns[0] if len(columns) == 1 else tuple_(*columns)).in_(bindparam("keys", expanding=True))
-
-
-_LOG: Final = select(schema.events.c.seq, schema.events.c.body).order_by(schema.events.c.seq)
-_NEWS: Final = _LOG.where(schema.events.c.seq > bindparam("after")).limit(bindparam("limit"))
-_HEAD: Final = select(
-    select(func.max(schema.events.c.seq)).scalar_subquery().label("seq"),
-    select(schema.lease.c.fence).scalar_subquery().label("fence"),
-)
-_DOCS: Final = select(schema.jobs.c.spec, schema.jobs.c.doc)
-_DOCS_OF: Final = _DOCS.where(_among(schema.jobs.c.id))
-_VERSIONS_OF: Final = select(schema.jobs.c.id, schema.jobs.c.version).where(_among(schema.jobs.c.id))
-_NODES: Final = select(schema.nodes)
-_NODES_OF: Final = _NODES.where(_among(schema.nodes.c.name))
-_REQUESTS_OF: Final = (
-    select(schema.requests.c.owner, schema.requests.c.request_id, schema.events.c.seq, schema.events.c.body)
-    .join(schema.events)
-    .where(_among(schema.requests.c.owner, schema.requests.c.request_id))
-)
-_INSERT_EVENT: Final = insert(schema.events)
-_INSERT_JOB: Final = insert(schema.jobs)
-_INSERT_LABEL: Final = insert(schema.labels)
-_INSERT_REQUEST: Final = insert(schema.requests)
-_UPDATE_JOB: Final = (
-    update(schema.jobs)
-    .where(schema.jobs.c.id == bindparam("key"))
-    .values({
-        name: bindparam(name)
-        for name in ("version", "phase", "priority", "ended_at_ms", "first_placed_at_ms", "gpu_milli", "gpu_milli_ms",
-                     "gpu_since_ms", "doc")
-    })
-)
-_UPDATE_SPEC: Final = (
-    update(schema.jobs)
-    .where(schema.jobs.c.id == bindparam("key"))
-    .values({name: bindparam(name) for name in ("queue", "spec")})
-)
-_DELETE_LABELS: Final = delete(schema.labels).where(schema.labels.c.job_id == bindparam("key"))
-_PLACE: Final = (schema.jobs.c.submitted_at_ms, schema.jobs.c.id)
-"""What listings are ordered by."""
-_LEASE: Final = select(schema.lease.c.holder, schema.lease.c.fence, schema.lease.c.expires_ms)
-_LAST_SAMPLE_OF: Final = select(
-    schema.jobs.c.id,
-    select(func.max(schema.samples.c.n)).where(schema.samples.c.job_id == schema.jobs.c.id).scalar_subquery(),
-).where(_among(schema.jobs.c.id))
-_INSERT_SAMPLE: Final = insert(schema.samples)
-_PRUNE_SAMPLES: Final = delete(schema.samples).where(
-    schema.samples.c.job_id == bindparam("key"), schema.samples.c.n <= bindparam("last") - SAMPLES_KEPT
-)
-
-
-def _usage() -> Select[*tuple[Any, ...]]:
-    """Sums by queue and owner; parameters `since_ms` and `now_ms`."""
-    jobs = schema.jobs.c
-    placed = jobs.first_placed_at_ms > 0
-    waited = jobs.first_placed_at_ms - jobs.submitted_at_ms
-    gpu_time = jobs.gpu_milli_ms + jobs.gpu_milli * (bindparam("now_ms", type_=BigInteger) - jobs.gpu_since_ms)
-
-    def number(condition: ColumnElement[bool]) -> ColumnElement[int]:
-        return func.sum(case((condition, 1), else_=0))
-
-    return (
-        select(
-            jobs.queue, jobs.owner, func.count(),
-            *(number(jobs.phase == phase.value) for phase in (Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED)),
-            func.sum(gpu_time), number(placed),
-            func.sum(case((placed, waited), else_=0)), func.max(case((placed, waited), else_=0)),
-        )
-        .where((jobs.ended_at_ms == 0) | (jobs.ended_at_ms >= bindparam("since_ms")))
-        .group_by(jobs.queue, jobs.owner)
-        .order_by(jobs.queue, jobs.owner)
-    )  # fmt: skip
-
-
-_USAGE: Final = _usage()
-
-
-def _put(table: Table, dialect: str) -> Executable:
-    """INSERT, or UPDATE where the key is there."""
-    statement = postgresql.insert(table) if dialect == "postgresql" else sqlite.insert(table)
-    rest = {c.name: statement.excluded[c.name] for c in table.c if not c.primary_key}
-    return statement.on_conflict_do_update(index_elements=list(table.primary_key), set_=rest)
 
 
 @dataclass(slots=True, eq=False)
@@ -341,9 +131,9 @@ class SqlStore:
         """Guarded by `_writer`; a job counts only if the row still has its version."""
         self._remember = remember
         self._written: dict[int, Stored] = {}
-        self._put_node = _put(schema.nodes, self._dialect)
-        self._put_recall = _put(schema.recall, self._dialect)
-        self._put_queue = _put(schema.queues, self._dialect)
+        self._put_node = statements.put(schema.nodes, self._dialect)
+        self._put_recall = statements.put(schema.recall, self._dialect)
+        self._put_queue = statements.put(schema.queues, self._dialect)
         connect: dict[str, object] = {}
         if self._dialect == "sqlite":
             # isolation_level None: the driver never begins a transaction behind SQLAlchemy's back.
@@ -465,7 +255,7 @@ class SqlStore:
         fresh: dict[int, tuple[Event, str]] = {}
         try:
             with self._transaction("write") as connection:
-                head = connection.execute(_HEAD).one()
+                head = connection.execute(statements.HEAD).one()
                 now = self._touched(connection, head.seq or 0, [e for a in appends for e in a.events])
                 for one in appends:
                     end = now.seq
@@ -506,16 +296,19 @@ class SqlStore:
         return Projections(
             seq,
             self._jobs_now(connection, list(ids)),
-            _nodes(_rows_in(connection, _NODES_OF, list(names))),
+            codec.nodes(_rows_in(connection, statements.NODES_OF, list(names))),
             {},
-            {(row.owner, row.request_id): _stored(row) for row in _rows_in(connection, _REQUESTS_OF, list(requests))},
+            {
+                (row.owner, row.request_id): codec.stored(row)
+                for row in _rows_in(connection, statements.REQUESTS_OF, list(requests))
+            },
         )
 
     def _jobs_now(self, connection: Connection, ids: Sequence[JobId]) -> dict[JobId, Job]:
         """Jobs as they are in the database; those folded lately by this process need no decoding."""
         jobs: dict[JobId, Job] = {}
         unknown: list[JobId] = []
-        for job_id, version in _rows_in(connection, _VERSIONS_OF, ids):
+        for job_id, version in _rows_in(connection, statements.VERSIONS_OF, ids):
             job = self._recent.get(job_id)
             if job is not None and job.version == version:
                 jobs[job_id] = job
@@ -537,23 +330,24 @@ class SqlStore:
         changed = {e.job_id: now.jobs[e.job_id] for e in events if isinstance(e, JobEvent) and e.job_id not in new}
         names = dict.fromkeys(node_of(e) for e in events if isinstance(e, NodeEvent))
         queues = dict.fromkeys(e.queue.name for e in events if isinstance(e, QueueDefined))
-        _execute(connection, _INSERT_EVENT, [
+        _execute(connection, statements.INSERT_EVENT, [
             {"seq": seq, "at_ms": e.at_ms, "job_id": job_id_of(e), "kind": e.kind, "body": body}
             for seq, (e, body) in fresh.items()
         ])  # fmt: skip
-        _execute(connection, _INSERT_JOB, [_new_job_row(job) for job in new.values()])
-        _execute(connection, _UPDATE_JOB, [_job_row(job) for job in changed.values()])
+        _execute(connection, statements.INSERT_JOB, [codec.new_job_row(job) for job in new.values()])
+        _execute(connection, statements.UPDATE_JOB, [codec.job_row(job) for job in changed.values()])
         edited = {e.job_id: now.jobs[e.job_id] for e in events
                   if isinstance(e, JobEdited | AttemptEnded) and now.jobs[e.job_id].edits}  # fmt: skip
-        _execute(connection, _UPDATE_SPEC, [_edited_row(job) for job in edited.values()])
-        _execute(connection, _DELETE_LABELS, [{"key": job_id} for job_id in edited])
+        _execute(connection, statements.UPDATE_SPEC, [codec.edited_row(job) for job in edited.values()])
+        _execute(connection, statements.DELETE_LABELS, [{"key": job_id} for job_id in edited])
         labelled = new | edited
-        _execute(connection, _INSERT_LABEL, [row for job in labelled.values() for row in _label_rows(job)])
-        _execute(connection, _INSERT_REQUEST, [
+        labels = [row for job in labelled.values() for row in codec.label_rows(job)]
+        _execute(connection, statements.INSERT_LABEL, labels)
+        _execute(connection, statements.INSERT_REQUEST, [
             {"owner": request[0], "request_id": request[1], "seq": seq}
             for seq, (e, _) in fresh.items() if (request := request_of(e)) is not None
         ])  # fmt: skip
-        _execute(connection, self._put_node, [_node_row(name, now.nodes[name]) for name in names])
+        _execute(connection, self._put_node, [codec.node_row(name, now.nodes[name]) for name in names])
         _execute(connection, self._put_queue, [
             {"name": name, "doc": now.queues[name].model_dump_json()} for name in queues
         ])  # fmt: skip
@@ -562,43 +356,43 @@ class SqlStore:
 
     def read(self, after: int, limit: int = 10_000) -> Sequence[Stored]:
         with self._transaction("read") as connection:
-            rows = connection.execute(_NEWS, {"after": after, "limit": limit}).all()
-        return tuple(self._written.get(row.seq) or _stored(row) for row in rows)
+            rows = connection.execute(statements.NEWS, {"after": after, "limit": limit}).all()
+        return tuple(self._written.get(row.seq) or codec.stored(row) for row in rows)
 
     def history(self, job_id: JobId, after: int = 0, limit: int = 10_000) -> Sequence[Stored]:
-        return self._log(_LOG.where(schema.events.c.job_id == job_id, schema.events.c.seq > after), limit)
+        return self._log(statements.LOG.where(schema.events.c.job_id == job_id, schema.events.c.seq > after), limit)
 
     def _log(self, statement: Select[int, str], limit: int) -> Sequence[Stored]:
         with self._transaction("read") as connection:
             rows = connection.execute(statement.limit(limit)).all()
-        return tuple(self._written.get(row.seq) or _stored(row) for row in rows)
+        return tuple(self._written.get(row.seq) or codec.stored(row) for row in rows)
 
     def last_seq(self) -> int:
         with self._transaction("read") as connection:
-            return connection.execute(_HEAD).one().seq or 0
+            return connection.execute(statements.HEAD).one().seq or 0
 
     # ---- projections ----
 
     def load(self) -> Loaded:
-        live = _DOCS.where(schema.jobs.c.phase.in_(LIVE)).order_by(*_PLACE)
+        live = statements.DOCS.where(schema.jobs.c.phase.in_(LIVE)).order_by(*statements.PLACE)
         with self._transaction("read") as connection:
             return loaded(
-                connection.execute(_HEAD).one().seq or 0,
-                [_decode_job(spec, doc) for spec, doc in connection.execute(live)],
-                _nodes(connection.execute(_NODES)),
-                [_QUEUE.validate_json(doc) for doc in connection.scalars(select(schema.queues.c.doc))],
+                connection.execute(statements.HEAD).one().seq or 0,
+                [codec.decode_job(spec, doc) for spec, doc in connection.execute(live)],
+                codec.nodes(connection.execute(statements.NODES)),
+                [codec.QUEUE.validate_json(doc) for doc in connection.scalars(select(schema.queues.c.doc))],
             )
 
     def job(self, job_id: JobId) -> Job | None:
         with self._transaction("read") as connection:
-            row = connection.execute(_DOCS.where(schema.jobs.c.id == job_id)).one_or_none()
-            return None if row is None else _decode_job(*row)
+            row = connection.execute(statements.DOCS.where(schema.jobs.c.id == job_id)).one_or_none()
+            return None if row is None else codec.decode_job(*row)
 
     def jobs(self, query: JobQuery) -> Sequence[Job]:
         with self._transaction("read") as connection:
             before = None
             if query.before is not None:
-                place = select(*_PLACE).where(schema.jobs.c.id == query.before)
+                place = select(*statements.PLACE).where(schema.jobs.c.id == query.before)
                 before = connection.execute(place).one_or_none()
                 if before is None:
                     return ()
@@ -607,7 +401,7 @@ class SqlStore:
             places = [
                 (row.submitted_at_ms, row.id)
                 for phase in dict.fromkeys(phases)
-                for row in connection.execute(_listing(query, phase, before))
+                for row in connection.execute(statements.listing(query, phase, before))
             ]
             page = [job_id for _, job_id in sorted(places, reverse=True)[: query.limit]]
             jobs = _decoded(connection, page)
@@ -623,7 +417,7 @@ class SqlStore:
 
     def usage(self, since_ms: int, now_ms: int) -> Sequence[Usage]:
         with self._transaction("read") as connection:
-            rows = connection.execute(_USAGE, {"since_ms": since_ms, "now_ms": now_ms})
+            rows = connection.execute(statements.USAGE, {"since_ms": since_ms, "now_ms": now_ms})
             return tuple(Usage(queue, owner, *map(int, sums)) for queue, owner, *sums in rows)
 
     # ---- samples ----
@@ -631,34 +425,34 @@ class SqlStore:
     def add_samples(self, samples: Sequence[Sample]) -> None:
         ids = list(dict.fromkeys(s.job_id for s in samples))
         with self._writer, self._transaction("lossy") as connection:
-            last = {job_id: n or 0 for job_id, n in _rows_in(connection, _LAST_SAMPLE_OF, ids)}
+            last = {job_id: n or 0 for job_id, n in _rows_in(connection, statements.LAST_SAMPLE_OF, ids)}
             rows: list[dict[str, object]] = []
             for sample in samples:
                 if sample.job_id in last:
                     last[sample.job_id] += 1
                     rows.append(asdict(sample) | {"n": last[sample.job_id], "metrics": json.dumps(sample.metrics)})
-            _execute(connection, _INSERT_SAMPLE, rows)
-            _execute(connection, _PRUNE_SAMPLES, [{"key": job_id, "last": n} for job_id, n in last.items()])
+            _execute(connection, statements.INSERT_SAMPLE, rows)
+            _execute(connection, statements.PRUNE_SAMPLES, [{"key": job_id, "last": n} for job_id, n in last.items()])
 
     def samples(self, job_id: JobId, limit: int = 1_000) -> Sequence[Sample]:
         table = schema.samples
         newest = select(table).where(table.c.job_id == job_id).order_by(table.c.n.desc()).limit(limit)
         with self._transaction("read") as connection:
-            return tuple(_sample(row) for row in reversed(connection.execute(newest).all()))
+            return tuple(codec.sample(row) for row in reversed(connection.execute(newest).all()))
 
     # ---- what a leader knows besides ----
 
     def keep_recall(self, recall: Recall, fence: int) -> None:
-        row = {"id": 1, "body": _RECALL.dump_json(recall).decode()}
+        row = {"id": 1, "body": codec.RECALL.dump_json(recall).decode()}
         with self._writer, self._transaction("lossy") as connection:
-            check_fence(fence, connection.execute(_LEASE).one().fence)
+            check_fence(fence, connection.execute(statements.LEASE).one().fence)
             connection.execute(self._put_recall, row)
 
     def recall(self) -> Recall | None:
         with self._transaction("read") as connection:
             body = connection.execute(select(schema.recall.c.body)).scalar()
         try:
-            return _RECALL.validate_json(body) if body else None
+            return codec.RECALL.validate_json(body) if body else None
         except ValidationError:  # of another version: it is learned anew
             return None
 
@@ -666,7 +460,7 @@ class SqlStore:
 
     def lease(self, holder: str, ttl_ms: int, now_ms: int) -> Lease | None:
         with self._writer, self._transaction("write") as connection:
-            granted = next_lease(Lease(*connection.execute(_LEASE).one()), holder, ttl_ms, now_ms)
+            granted = next_lease(Lease(*connection.execute(statements.LEASE).one()), holder, ttl_ms, now_ms)
             if granted is not None:
                 connection.execute(update(schema.lease).values(asdict(granted)))
             return granted
@@ -688,41 +482,11 @@ def _execute(connection: Connection, statement: Executable, rows: Sequence[Mappi
 def _rows_in(
     connection: Connection, statement: Select[*tuple[Any, ...]], keys: Sequence[object]
 ) -> Iterator[Row[*tuple[Any, ...]]]:
-    """The rows of a statement with `_among`, for any number of keys."""
+    """The rows of a statement with `statements.among`, for any number of keys."""
     for at in range(0, len(keys), CHUNK):
         yield from connection.execute(statement, {"keys": keys[at : at + CHUNK]})
 
 
 def _decoded(connection: Connection, ids: Sequence[JobId]) -> dict[JobId, Job]:
-    jobs = (_decode_job(spec, doc) for spec, doc in _rows_in(connection, _DOCS_OF, ids))
+    jobs = (codec.decode_job(spec, doc) for spec, doc in _rows_in(connection, statements.DOCS_OF, ids))
     return {job.id: job for job in jobs}
-
-
-def _listing(query: JobQuery, phase: Phase | None, before: Row[int, JobId] | None) -> Select[*tuple[Any, ...]]:
-    """The places of one page of one phase (None: whatever phase), newest first, from indexes that hold this order."""
-    jobs = schema.jobs
-    at_ms: ColumnElement[int] = jobs.c.submitted_at_ms
-    job_id: ColumnElement[JobId] = jobs.c.id
-    statement = select(jobs.c.submitted_at_ms, jobs.c.id)
-    for place, (key, value) in enumerate(query.labels):
-        label = schema.labels.alias()
-        statement = statement.join(label, label.c.job_id == jobs.c.id).where(label.c.key == key, label.c.value == value)
-        if place == 0:
-            at_ms, job_id = label.c.submitted_at_ms, label.c.job_id
-    equal = {
-        jobs.c.phase: phase.value if phase else "",
-        jobs.c.queue: query.queue,
-        jobs.c.owner: query.owner,
-        jobs.c.name: query.name,
-        jobs.c.array_id: query.array_id,
-    }
-    statement = statement.where(*(column == value for column, value in equal.items() if value))
-    if query.submitted_after_ms:
-        statement = statement.where(at_ms > query.submitted_after_ms)
-    if before is not None:
-        statement = statement.where(tuple_(at_ms, job_id) < tuple_(*before))
-    if query.id_prefix:
-        # `+ 0` keeps the planner from walking all jobs in listing order: few have the prefix.
-        statement = statement.where(jobs.c.id >= query.id_prefix, jobs.c.id < query.id_prefix + chr(0x10FFFF))
-        at_ms = at_ms + 0
-    return statement.order_by(at_ms.desc(), job_id.desc()).limit(query.limit)

@@ -19,7 +19,7 @@ from jobsched.core.job import Phase
 from jobsched.core.resources import JobId
 from jobsched.errors import StoreUnavailable
 from jobsched.ports import JobQuery, Sample
-from jobsched.store import sql
+from jobsched.store import sql, statements
 from jobsched.store.sql import SqlStore
 from tests.contracts.store import (
     StoreContract,
@@ -219,7 +219,7 @@ class TestSqlite(SqlStoreContract):
         place = (5, "j1")
         with store._transaction("read") as connection:
             for before in (None, place):
-                statement = sql._listing(query, query.phases[0] if query.phases else None, before)  # type: ignore[arg-type]
+                statement = statements.listing(query, query.phases[0] if query.phases else None, before)  # type: ignore[arg-type]
                 compiled = statement.compile(connection, compile_kwargs={"literal_binds": True})
                 plan = [row.detail for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {compiled}")]
                 assert ("USE TEMP B-TREE FOR ORDER BY" in plan) == bool(query.id_prefix), plan
