@@ -8,20 +8,16 @@ journal. It knows nothing of jobs, gangs or nodes beyond their names.
 from __future__ import annotations
 
 import ctypes
-import errno
-import fcntl
 import json
 import os
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
 from pathlib import Path
 
 from jobsched.backends.supervisor import processes, replica_log, secret_files
@@ -32,11 +28,12 @@ from jobsched.backends.supervisor.processes import Look
 from jobsched.backends.supervisor.protocol import LAUNCH_VARIABLE, Key, Layout, Message, Order, Settings
 from jobsched.backends.supervisor.replica import End, Progress, Replica, Stage, State, StopRequest
 from jobsched.backends.supervisor.stacks import StackCapture
+from jobsched.backends.supervisor.startable import StartError, check_ports, executable
 from jobsched.backends.supervisor.sweeper import Sweeper, mark_kept
 from jobsched.backends.supervisor.warm_pool import Parent, PythonRun, WarmPool, as_python_run, find_program
 
-START_FAILED, PORT_CONFLICT, OOM = "StartFailed", "PortConflict", "Oom"
-"""Values of `core.job.Reason`."""
+OOM = "Oom"
+"""Value of `core.job.Reason`."""
 SPAWNS_AT_ONCE = 8
 WARM_WAIT_S = 30.0
 """Longest wait for a warm interpreter that is still importing."""
@@ -48,16 +45,6 @@ REFUSED_MEMORY = ("MemoryError", "std::bad_alloc", "Cannot allocate memory", "ca
 SILENT_S = 3.0
 """Reports come at least every two seconds, whatever the script does."""
 _PR_SET_CHILD_SUBREAPER = 36
-_PIDFD_GET_INFO = 0xC040FF0B
-_PIDFD_INFO_EXIT = 1 << 3
-
-
-class StartError(Exception):
-    """A replica cannot be started: the exit code a shell would give, the reason, and words for people."""
-
-    def __init__(self, message: str, code: int = 126, reason: str = START_FAILED) -> None:
-        super().__init__(message)
-        self.code, self.reason = code, reason
 
 
 class Keeper:
@@ -258,12 +245,12 @@ class Keeper:
             scratch.mkdir(parents=True, exist_ok=True, mode=0o700)
             cwd = order.cwd or str(scratch)
             env = self._environment(order)
-            program = _program(order.argv, env.get("PATH", ""), cwd)
+            program = executable(order.argv, env.get("PATH", ""), cwd)
             run, parent = self._warm_parent(order, env, cwd)
             if parent is not None and parent.usable is None and not replica.waited:
                 self._wait_for_warm(replica, parent)
                 return
-            _check_ports(order.ports)
+            check_ports(order.ports)
             replica.oom_kills_before = self._oom_kills
             replica.confinement = self.limiter.confine(_group_name(order.key), order.cpu_milli, order.memory_bytes)
             if not self._spawn_warm(replica, run, parent, env, cwd, log):
@@ -276,7 +263,7 @@ class Keeper:
     def _spawn_cold(self, replica: Replica, env: dict[str, str], cwd: str, log: Path, program: str) -> None:
         order = replica.order
         argv = replica.confinement.wrap([program, *order.argv[1:]]) if replica.confinement.enter else list(order.argv)
-        with closing_fd(replica_log.open_for_append(log)) as out:
+        with os.fdopen(replica_log.open_for_append(log), "wb", buffering=0) as out:
             process = subprocess.Popen(
                 argv, executable=None if replica.confinement.enter else program, cwd=cwd, env=env,
                 stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, close_fds=False,
@@ -319,7 +306,7 @@ class Keeper:
             if replica.handshake is handshake:
                 self._end_handshake(replica)
                 try:
-                    self._spawn_cold(replica, env, cwd, log, _program(order.argv, env.get("PATH", ""), cwd))
+                    self._spawn_cold(replica, env, cwd, log, executable(order.argv, env.get("PATH", ""), cwd))
                 except StartError as error:
                     self._never_ran(replica, error)
                 except OSError as error:
@@ -456,7 +443,7 @@ class Keeper:
             return End(signal=result.si_status)
         except ChildProcessError:  # adopted: somebody else's child by now
             replica.own_child = False
-        status = exit_status_of_stranger(replica.pidfd)
+        status = processes.exit_status_of_stranger(replica.pidfd)
         if status is None:
             return End(message="its end was not seen: the supervisor was restarted while it ran")
         code = os.waitstatus_to_exitcode(status)
@@ -676,77 +663,5 @@ class Keeper:
         self.loop.watch(replica.pidfd, lambda: self._main_ended(replica))
 
 
-class closing_fd:  # noqa: N801  # reads like contextlib.closing
-    """A descriptor for the length of a `with`."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-
-    def __enter__(self) -> int:
-        return self.fd
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self.fd)
-
-
-def exit_status_of_stranger(pidfd: int) -> int | None:
-    """Wait status of a process that is not our child, from kernels that tell it (Linux 6.15); else None.
-
-    Its new parent reaps it at about the same time as we hear of its end, hence the short patience."""
-    for _ in range(20):
-        info = bytearray(64)
-        struct.pack_into("Q", info, 0, _PIDFD_INFO_EXIT)
-        try:
-            fcntl.ioctl(pidfd, _PIDFD_GET_INFO, info)
-        except OSError as error:
-            if error.errno != errno.ESRCH:
-                return None
-        else:
-            if struct.unpack_from("Q", info)[0] & _PIDFD_INFO_EXIT:
-                return int(struct.unpack_from("i", info, 60)[0])
-        time.sleep(0.001)
-    return None
-
-
 def _group_name(key: Key) -> str:
     return key.replace("/", ".")
-
-
-def _program(argv: Sequence[str], path: str, cwd: str) -> str:
-    """What to execute, or the error that a shell would give, in words."""
-    if not os.path.isdir(cwd):
-        raise StartError(f"working directory {cwd} does not exist")
-    if not os.access(cwd, os.X_OK):
-        raise StartError(f"working directory {cwd} may not be entered")
-    program = find_program(argv[0], path, cwd)
-    if program is not None:
-        return program
-    if "/" in argv[0] and os.path.exists(os.path.join(cwd, argv[0])):
-        raise StartError(f"{argv[0]}: not executable (in {cwd}); run: chmod +x {argv[0]}")
-    where = f"in {cwd}" if "/" in argv[0] else f"on PATH ({path})"
-    raise StartError(f"{argv[0]}: command not found {where}", code=127)
-
-
-def _check_ports(ports: Iterable[int]) -> None:
-    """StartError when another process listens on one of them already."""
-    for port in ports:
-        with closing(socket.socket()) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", port))
-            except OSError as error:
-                if error.errno == errno.EADDRINUSE and _somebody_listens(port):
-                    raise StartError(
-                        f"port {port} is in use by a process that is not jobsched's", reason=PORT_CONFLICT) from None
-
-
-def _somebody_listens(port: int) -> bool:
-    wanted, listening = f":{port:04X}", "0A"
-    for path in ("/proc/net/tcp", "/proc/net/tcp6"):
-        try:
-            with open(path, encoding="ascii") as file:
-                if any(f[1].endswith(wanted) and f[3] == listening for f in map(str.split, file)):
-                    return True
-        except OSError:
-            continue
-    return False
