@@ -470,7 +470,9 @@ class Cluster:
                 self.ends.begins(job_id)
             if phase is not Phase.QUEUED:
                 self.nominated.pop(job_id, None)
-            if runs and (target := self.targets.get(job_id)) is not None and target.stays:
+            if (phase is Phase.RUNNING or (phase is Phase.STOPPING and not shrinks_anew(after))) and (
+                (target := self.targets.get(job_id)) is not None and target.stays
+            ):  # fmt: skip
                 del self.targets[job_id]  # it has made its room, and may be asked for more
                 self.ledger.unblock()
         leaves = after.outcome.for_job if phase is Phase.STOPPING and after.outcome is not None else None
@@ -491,7 +493,7 @@ class Cluster:
             self.leaving[job_id] = leaves
             if leaves:
                 self.nominated.setdefault(leaves, {})[job_id] = None
-                if after.outcome is not None and after.outcome.reason is Reason.RESCALED:
+                if shrinks_anew(after):
                     self.nominated.setdefault(job_id, {})  # what it does not give stays its own
         if was and was != leaves and was in self.nominated:
             self.nominated[was].pop(job_id, None)
@@ -688,8 +690,8 @@ class Cluster:
 
     def stays(self, job: Job) -> tuple[ReplicaId, ...]:
         """Whose places a job keeps that starts anew with fewer replicas to make room for another."""
-        target, outcome = self.targets.get(job.id), job.outcome
-        return () if target is None or (outcome is not None and outcome.reason is not Reason.RESCALED) else target.stays
+        target = self.targets.get(job.id)
+        return () if target is None or (job.outcome is not None and not shrinks_anew(job)) else target.stays
 
     # ---- questions ----
 
@@ -843,6 +845,11 @@ def _same_wishes(one: Job, other: Job) -> bool:
 
 def cordon_of(event: ev.NodeCordoned) -> Cordon:
     return Cordon(event.drain, event.by, event.why, event.at_ms, event.gpus)
+
+
+def shrinks_anew(job: Job) -> bool:
+    """Whether it stops to make room for another job by starting anew with fewer replicas."""
+    return job.outcome is not None and job.outcome.reason is Reason.RESCALED and bool(job.outcome.for_job)
 
 
 def has_surplus(job: Job) -> bool:

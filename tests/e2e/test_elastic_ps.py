@@ -26,6 +26,7 @@ backend:
     virtual_nodes: [{count: 1, cpu: 6, memory: 64Gi, gpus: "sim-gpu:4"}]
 policy:
   elastic: {every: 2s, restart: 2s}
+  preemption: {min_runtime: 2s}
 """
 
 
@@ -114,7 +115,8 @@ def test_workers_leave_for_an_urgent_job_in_place_and_servers_by_another_attempt
     stops = [e.outcome for e in decided(job) if isinstance(e, ev.AttemptStopping)]
     assert {stop.reason for stop in stops} == {Reason.RESCALED}
     said = [stop.cause.message for stop in stops if stop.cause is not None]
-    assert said[0].startswith("worker 3 to 2 and ps 3 to 1: predicted 0."), said
+    assert said[0].startswith("shrinks from 3 to 1 ps and from 3 to 2 workers to make room; job urgent "), said
+    assert [stop.for_job for stop in stops] == [cpus.id, *[""] * len(said[1:])]
     assert "ps 1 to " in said[1], said
     steps: dict[int, list[int]] = {}
     for sample in job.metrics():
