@@ -152,6 +152,8 @@ class Cluster:
     """Who does not fit now and is to fit next; scratch of `policies.backfill`."""
     claims_made: int = 0
     """Rises with every reservation that is made."""
+    overdue_ms: int = 0
+    """When reservations whose instant has passed are next looked at."""
     far_off: dict[JobId, int] = field(default_factory=dict)
     """Who is to fit next, but too late to tell when -> when it is worth another look."""
     stirred: dict[PoolKey, None] = field(default_factory=dict)

@@ -112,8 +112,8 @@ class Pass:
     """Who leaves for whom, and what there is then."""
     claims: list[Reservation] = field(init=False)
     """Reservations, with those that this pass makes."""
-    dropped: bool = False
-    """Whether a reservation was taken back, so that it hinders nobody any more."""
+    eased: bool = False
+    """Whether a reservation was taken back or put off, so that it hinders fewer than before."""
     sought: int = 0
     """Searches for seats that are too far off to tell."""
     _ends: list[tuple[int, JobId]] | None = None
@@ -150,13 +150,14 @@ class Pass:
         """A job has this reservation in place of what it had."""
         self._sated = None
         self.claims[:] = [claim for claim in self.claims if claim.job_id != job.id]
+        before = self.cluster.reservations.pop(job.id, None)
+        if before is not None or found is not None:
+            self.cluster.claims_made += 1  # whom one hindered is worth another try
         if found is not None:
-            self.cluster.claims_made += 1
             self.cluster.reservations[job.id] = found
             self.claims.append(found)
-        elif self.cluster.reservations.pop(job.id, None) is not None:
-            self.cluster.claims_made += 1  # whom it hindered is worth another try
-            self.dropped = True
+        if before is not None and (found is None or found.at_ms > before.at_ms):
+            self.eased = True
 
     def pass_over(self, line: Line, head: JobId) -> bool:
         """Whether nothing can come of a look at a line: its jobs need more GPUs than are free, there is no reservation
@@ -256,6 +257,8 @@ def schedule(cluster: Cluster, now_ms: int, policy: Policy) -> Plan:
         hungry.sort(key=_by_claim)
     if policy.replan is None:
         _ripe(cluster, now_ms)
+        if policy.backfill is not None:
+            _overdue(cluster, policy.backfill, now_ms)
     seen = (freed, cluster.lines.news, cluster.lines.started, cluster.claims_made)
     lines = list(_worth_a_try(cluster, policy)) if policy.replan is None and cluster.looked != seen else []
     plan = NOTHING_TO_DO
@@ -263,10 +266,13 @@ def schedule(cluster: Cluster, now_ms: int, policy: Policy) -> Plan:
         run = Pass(cluster, now_ms, policy, examined=len(hungry))
         with cluster.trial():
             _steps(run, hungry, run.hopeful(lines))
-        plan = Plan(tuple(run.decisions), run.examined, run.full or run.dropped)
+        plan = Plan(tuple(run.decisions), run.examined, run.full or run.eased)
     cluster.looked = None if plan.more or cluster.nominated else _once_folded(seen, plan.decisions)
     if policy.replan is None:
         instants = list(cluster.ripening.values())
+        if policy.backfill is not None:
+            late_ms = [claim.at_ms + policy.backfill.patience_ms for claim in cluster.reservations.values()]
+            instants += [max(at_ms, cluster.overdue_ms) for at_ms in late_ms]
         if cluster.window_ms and cluster.lines:
             instants.append(cluster.window_ms)
         if policy.elastic is not None and cluster.elastic:
@@ -775,6 +781,19 @@ def _ripe(cluster: Cluster, now_ms: int) -> None:
             if line is not None:
                 line.blocked_at = line.refused_at = -1
                 cluster.lines.news += 1
+
+
+def _overdue(cluster: Cluster, how: Backfill, now_ms: int) -> None:
+    """Who should have started a while ago is promised another instant: what runs takes longer than was expected, and
+    until it is over others may have the seats that are kept."""
+    if now_ms < cluster.overdue_ms:
+        return
+    for job_id, claim in cluster.reservations.items():
+        line = cluster.line_of(job_id)
+        if line is not None and now_ms >= claim.at_ms + how.patience_ms:
+            line.blocked_at = line.refused_at = -1
+            cluster.lines.news += 1
+            cluster.overdue_ms = now_ms + how.patience_ms
 
 
 # ---- running jobs ----

@@ -84,6 +84,30 @@ def test_backfill_never_delays_a_reservation(policy: str, seed: int) -> None:
     assert simulation.ended() == 60
 
 
+def test_while_something_runs_longer_than_expected_the_kept_seats_are_used() -> None:
+    """Nobody gives limits; what a job takes is known from its like. One takes a day instead of ten minutes: the gang
+    that was promised its GPU cannot start, but the short jobs behind it can, and it starts soon after all the same."""
+
+    def a_like(place: int, at_s: int, run_s: int, gpus: int, name: str) -> Arrival:
+        known = an_arrival(place, at_s, run_s, gpus)
+        worker = {"command": name, "cpu": "1m", "gpu": f"any:{gpus}"}
+        spec = {"roles": {"worker": worker}, "start_timeout": 0, "checkpoint": {"grace": 0}}
+        return replace(known, spec=JobSpec.model_validate(spec), owner="me")
+
+    day_s = 86_400
+    past = [a_like(n, n, 600 if n % 2 else 100, 1, "train" if n % 2 else "test") for n in range(60)]
+    long = a_like(100, 20_000, day_s, 1, "train")
+    gang = a_like(101, 20_001, 1_000, 4, "gang")
+    short = [a_like(200 + n, 20_010 + n * 400, 100, 1, "test") for n in range(200)]
+    workload = Workload("late", (*past, long, gang, *short), make_nodes("1x4"))
+    simulation, _ = play(workload, "easy")
+    started = started_ms(simulation)
+    waited_s = sorted((started[each.job_id] - START_MS) / 1_000 - each.at_ms / 1_000 for each in short)
+    assert waited_s[len(short) // 2] <= 120
+    assert waited_s[-1] <= 2_500, "the gang's own time, and what was expected of the long job at first"
+    assert (started[gang.job_id] - START_MS) / 1_000 - (20_000 + day_s) <= 300
+
+
 def test_promises_do_not_keep_each_other_waiting_for_ever() -> None:
     """Jobs are expected to run longer the more is learned: a job that would then reach into the time of a later promise
     still takes its own seats, or both would leave the empty cluster to the other."""

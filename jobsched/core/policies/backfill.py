@@ -3,7 +3,8 @@
 A reservation names seats and an instant: the earliest at which enough of what runs is expected to be over. Seats of it
 that are free already are kept free for it; a later job may use them only if it is expected to be over by then. One
 reservation is EASY backfill (Lifka 1995), several are conservative backfill (Feitelson & Weil 1998). Run times come
-from `estimate`. Called by `schedule`. Without it small jobs would keep a big gang waiting for ever.
+from `estimate`; when what runs takes longer than they said, the reservation is put off, so that others use the time.
+Called by `schedule`. Without it small jobs would keep a big gang waiting for ever.
 
 The same holds for quotas: whom its queue's limit has kept waiting for a while gets a claim on the limit, and later jobs
 of that queue start only if they are over by the time at which it is expected to pass.
@@ -38,7 +39,8 @@ class Backfill:
 
     depth: int = 1
     patience_ms: int = 60_000
-    """After so long a wait a limit of its queue is claimed for a job."""
+    """After so long a wait a limit of its queue is claimed for a job, and so long after the instant that a job was
+    promised it is promised another."""
 
 
 def soonest(cluster: Cluster, now_ms: int) -> list[tuple[int, JobId]]:
