@@ -80,7 +80,7 @@ def download(side: Side, source: str, target: Path) -> Copied:
     with side.run("/bin/sh", "-c", PACKS, "sh", folder, base) as channel:
         received = _Received(channel)
         try:
-            with tarfile.open(fileobj=received, mode="r|") as archive:  # type: ignore[call-overload]
+            with tarfile.open(fileobj=received, mode="r|") as archive:  # type: ignore[call-overload]  # it only reads
                 for member in archive:
                     try:
                         _unpack(archive, member, base, into, copied)
@@ -137,7 +137,7 @@ def upload(source: Path, side: Side, target: str) -> Copied:
     with side.run("tar", "-xof", "-", "-C", folder, stdin=True) as channel:
         def send() -> None:
             try:
-                with tarfile.open(fileobj=_Sent(channel.send), mode="w|") as archive:  # type: ignore[call-overload]
+                with tarfile.open(fileobj=_Sent(channel.send), mode="w|") as archive:  # type: ignore[call-overload]  # and writes
                     archive.add(source, name, filter=told)
                 channel.end_input()
             except (OSError, JobschedError, tarfile.TarError) as exc:

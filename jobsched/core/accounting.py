@@ -154,7 +154,7 @@ class Accounts:
         else:
             self._waiting += 1
 
-    def _hold(self, job_id: JobId, more: dict[str, int]) -> None:  # type: ignore[type-arg,unused-ignore]
+    def _hold(self, job_id: JobId, more: dict[str, int]) -> None:
         self._held.setdefault(job_id, {}).update(more)
         self._milli += sum(more.values())
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -285,7 +286,7 @@ class Chaos:
             self.sim.engine.lose_node(name)
             node = self._sound[name]
             back = now + self.random.randrange(1, 2 * REPAIR_MS)
-            self._repairs.append((back, lambda node=node: self.sim.engine.put_node(node)))  # type: ignore[misc]
+            self._repairs.append((back, partial(self.sim.engine.put_node, node)))
 
     def _break_gpu(self, node: Node, now: int) -> None:
         healthy = [gpu for gpu in node.gpus if gpu.healthy]

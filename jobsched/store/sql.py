@@ -413,7 +413,7 @@ class SqlStore:
         if by == "queue":
             statement = statement.where(schema.jobs.c.phase.in_(LIVE))
         with self._transaction("read") as connection:
-            return {name: number for name, number in connection.execute(statement)}  # noqa: C416
+            return {name: number for name, number in connection.execute(statement)}  # noqa: C416  # dict() of rows has no types
 
     def usage(self, since_ms: int, now_ms: int) -> Sequence[Usage]:
         with self._transaction("read") as connection:

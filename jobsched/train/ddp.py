@@ -183,7 +183,7 @@ class Elastic:
         self.optimizer.zero_grad(set_to_none=True)
         share = len(batch.indices) / batch.count
         if share:
-            (loss * share).backward()  # type: ignore[no-untyped-call]
+            (loss * share).backward()  # type: ignore[no-untyped-call]  # torch has no types here
         extra = {**sums, "loss": loss.detach() * share if share else torch.zeros(())}
         flags = [float(self._rendezvous is not None and self._rendezvous.someone_waits),
                  float(self._checkpoints is not None and context.should_checkpoint())]

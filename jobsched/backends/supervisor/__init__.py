@@ -12,4 +12,5 @@ imports more than the standard library, because it must start in a blink and sta
     limits.py       cgroups and rlimits                                 replica_log.py  log files with true offsets
     warm.py         the warm interpreter (runs under the user's Python) warm_pool.py  the supervisor's side of it
     stacks.py       py-spy or SIGQUIT                                   sweeper.py   deletes old logs and scratch
+    startable.py    whether an order can be carried out, in words
 """
