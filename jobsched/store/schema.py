@@ -28,7 +28,7 @@ from sqlalchemy import (
 
 from jobsched.errors import StoreUnavailable
 
-HEAD: Final = "0004"
+HEAD: Final = "0005"
 """The newest migration; a database that says so is opened without importing alembic (0.6 s)."""
 
 metadata = MetaData()

@@ -15,7 +15,7 @@ from jobsched.core.resources import JobId, NodeName
 from jobsched.errors import StoreUnavailable
 from jobsched.store import schema
 from jobsched.store.sql import SqlStore
-from tests.contracts.store import assert_consistent, submitted
+from tests.contracts.store import assert_consistent, held, placed, submitted
 
 
 @pytest.fixture
@@ -64,6 +64,27 @@ def test_a_database_in_use_is_brought_up_from_every_version(url: str) -> None:
     assert [(name, cordon.drain) for name, cordon in store.load().cordoned] == [("n", False)]
     assert store.usage(0, 10)[0].jobs == 1
     store.append([submitted("b")])
+    store.close()
+
+
+def test_what_jobs_know_by_now_is_folded_from_the_log_of_those_from_before(url: str) -> None:
+    store = SqlStore(url)
+    lease = store.lease("me", 60_000, 1_000)
+    assert lease is not None
+    store.append([submitted("a", 1_000), submitted("b", 1_000), held("b", 2_000)])
+    store.append([placed("a", 6_000)], fence=lease.fence)
+    before = [store.job(JobId(name)) for name in "ab"]
+    with store._transaction("write") as connection:
+        connection.exec_driver_sql("""UPDATE jobs SET doc = replace(doc, '"waited_ms":5000', '"waited_ms":0')""")
+        changed = connection.exec_driver_sql("""SELECT id FROM jobs WHERE doc LIKE '%"waited_ms":0%'""")
+        assert changed.scalars().all() == ["a"]
+        connection.execute(text("UPDATE alembic_version SET version_num = '0004'"))
+    store.close()
+    store = SqlStore(url)
+    assert [store.job(JobId(name)) for name in "ab"] == before
+    assert before[0] is not None
+    assert before[0].waited_ms == 5_000
+    assert_consistent(store)
     store.close()
 
 
