@@ -274,7 +274,7 @@ class Controller:
                     self._sight.fold(observation, now)
         self.health.ticks += 1
         self.health.last_tick_ms = self._clock.now_ms() - now
-        if news or progressed:
+        if self._listeners and (news or progressed):
             for listener in tuple(self._listeners):
                 listener(news, progressed)
         return 0 if self._wake.is_set() else self._pause_ms(state, now)
@@ -327,7 +327,8 @@ class Controller:
         if cluster.queues is not state.queues_checked:
             self._define_queues(state, fence, now, news)
         observations = self._observations()
-        if self._senses.blind is not bool(self.health.backend_error):
+        blind = self.health.backend_error != ""
+        if self._senses.blind is not blind:
             self._senses = replace(self._senses, blind=not self._senses.blind)
         with self._lock:
             seen_jobs, seen_nodes = self._fold(state, observations, now)

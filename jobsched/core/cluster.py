@@ -470,9 +470,9 @@ class Cluster:
             if runs:
                 self.active.setdefault(queue, {}).setdefault(after.priority, {})[job_id] = None
                 self.ends.begins(job_id)
-            if phase is not Phase.QUEUED:
+            if self.nominated and phase is not Phase.QUEUED:
                 self.nominated.pop(job_id, None)
-            if (phase is Phase.RUNNING or (phase is Phase.STOPPING and not shrinks_anew(after))) and (
+            if self.targets and (phase is Phase.RUNNING or (phase is Phase.STOPPING and not shrinks_anew(after))) and (
                 (target := self.targets.get(job_id)) is not None and target.stays
             ):  # fmt: skip
                 del self.targets[job_id]  # it has made its room, and may be asked for more

@@ -383,9 +383,7 @@ def start_waiting(run: Pass, lines: Iterable[Line]) -> None:
         near = isinstance(shape, Shape) and _might_fit(run, line, shape)
         felt = claims if near else [claim for claim in claims if claim.queue]
         others = in_the_way(cluster, job, key, felt, run.now_ms) if felt else []
-        mine = cluster.reservations.get(job.id)
-        since_ms = mine.at_ms if mine is not None and mine.queue else 0
-        barred = any(claim.limits(job) and not 0 < since_ms <= claim.at_ms for claim in others)
+        barred = bool(others) and _barred(cluster, job, others)
         if near and not barred and isinstance(shape, Shape) and _start(run, line, job, shape, others):
             heads.push(line, at + 1)
             continue
@@ -411,6 +409,13 @@ def start_waiting(run: Pass, lines: Iterable[Line]) -> None:
             cluster.lines.stuck[line.key.queue] = line
     run.room.leave()
     run.guard.let_go()
+
+
+def _barred(cluster: Cluster, job: Job, others: Sequence[Reservation]) -> bool:
+    """Whether a limit is promised to another job, and was not promised to this one for an earlier instant."""
+    mine = cluster.reservations.get(job.id)
+    since_ms = mine.at_ms if mine is not None and mine.queue else 0
+    return any(claim.limits(job) and not 0 < since_ms <= claim.at_ms for claim in others)
 
 
 def _start(run: Pass, line: Line, job: Job, shape: Shape, others: Sequence[Reservation]) -> bool:
@@ -638,7 +643,7 @@ def _worth_a_try(cluster: Cluster, policy: Policy) -> Iterator[Line]:
 
 
 def _may_fit(cluster: Cluster, line: Line) -> bool:
-    if line.hindered_at not in (-1, cluster.claims_made):
+    if line.hindered_at >= 0 and line.hindered_at != cluster.claims_made:
         return True
     return line.blocked_at != line.stock.freed and line.refused_at != cluster.ledger.freed
 
