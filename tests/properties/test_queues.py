@@ -194,14 +194,22 @@ def step(room: Room, taken: list[tuple[JobId, JobId]], saved: bool) -> bool:
             if isinstance(placed, ev.AttemptPlaced | ev.ReplicasBound):
                 cluster.charge(cluster.jobs[placed.job_id], placed.bindings, starts=False)
         last: Job | None = None
-        for stop in victims(decisions):
-            victim, winner = cluster.jobs[stop.job_id], cluster.jobs[stop.outcome.for_job]
+        for leaves in decisions:
+            if isinstance(leaves, ev.ReplicasReleased):
+                victim, winner = cluster.jobs[leaves.job_id], cluster.jobs[leaves.for_job]
+            elif isinstance(leaves, ev.AttemptStopping):
+                victim, winner = cluster.jobs[leaves.job_id], cluster.jobs[leaves.outcome.for_job]
+            else:
+                continue
             if last is not None and last is not winner:
                 cluster.quotas.book(last.spec.queue, last.owner, tuple(needs_of(last).items()), 1)
             last = winner
             assert winner.phase is Phase.QUEUED
+            if isinstance(leaves, ev.ReplicasReleased):
+                cluster.lend(victim, [victim.replicas[rid] for rid in leaves.replicas])
+                continue
             assert of_lower_claim(cluster, victim, winner)
-            stays = cluster.stays(victim) if stop.outcome.reason is Reason.RESCALED else ()
+            stays = cluster.stays(victim) if leaves.outcome.reason is Reason.RESCALED else ()
             assert shrinks_by(victim, stays)
             cluster.lend(victim, [r for r in victim.replicas.values() if r.binding is not None and r.id not in stays])
             taken.append((victim.id, winner.id))
