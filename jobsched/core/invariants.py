@@ -83,6 +83,10 @@ def _problems(cluster: Cluster) -> Iterator[str]:
         expected = space.node.cpu_milli - space.node.foreign.cpu_milli - cpu_used.get(name, 0)
         if space.cpu_milli != expected:
             yield f"the ledger says {space.cpu_milli} milli-CPUs of {name} are free, it should be {expected}"
+    for stock in cluster.ledger.stocks():
+        there = [space for space in cluster.ledger.spaces.values() if stock.of(space.node)]
+        if stock.free_milli != sum(sum(space.gpu_free.values()) for space in there):
+            yield f"the ledger says {stock.free_milli} thousandths of GPUs are free on nodes with {stock.labels}"
     yield from _quota_problems(cluster, queue_gpu)
     waiting = [place.job_id for line in cluster.lines.values() for place in line.places]
     if len(waiting) != len(set(waiting)):

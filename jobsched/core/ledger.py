@@ -334,6 +334,10 @@ class Ledger:
                     stock.free_milli += sum(space.gpu_free.values())
         return stock
 
+    def stocks(self) -> Iterator[Stock]:
+        """All that are kept true."""
+        yield from self._stocks.values()
+
     @property
     def free_gpu_milli(self) -> int:
         """Thousandths of GPUs left on all nodes."""

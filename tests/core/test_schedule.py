@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from jobsched.core import events as ev
+from jobsched.core.cluster import Cluster
 from jobsched.core.job import Outcome, Phase, Reason
+from jobsched.core.lines import Line
 from jobsched.core.plan import Reservation
 from jobsched.core.policies.backfill import Backfill
 from jobsched.core.policies.fairness import FairShare
@@ -71,3 +75,26 @@ def test_whom_a_reservation_hindered_is_tried_again_once_it_is_taken_back() -> N
     run.reserved(promised, None)
     assert line in list(_worth_a_try(cluster, policy))
     assert run.eased, "another pass comes at once"
+
+
+def test_a_pass_looks_at_no_line_when_nothing_came_free_and_nobody_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither after a pass in vain nor once the starts that it decided are folded; a newcomer is looked at again."""
+    looks: list[int] = []
+
+    def counted(cluster: Cluster, policy: Policy) -> Iterator[Line]:
+        looks.append(len(cluster.lines))
+        return _worth_a_try(cluster, policy)
+
+    monkeypatch.setattr("jobsched.core.schedule._worth_a_try", counted)
+    world = World(1, 2, lambda launch: Script(run_ms=3_600_000))
+    world.boot(Policy(fair=FairShare()))
+    world.submit()
+    world.submit(a_spec(roles={"worker": {"command": "w", "gpu": "any:2"}}))
+    world.tick(1)
+    looks.clear()
+    world.tick(5)  # the first one is seen to run
+    assert world.cluster.lines.waiting == 1
+    assert not looks
+    world.submit()
+    world.tick(1)
+    assert looks

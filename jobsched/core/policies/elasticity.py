@@ -180,14 +180,14 @@ def in_motion(cluster: Cluster) -> bool:
 
 
 @dataclass(slots=True)
-class Stock:
+class Supply:
     """An amount of everything: CPUs and memory, which all jobs take, and GPUs of each class."""
 
     hosts: Resources = NOTHING
     gpus: dict[GpuClass, int] = field(default_factory=dict)
 
-    def copy(self) -> Stock:
-        return Stock(self.hosts, dict(self.gpus))
+    def copy(self) -> Supply:
+        return Supply(self.hosts, dict(self.gpus))
 
     def of(self, pool: GpuClass) -> Resources:
         """What is there for the jobs of a pool."""
@@ -201,7 +201,7 @@ class Stock:
         self.give(pool, NOTHING - amount)
 
 
-def _free(cluster: Cluster, movers: Iterable[Mover]) -> Stock:
+def _free(cluster: Cluster, movers: Iterable[Mover]) -> Supply:
     """What is free on usable nodes; of GPUs those that are wholly free, and where movers have shares, also what is left
     of others, in parts as large as the smallest of these shares."""
     free: dict[GpuClass, int] = {}
@@ -218,7 +218,7 @@ def _free(cluster: Cluster, movers: Iterable[Mover]) -> Stock:
             for gpu_class, part in parts.items():
                 left = sum(level - level % part for level in space.levels(gpu_class) if level < WHOLE_GPU)
                 free[gpu_class] = free.get(gpu_class, 0) + left
-    return Stock(Resources(cpu, memory), free)
+    return Supply(Resources(cpu, memory), free)
 
 
 def _mover(cluster: Cluster, job: Job, now_ms: int, how: Elasticity) -> Mover | None:
@@ -359,11 +359,11 @@ def _as_it_is(mover: Mover) -> tuple[Option, ...]:
 # ---- sizes ----
 
 
-def _sizes(movers: Sequence[Mover], free: Stock) -> dict[JobId, Size]:
+def _sizes(movers: Sequence[Mover], free: Supply) -> dict[JobId, Size]:
     """The size of each job. Higher priorities choose first, among what the minima of the lower leave; within a priority
     pool by pool, among what the minima of the other pools leave, also of those who wait in them, as far as they fit."""
     sizes: dict[JobId, Size] = {}
-    left, kept = free.copy(), Stock()
+    left, kept = free.copy(), Supply()
     for mover in movers:
         left.give(mover.pool, mover.takes(mover.have))
         if any(mover.have):
@@ -384,7 +384,7 @@ def _sizes(movers: Sequence[Mover], free: Stock) -> dict[JobId, Size]:
     return sizes
 
 
-def _reserved(waiting: Iterable[Mover], left: Stock, kept: Stock) -> Resources:
+def _reserved(waiting: Iterable[Mover], left: Supply, kept: Supply) -> Resources:
     """CPUs and memory for the minima of those who wait, the first first, as far as they fit beside `kept`."""
     hosts, promised = NOTHING, kept.copy()
     for mover in waiting:
