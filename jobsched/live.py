@@ -44,6 +44,11 @@ class LiveView(Protocol):
         """There is news in the store."""
         ...
 
+    def caught_up(self, seq: int, timeout_s: float) -> bool:
+        """Wait until everything that the log holds up to this event has been decided on, at most so long. False: it has
+        not, or nobody here decides."""
+        ...
+
     def progress(self, job_id: JobId) -> JobProgress | None: ...
 
     def subscribe(self, listener: Listener) -> Callable[[], None]:

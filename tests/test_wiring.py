@@ -19,6 +19,9 @@ import httpx2
 import pytest
 
 from jobsched import wiring
+from jobsched.controller import loop
+from jobsched.core.cluster import Cluster
+from jobsched.core.schedule import Plan, Policy, schedule
 from jobsched.errors import ConfigError, Conflict
 from jobsched.spec.server import ServerConfig
 from jobsched.store.memory import MemoryStore
@@ -193,6 +196,25 @@ def test_open_streams_do_not_delay_the_stop(home: Path) -> None:
     server.stop()
     assert ended.wait(5)
     assert time.monotonic() - started < 5
+
+
+@pytest.mark.e2e
+def test_an_answer_knows_what_was_submitted_before_the_question(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pass that looks at a job comes after the answer to its submission, on a busy machine long after."""
+
+    def late(cluster: Cluster, now_ms: int, policy: Policy) -> Plan:
+        time.sleep(0.3)
+        return schedule(cluster, now_ms, policy)
+
+    monkeypatch.setattr(loop, "schedule", late)
+    whole = {"worker": {"command": "sleep 60", "gpu": "any:2", "replicas": 2}}
+    with Server(a_config(home, store="memory:")):
+        remote = Remote(home)
+        first, second = (remote.submit("", name=name, roles=whole) for name in ("first", "second"))
+        (reason,) = remote.ask("GET", f"jobs/{second}/why")["verdict"]["reasons"]
+        assert reason["message"].startswith("role worker needs 2 × (2 any GPU"), reason
+        remote.ask("POST", f"jobs/{first}/cancel")
+        assert remote.ask("POST", "plan", json={"spec": {"name": "third", "roles": whole}})["code"] == 10
 
 
 class Process:

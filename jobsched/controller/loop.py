@@ -113,6 +113,9 @@ class Controller:
         self._idle_ms = idle_ms
         self._leader = Leader(store, holder, lease_ttl_ms)
         self._lock = threading.RLock()
+        self._decided = threading.Condition(self._lock)
+        self._weighed = 0
+        """Everything that the log held up to this event has been decided on."""
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -188,6 +191,16 @@ class Controller:
         with self._lock:
             state = self._state
             yield state.cluster if state is not None else Cluster(), self._sight
+
+    def caught_up(self, seq: int, timeout_s: float) -> bool:
+        """Wait until everything that the log holds up to this event has been decided on, at most so long. False: it has
+        not, or nobody here decides."""
+        if not self._observer_runs or not self.leading:
+            return False
+        with self._decided:
+            if self._weighed < seq:
+                self._wake.set()
+            return self._decided.wait_for(lambda: self._weighed >= seq, timeout_s)
 
     def progress(self, job_id: JobId) -> JobProgress | None:
         """Progress of an active job; None for others."""
@@ -392,6 +405,10 @@ class Controller:
             now - self._noted[0] >= self._recall_every_ms or cluster.seq - self._noted[1] >= RECALL_EVENTS
         ):
             self._keep_recall(cluster, fence, now)
+        if self._observer_runs:
+            with self._decided:
+                self._weighed = cluster.seq
+                self._decided.notify_all()
         return frozenset(seen_jobs)
 
     def _demand(self, cluster: Cluster) -> None:

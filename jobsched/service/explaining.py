@@ -30,6 +30,8 @@ from jobsched.spec.job import JobSpec
 MAX_IMAGINED = 2_000
 """Among more jobs than this, changes of a request are not played through."""
 MAX_WARNINGS = 5
+CATCH_UP_S = 2.0
+"""How long an answer may wait for a pass to look at what has just been submitted."""
 LATELY_MS = 15 * 60_000
 """How long a warning of the engine may explain what is so now."""
 
@@ -48,9 +50,12 @@ class Explanations:
     def why(self, ref: str, *, owner: str = "", at_ms: int = 0) -> WhyAnswer:
         """The present in a sentence, the verdict, and the story so far. `at_ms`: as it was at that instant, computed
         again from the log: O(events until then). Raises `NotFound` when the job was not there yet."""
+        job = resolve(self._store, ref, owner=owner)
         if at_ms:
-            return self._why_then(resolve(self._store, ref, owner=owner), at_ms)
-        answer = self._answers.get(ref, owner=owner)
+            return self._why_then(job, at_ms)
+        if job.phase is Phase.QUEUED and self._live.caught_up(self._store.last_seq(), CATCH_UP_S):
+            job = self._store.job(job.id) or job
+        answer = self._answers.answer(job)
         verdict, now_ms = answer.verdict, self._clock.now_ms()
         starts, left = Forecast(now_ms, now_ms) if answer.job.phase.runs else Forecast(), None
         with self._live.view() as (cluster, _):
@@ -72,6 +77,7 @@ class Explanations:
     def plan(self, spec: JobSpec, *, owner: str = "") -> PlanAnswer:
         """Where and when the job would run if it were submitted now, and who would give way; changes nothing."""
         spec = completed(spec, self._classes)
+        self._live.caught_up(self._store.last_seq(), CATCH_UP_S)
         with self._live.view() as (cluster, _):
             if unknown := unknown_queue(spec.queue, cluster.queues):
                 raise unknown
