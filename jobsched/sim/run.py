@@ -100,6 +100,8 @@ class Player:
         self._runs: dict[JobId, _Run] = {}
         self._seq = 0
         self._kinds = {n.name: {g.id: g.kind for g in n.gpus} for n in workload.nodes}
+        self._widest_milli = WHOLE_GPU * max(1, *(len(n.gpus) for n in workload.nodes))
+        self._asking: dict[JobId, Seats] = {}
 
     def script(self, launch: Launch) -> Script:
         """Told to the engine when a replica starts."""
@@ -162,18 +164,29 @@ class Player:
         return course
 
     def left_ms(self, job: Job) -> int:
-        """True time to the end: what an informed policy is told."""
+        """What an informed policy is told: the true time to the end on the seats that it asks for, of the kind by which
+        run times are told (Gavel's reference worker type). Where it sits must not tell: who is shorter would change
+        with every start and stop, and jobs would preempt each other in turns."""
+        left, seats = self._left(job)
+        asked, course = self._asked(job), self.course(job.id)
+        here_ms = course.left_ms(seats)
+        return round(left * course.left_ms(asked) / here_ms) if here_ms and seats != asked else left
+
+    def work_left_ms(self, job: Job) -> float:
+        """True work to the end: what is left of the time at speed 1."""
+        left, seats = self._left(job)
+        return left * self.speed(job, seats)
+
+    def _left(self, job: Job) -> tuple[int, Seats]:
+        """(true time to the end, on which seats): those that it has, or asks for."""
         course, run = self.course(job.id), self._runs.get(job.id)
         if run is not None and not job.phase.active:
             self.catch_up()
             run = None
         if run is None or run.attempt != job.attempt or not job.phase.active:
-            return round(course.left_ms(self._seats(job)))
-        return round(course.left_ms(run.seats)) - run.ran_ms(self._clock.now_ms())
-
-    def work_left_ms(self, job: Job) -> float:
-        """True work to the end: what is left of the time at speed 1."""
-        return self.left_ms(job) * self.speed(job, self._seats(job))
+            seats = self._seats(job)
+            return round(course.left_ms(seats)), seats
+        return round(course.left_ms(run.seats)) - run.ran_ms(self._clock.now_ms()), run.seats
 
     def speed(self, job: Job, seats: Seats) -> float:
         """True speed on such seats."""
@@ -214,11 +227,19 @@ class Player:
                 milli = seats.get(node, ("", 0))[1] + sum(share.milli for share in gpus)
                 seats[node] = (self._kinds[node][gpus[0].gpu], milli)
         servers = sum(r.role == "ps" and r.binding is not None for r in job.replicas.values())
-        if not seats:  # waits: as if all its GPUs were on one node
-            asked = sum(r.gpu.milli * r.replicas.prefer for r in job.spec.roles.values() if r.gpu)
-            servers = job.spec.roles["ps"].replicas.prefer if "ps" in job.spec.roles else 0
-            return (("", asked or WHOLE_GPU), *(SERVER,) * servers)
-        return (*seats.values(), *(SERVER,) * servers)
+        return (*seats.values(), *(SERVER,) * servers) if seats else self._asked(job)
+
+    def _asked(self, job: Job) -> Seats:
+        """What it asks for: on as few nodes as there can be."""
+        known = self._asking.get(job.id)
+        if known is None:
+            roles = job.spec.roles
+            milli = sum(r.gpu.milli * r.replicas.prefer for r in roles.values() if r.gpu) or WHOLE_GPU
+            whole, rest = divmod(milli, self._widest_milli)
+            servers = roles["ps"].replicas.prefer if "ps" in roles else 0
+            seats = [*(self._widest_milli,) * whole, *((rest,) if rest else ())]
+            known = self._asking[job.id] = (*(("", seat) for seat in seats), *(SERVER,) * servers)
+        return known
 
 
 @dataclass(slots=True)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from random import Random
 
 import pytest
 
-from jobsched.core.events import EVENT, AttemptPlaced
-from jobsched.core.job import Phase
+from jobsched.core.events import EVENT, AttemptPlaced, AttemptStopping, JobSubmitted
+from jobsched.core.job import Phase, Reason
 from jobsched.core.policies.ordering import LEASE_MS
 from jobsched.core.resources import JobId
 from jobsched.sim import traces
 from jobsched.sim.run import POLICIES, START_MS, Result, Simulation
-from jobsched.sim.throughput import Steady
-from jobsched.sim.workload import RATIOS, Arrival, Workload, gang_spec, make_nodes, served, synthetic
+from jobsched.sim.throughput import Seats, Steady
+from jobsched.sim.workload import RATIOS, Arrival, Rules, Workload, gang_spec, make_nodes, served, synthetic
 
 KEYS = [
     "jobs", "avg_jct_s", "p50_jct_s", "p99_jct_s", "avg_queue_s", "p99_queue_s", "makespan_s", "gpu_allocation_pct",
@@ -72,6 +73,53 @@ def test_preemption_keeps_the_work_done_and_the_place_of_those_who_stay() -> Non
     assert result.summary.preemptions == 2
     kept = run(a_workload((0, 100, 1), (10, 300, 3), (20, 5, 3)), "srsf")
     assert kept.accounts.jobs[JobId("000")].attempts == 1
+
+
+@dataclass(frozen=True, slots=True)
+class ByKind:
+    """Slower on old GPUs, and apart; told run times are those on new ones."""
+
+    old: float
+
+    def __call__(self, seats: Seats) -> float:
+        return min(self.old if kind == "old" else 1.0 for kind, _ in seats) / (1 if len(seats) == 1 else 1.5)
+
+
+def on_unlike_nodes(seed: int, count: int = 40) -> Workload:
+    """A crowd of jobs on few GPUs of two kinds, new ones preferred; being stopped costs half a minute."""
+    random, at_s, arrivals = Random(seed), 0.0, []
+    for place in range(count):
+        at_s += random.expovariate(1 / 100)
+        spec = gang_spec(random.choice((1, 1, 2, 4)), 4, kinds="new|old", single=True)
+        work = Steady(1_000 * random.randint(50, 3_000), speed=ByKind(random.choice((0.2, 0.5, 0.9))))
+        arrivals.append(Arrival(round(1_000 * at_s), JobId(f"{place:03}"), spec, work))
+    return Workload("unlike", tuple(arrivals), make_nodes("2x4:new+2x4:old"), rules=Rules(restart_ms=30_000))
+
+
+def in_turns(result: Result) -> list[JobId]:
+    """Who was preempted again although no job came or ended since it last was."""
+    found, since = [], set()
+    for event in [stored.event for stored in result.store.read(0, 1 << 30)]:
+        if isinstance(event, JobSubmitted):
+            since.clear()
+        elif isinstance(event, AttemptStopping):
+            if event.outcome.reason is not Reason.PREEMPTED:
+                since.clear()
+            elif event.job_id in since:
+                found.append(event.job_id)
+            else:
+                since.add(event.job_id)
+    return found
+
+
+@pytest.mark.parametrize("policy", ["srtf", "srsf", "knapsack", "in-time", "edf-preempting", "kinds", "blind"])
+def test_nobody_is_preempted_for_one_that_it_would_preempt_again(policy: str) -> None:
+    for seed in range(5):
+        simulation = Simulation(on_unlike_nodes(seed), POLICIES[policy], policy)
+        for _ in range(2_000):
+            if not simulation.step():
+                break
+        assert (in_turns(simulation.result()), simulation.ended()) == ([], 40), (policy, seed)
 
 
 def test_least_attained_service_lets_a_newcomer_pass_a_job_that_had_its_share() -> None:
