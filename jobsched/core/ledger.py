@@ -171,6 +171,11 @@ class Ledger:
         """What a trial did: (binding, role, +1 taken or -1 lent, the node's next port before)."""
         self._freed_before = 0
         """`freed` when the trial began."""
+        self._stays: list[Binding] = []
+        """What the trial under way decided on."""
+        self._kept: dict[int, tuple[Binding, RoleShape, int, int]] = {}
+        """By identity of the binding, what the last trial took and decided on, as in `_undo`: still taken, so that it
+        need not be booked three times."""
 
     # ---- nodes ----
 
@@ -216,6 +221,7 @@ class Ledger:
         self.note_change(node.name)
 
     def drop_node(self, name: NodeName) -> None:
+        self.settle()
         space = self.spaces.pop(name, None)
         if space is None:
             return
@@ -272,6 +278,10 @@ class Ledger:
         """Book a replica. A node that is gone is ignored (its resources went with it)."""
         if self._undo is not None:
             self._undo.append((binding, role, +1, self.spaces[binding.node].next_port))
+        elif self._kept:
+            if self._kept.pop(id(binding), None) is not None:
+                return
+            self.settle()
         self._book(binding, role, +1)
 
     def take_all(self, bookings: Iterable[tuple[Binding, RoleShape]]) -> bool:
@@ -294,6 +304,7 @@ class Ledger:
 
     def give(self, binding: Binding, role: RoleShape) -> None:
         """Free a replica's booking."""
+        self.settle()
         self._book(binding, role, -1)
         self.misfits.clear()
         space = self.spaces.get(binding.node)
@@ -309,6 +320,7 @@ class Ledger:
 
     def unblock(self) -> None:
         """Whatever did not fit is worth another try, wherever it looks."""
+        self.settle()
         self.freed += 1
         self.misfits.clear()
         self._freed_everywhere = self.freed
@@ -412,13 +424,31 @@ class Ledger:
     def begin(self) -> None:
         """A trial begins."""
         assert self._undo is None
+        self.settle()
         self._undo, self._freed_before = [], self.freed
         self.misfits.clear()
 
     def end(self) -> None:
-        """It ends: everything is put back."""
+        """It ends: everything is put back, unless all that was done is to take what stays."""
+        assert self._undo is not None
+        if self._stays:
+            stay = set(map(id, self._stays))
+            if all([sign > 0 and id(binding) in stay for binding, _, sign, _ in self._undo]):
+                self._kept = {id(entry[0]): entry for entry in self._undo}
+                self._undo.clear()
+            self._stays = []
         self.rollback(0)
         self._undo, self.freed = None, self._freed_before
+
+    def stay(self, bindings: Iterable[Binding]) -> None:
+        """Inside a trial: it is decided that these, which are taken, will be. They may stay taken until then."""
+        self._stays += bindings
+
+    def settle(self) -> None:
+        """What was decided on and has not come to be is put back. Done before anything else changes."""
+        if self._kept:
+            undo, self._kept = list(self._kept.values()), {}
+            self._restore(undo, 0)
 
     def mark(self) -> int:
         """A point inside a trial to roll back to."""
@@ -430,8 +460,11 @@ class Ledger:
         if mark < self._misfits_at:
             self.misfits.clear()
             self._misfits_at = 0
-        while len(self._undo) > mark:
-            binding, role, sign, next_port = self._undo.pop()
+        self._restore(self._undo, mark)
+
+    def _restore(self, undo: list[tuple[Binding, RoleShape, int, int]], mark: int) -> None:
+        while len(undo) > mark:
+            binding, role, sign, next_port = undo.pop()
             self._book(binding, role, -sign)
             self.spaces[binding.node].next_port = next_port
 

@@ -210,6 +210,7 @@ class Pass:
         """Decide that a job starts in places which are taken already."""
         attempt = job.attempt + 1
         self.decisions.append(ev.AttemptPlaced(self.now_ms, job.id, attempt, gang.bindings, gang.coordinator_port))
+        self.cluster.ledger.stay(gang.bindings)
         self.settled.add(job.id)
 
     def keep(self, job: Job, gang: Gang) -> None:
