@@ -432,11 +432,11 @@ class Ledger:
         """It ends: everything is put back, unless all that was done is to take what stays."""
         assert self._undo is not None
         if self._stays:
-            stay = set(map(id, self._stays))
-            if all([sign > 0 and id(binding) in stay for binding, _, sign, _ in self._undo]):
-                self._kept = {id(entry[0]): entry for entry in self._undo}
+            taken = {id(entry[0]): entry for entry in self._undo if entry[2] > 0}
+            if len(taken) == len(self._undo) and taken.keys() <= set(map(id, self._stays)):
+                self._kept = taken
                 self._undo.clear()
-            self._stays = []
+            self._stays.clear()
         self.rollback(0)
         self._undo, self.freed = None, self._freed_before
 

@@ -88,6 +88,51 @@ def test_a_trial_puts_everything_back() -> None:
     assert book.freed == freed
 
 
+def test_what_a_trial_decides_on_stays_taken_until_it_comes_to_be_or_anything_else_happens() -> None:
+    def decided() -> tuple[Ledger, list[Binding]]:
+        book = ledger(a_gpu_node("a", 4, port_lo=7_000, port_hi=7_003))
+        with book.trial():
+            found = [bind(book, role()), bind(book, role())]
+            book.stay([b for b in found if b])
+        assert book.free_gpu_milli == 2_000
+        return book, [b for b in found if b]
+
+    book, (first, second) = decided()
+    book.take(first, role())
+    book.take(second, role())
+    assert (book.free_gpu_milli, book.spaces[NodeName("a")].bound) == (2_000, 2)  # they came to be, and count once
+    book.give(first, role())
+    assert book.free_gpu_milli == 3_000
+
+    book, (first, second) = decided()
+    book.take(first, role())
+    book.unblock()  # the other was refused
+    assert (book.free_gpu_milli, book.spaces[NodeName("a")].ports_used) == (3_000, {*first.ports})
+
+    book, (first, second) = decided()
+    with book.trial():  # somebody asks before it is written
+        assert book.free_gpu_milli == 4_000
+    book.take(first, role())
+    assert book.free_gpu_milli == 3_000
+
+    book, (first, second) = decided()
+    book.put_node(a_gpu_node("a", 4))
+    book.take(first, role())
+    assert book.free_gpu_milli == 3_000
+
+    book, (first, second) = decided()
+    book.take(Binding("worker", 0, NodeName("a"), first.gpus, first.ports), role())  # the same, read from a log
+    book.take(Binding("worker", 1, NodeName("a"), second.gpus, second.ports), role())
+    assert (book.free_gpu_milli, book.spaces[NodeName("a")].bound) == (2_000, 2)
+
+    with book.trial():  # who leaves is only lent, so nothing stays
+        book.lend(first, role())
+        third = bind(book, role())
+        assert third is not None
+        book.stay([third])
+    assert (book.free_gpu_milli, book.spaces[NodeName("a")].bound) == (2_000, 2)
+
+
 def test_foreign_use_and_unhealthy_gpus_are_not_offered() -> None:
     node = a_gpu_node("a", 3, foreign=Resources(cpu_milli=63_500), foreign_gpus=(GpuShare(GpuId("a-g0")),))
     book = ledger(node)
