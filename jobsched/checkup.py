@@ -34,8 +34,8 @@ class Checkup:
         """What works and what does not, with what would help."""
         can = self._backend.capabilities
         with self._live.view() as (cluster, _):
-            nodes = [n for name, n in cluster.nodes.items() if name not in cluster.lost]
-            lost, queues = sorted(cluster.lost), len(cluster.queues)
+            nodes = [n for name, n in cluster.fleet.nodes.items() if name not in cluster.fleet.lost]
+            lost, queues = sorted(cluster.fleet.lost), len(cluster.queues)
         gpus = sum(len(n.gpus) for n in nodes)
         sick = [f"{n.name}/{g.id}" for n in nodes for g in n.gpus if not g.healthy]
         health = self._live.health
@@ -64,13 +64,13 @@ class Checkup:
     def snapshot(self) -> dict[str, object]:
         """The live cluster and what was last seen, as plain JSON values, for bug reports and replay. O(jobs)."""
         with self._live.view() as (cluster, sight):
-            jobs, nodes = list(cluster.jobs.values()), list(cluster.nodes.values())
+            jobs, nodes = list(cluster.jobs.values()), list(cluster.fleet.nodes.values())
             lines = [
                 {"key": line.key, "jobs": [place.job_id for place in line.places]} for line in cluster.lines.values()
             ]
             whole: dict[str, object] = {
                 "seq": cluster.seq, "now_ms": self._clock.now_ms(), "leading": self._live.leading, "jobs": jobs,
-                "nodes": nodes, "lost": sorted(cluster.lost), "cordoned": dict(cluster.cordoned),
+                "nodes": nodes, "lost": sorted(cluster.fleet.lost), "cordoned": dict(cluster.fleet.cordoned),
                 "queues": list(cluster.queues.values()),
                 "held": {name: dict(a.held) for name, a in cluster.quotas.accounts.items()},
                 "lines": lines, "replicas": list(sight.replicas.values()),

@@ -437,7 +437,7 @@ class Controller:
             if observation.full:
                 self._note_absent(cluster, now)
                 seen_jobs.update(job_id for job_id, job in cluster.jobs.items() if job.phase.active)
-                seen_nodes.update(cluster.nodes)
+                seen_nodes.update(cluster.fleet.nodes)
         return seen_jobs, seen_nodes
 
     @staticmethod
@@ -445,10 +445,10 @@ class Controller:
         """Jobs that an event, an observation, a timer, a lost or a draining node names, in a definite order."""
         cluster = state.cluster
         look = dict.fromkeys([*cluster.touched, *sorted(seen_jobs), *state.timers.due(now)])
-        if cluster.lost or cluster.cordoned:
-            draining = (name for name, cordon in cluster.cordoned.items() if cordon.drain)
-            for name in sorted({*cluster.lost, *draining}):
-                look |= dict.fromkeys(cluster.jobs_on(name))
+        if cluster.fleet.lost or cluster.fleet.cordoned:
+            draining = (name for name, cordon in cluster.fleet.cordoned.items() if cordon.drain)
+            for name in sorted({*cluster.fleet.lost, *draining}):
+                look |= dict.fromkeys(cluster.fleet.jobs_on(name))
         return look
 
     def _arm(self, state: _State, job_ids: Iterable[JobId], now: int) -> None:
@@ -467,8 +467,8 @@ class Controller:
         sight = self._sight
         if not sight.observed_at_ms:
             return
-        for name in cluster.nodes:
-            if name not in sight.nodes and name not in cluster.lost:
+        for name in cluster.fleet.nodes:
+            if name not in sight.nodes and name not in cluster.fleet.lost:
                 sight.node_absent_at_ms.setdefault(name, now)
         for job in cluster.jobs.values():
             for r in job.replicas.values():

@@ -12,11 +12,12 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import field, replace
-from typing import NamedTuple, assert_never
+from typing import NamedTuple
 
 from jobsched.core import events as ev
+from jobsched.core.fleet import Fleet
 from jobsched.core.job import Asked, Binding, Job, Phase, Reason, Replica, ReplicaId, ReplicaState, RoleShape, Shape
-from jobsched.core.ledger import ANY, GpuClass, Ledger
+from jobsched.core.ledger import Ledger
 from jobsched.core.lifecycle import REBINDS, take_evolved
 from jobsched.core.lines import Alike, Line, LineKey, Lines, Place, Rank, all_alike, equal_rank
 from jobsched.core.node import Cordon, Node
@@ -29,27 +30,19 @@ from jobsched.core.policies.paces import Paces
 from jobsched.core.policies.parts import Crowd, Parts, PoolKey, pool_key
 from jobsched.core.policies.pauses import Pauses
 from jobsched.core.policies.quota import Amounts, Quotas, amounts_of
-from jobsched.core.policies.ranking import Pool
-from jobsched.core.pools import BY as POOLS
 from jobsched.core.pools import NodePool
-from jobsched.core.resources import NOTHING, WHOLE_GPU, JobId, NodeName
+from jobsched.core.resources import NOTHING, JobId, NodeName
 from jobsched.core.shape import shape_of_job, sized_roles
 from jobsched.core.suspicion import (
     ACCUSING,
     BY,
-    PREFLIGHT_LABEL,
-    Accusation,
-    Checked,
-    Suspicion,
     accusation,
-    against_node,
 )
 from jobsched.core.values import dataclass
 from jobsched.spec.job import JobSpec
-from jobsched.spec.queue import CPU, GPUS, MEMORY, QueueSpec
+from jobsched.spec.queue import QueueSpec
 
 ENDED_KEPT = 10_000
-POOLS_KEPT = 1_000
 IMAGINED = 1_000
 """Most nodes of one pool that are imagined to see whether a job could ever fit."""
 SHAPES_KEPT = 10_000
@@ -93,19 +86,11 @@ class Cluster:
     """Position in the log that this state is folded up to."""
     jobs: dict[JobId, Job] = field(default_factory=dict)
     """Live jobs only."""
-    nodes: dict[NodeName, Node] = field(default_factory=dict)
-    lost: set[NodeName] = field(default_factory=set)
-    cordoned: dict[NodeName, Cordon] = field(default_factory=dict)
-    suspicions: dict[NodeName, Suspicion] = field(default_factory=dict)
-    accused: dict[NodeName, None] = field(default_factory=dict)
-    """Nodes against which something was held since `policies.health` last looked."""
-    checking: dict[NodeName, JobId] = field(default_factory=dict)
-    """Nodes on probation -> their check under way."""
-    checks: dict[NodeName, Checked] = field(default_factory=dict)
-    """How the last check of each node on probation ended."""
     queues: Mapping[str, QueueSpec] = field(default_factory=dict)
     """Another object whenever one is defined."""
     ledger: Ledger = field(default_factory=Ledger)
+    fleet: Fleet = field(init=False)
+    """The nodes, and what is bound on each."""
 
     lines: Lines = field(default_factory=Lines)
     """Jobs that may start now."""
@@ -124,7 +109,6 @@ class Cluster:
     """Running jobs with fewer replicas than wanted -> `Ledger.freed` when they were last found not to fit."""
     touched: dict[JobId, None] = field(default_factory=dict)
     """Jobs changed since the controller last converged them."""
-    on_node: dict[NodeName, dict[tuple[JobId, ReplicaId], tuple[Binding, RoleShape]]] = field(default_factory=dict)
     dependents: dict[JobId, list[JobId]] = field(default_factory=dict)
     ended: OrderedDict[JobId, bool] = field(default_factory=OrderedDict)
     """Recently ended job -> whether it succeeded; what jobs that wait for it are told."""
@@ -160,8 +144,6 @@ class Cluster:
     """Pools in which a job came, went or waits anew since the last re-plan."""
     parts: Parts = field(default_factory=Parts)
     """Scratch of `policies.preemption`."""
-    pools_moved: int = 0
-    """Rises when what may be bound where changes."""
     next_pass_ms: int = 0
     """When the order of a re-plan changes by itself; 0: not before something happens."""
     looked: tuple[int, int, int, int] | None = None
@@ -190,8 +172,6 @@ class Cluster:
     """On an `emptied` cluster: shape -> why it does not fit even there ("" when it does)."""
     _learned: Learned | None = None
     _emptied: Cluster | None = None
-    _capacity: dict[str, int] | None = None
-    _widest: dict[GpuClass, int] = field(default_factory=dict)
     _charged: dict[tuple[JobId, ReplicaId], Amounts] = field(default_factory=dict)
     """What each bound replica counts for in its queue; its GPUs' kind may be forgotten before it ends."""
     _known: dict[JobId, _Known] = field(default_factory=dict)
@@ -200,7 +180,9 @@ class Cluster:
     """Like jobs share one shape."""
     _shapes_of_specs: dict[int, tuple[JobSpec, Shape]] = field(default_factory=dict)
     """By identity of the spec, which is kept alive."""
-    _pools: dict[tuple[object, ...], tuple[Shape, Pool]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.fleet = Fleet(self.ledger)
 
     # ---- evolve ----
 
@@ -215,7 +197,7 @@ class Cluster:
             self.late[event.pool] = (self.late.get(event.pool, (0, 0))[0] + 1, event.at_ms)
         before = self.jobs.get(event.job_id)
         if type(event) in ACCUSING and (accused := accusation(before, event)) is not None:
-            self._accuse(*accused)
+            self.fleet.accuse(*accused)
         after = take_evolved(before, event)
         if before is None:
             self._add_job(after, event.at_ms)
@@ -225,35 +207,17 @@ class Cluster:
             self._change_job(before, after, event.at_ms, type(event) in REBINDS)
 
     def _evolve_nodes(self, event: ev.ClusterEvent) -> None:
-        match event:
-            case ev.NodeSeen(node=node):
-                for held in against_node(self.nodes.get(node.name), event):
-                    self._accuse(node.name, held)
-                self._note_delivery(node)
-                self._put_node(node)
-            case ev.NodeLost(node=name):
-                going = name in self.cordoned and self.cordoned[name].by == POOLS
-                for held in () if going else against_node(None, event):
-                    self._accuse(name, held)
-                self.idle_since.pop(name, None)
-                self.lost.add(name)
-                self.ledger.drop_node(name)
-                self._repool(name)
-                self._capacity = None
-            case ev.NodeCordoned(node=name):
-                self.cordoned[name] = cordon_of(event)
-                self._reopen(name)
-            case ev.NodeUncordoned(node=name):
-                self.cordoned.pop(name, None)
-                self.suspicions.pop(name, None)
-                self.accused.pop(name, None)
-                self.checks.pop(name, None)
-                self._reopen(name)
-            case ev.QueueDefined(queue=queue):
-                self._put_queue(queue)
-                self.ledger.unblock()
-            case _:
-                assert_never(event)
+        if isinstance(event, ev.QueueDefined):
+            self._put_queue(event.queue)
+            self.ledger.unblock()
+            return
+        if isinstance(event, ev.NodeSeen):
+            self._note_delivery(event.node)
+        if isinstance(event, ev.NodeLost):
+            self.idle_since.pop(event.node, None)
+        else:
+            self._emptied = None
+        self.fleet.evolve(event)
 
     @classmethod
     def of(
@@ -272,16 +236,16 @@ class Cluster:
     ) -> Cluster:
         """From a store's projections; equal to folding the log up to `seq`. `past`: jobs that ended, oldest first, to
         learn run times from; `estimates`: what was learned already."""
-        cluster = cls(seq=seq, cordoned=dict(cordoned), ended=OrderedDict(ended), rank=rank, alike=alike)
+        cluster = cls(seq=seq, ended=OrderedDict(ended), rank=rank, alike=alike)
+        cluster.fleet.cordoned.update(cordoned)
         cluster.estimates = estimates or cluster.estimates
         cluster.estimates.learn(past)
         for queue in queues:
             cluster._put_queue(queue)
         for node in nodes:
-            cluster._put_node(node)
+            cluster.fleet.put(node)
         for name in lost:
-            cluster.lost.add(name)
-            cluster.ledger.drop_node(name)
+            cluster.fleet.lose(name)
         for job in jobs:
             cluster._add_job(job, job.running_since_ms or job.attempt_started_at_ms)
         return cluster
@@ -296,48 +260,25 @@ class Cluster:
                 self._leave_line(job_id)
                 self._line_up(self.jobs[job_id])
 
-    def _accuse(self, name: NodeName, held: Accusation) -> None:
-        self.suspicions.setdefault(name, Suspicion()).add(held)
-        self.accused[name] = None
-
     def _note_delivery(self, node: Node) -> None:
-        if self.late and (node.name not in self.nodes or node.name in self.lost):
+        if self.late and (node.name not in self.fleet.nodes or node.name in self.fleet.lost):
             for pool in self.node_pools:
                 if pool.has(node):
                     self.late.pop(pool.name, None)
-
-    def _reopen(self, name: NodeName) -> None:
-        """Its cordon has changed: everything is worth another try."""
-        if name in self.nodes and name not in self.lost:
-            self._put_node(self.nodes[name])
-        else:
-            self._repool(name)
-        self.ledger.unblock()
 
     def emptied(self) -> Cluster:
         """The same nodes, all healthy, ready and used by nobody, and those that can be had; kept until a node changes.
         What could ever fit does here."""
         if self._emptied is None:
-            self._emptied = Cluster()
-            for node in self.nodes.values():
+            self._emptied, nodes = Cluster(), self.fleet.nodes.values()
+            for node in nodes:
                 gpus = tuple(replace(gpu, healthy=True) for gpu in node.gpus)
-                self._emptied._put_node(replace(node, gpus=gpus, foreign=NOTHING, foreign_gpus=(), ready=True))
+                self._emptied.fleet.put(replace(node, gpus=gpus, foreign=NOTHING, foreign_gpus=(), ready=True))
             for pool in self.node_pools:
-                have = sum(pool.has(node) for node in self.nodes.values())
+                have = sum(pool.has(node) for node in nodes)
                 for index in range(min(pool.max, IMAGINED) - have):
-                    self._emptied._put_node(pool.node(index))
+                    self._emptied.fleet.put(pool.node(index))
         return self._emptied
-
-    def _put_node(self, node: Node) -> None:
-        self._emptied = self._capacity = None
-        self.nodes[node.name] = node
-        self.lost.discard(node.name)
-        cordon = self.cordoned.get(node.name)
-        if cordon is not None and cordon.gpus:
-            gpus = tuple(replace(gpu, healthy=gpu.healthy and gpu.id not in cordon.gpus) for gpu in node.gpus)
-            node = replace(node, gpus=gpus)
-        self.ledger.put_node(node, self.on_node.get(node.name, {}).values())
-        self._repool(node.name)
 
     def _add_job(self, job: Job, at_ms: int) -> None:
         """A job came: usually just submitted, else as the projections have it."""
@@ -351,7 +292,7 @@ class Cluster:
         for dependency in job.waiting_for:
             self.dependents.setdefault(dependency, []).append(job_id)
         if job.owner == BY:
-            self._note_check(job, at_ms)
+            self.fleet.note_check(job, at_ms)
         if job.phase is Phase.QUEUED:
             self._note_asked(None, job)
             self._join_line(job)
@@ -374,7 +315,7 @@ class Cluster:
             self._note_asked(before, None)
             self.nominated.pop(job_id, None)
         if after.owner == BY:
-            self._note_check(after, at_ms)
+            self.fleet.note_check(after, at_ms)
         self.estimates.ended(after)
         self.paces.ended(job_id)
         self.ends.over(job_id)
@@ -394,7 +335,7 @@ class Cluster:
         if enters and after.array_id:
             self._count_array(was.active, after)
         if after.owner == BY:
-            self._note_check(after, at_ms)
+            self.fleet.note_check(after, at_ms)
         if (phase.active or was.active) and (
             enters or before.outcome is not after.outcome or before.priority != after.priority
             or (moves and self._known[job_id].shape.elastic)
@@ -431,20 +372,6 @@ class Cluster:
             self.growing[job_id] = -1
         else:
             self.growing.pop(job_id, None)
-
-    def _note_check(self, job: Job, at_ms: int) -> None:
-        """Keep `checking` and `checks` true when something happens to a job of jobsched itself."""
-        checked = job.labels.get(PREFLIGHT_LABEL)
-        if checked is None:
-            return
-        name = NodeName(checked)
-        if not job.phase.terminal:
-            self.checking[name] = job.id
-        elif self.checking.get(name) == job.id:
-            del self.checking[name]
-            before = self.checks.get(name)
-            row = 0 if job.phase is Phase.SUCCEEDED else 1 + (before.in_a_row if before is not None else 0)
-            self.checks[name] = Checked(at_ms, row)
 
     def _shape_of(self, job: Job) -> Shape:
         """One object for all jobs of like shape; computed once where they share their spec."""
@@ -586,11 +513,11 @@ class Cluster:
         binding, key = replica.binding, (job.id, rid)
         assert binding is not None
         if sign > 0:
-            self.on_node.setdefault(binding.node, {})[key] = (binding, role)
+            self.fleet.on_node.setdefault(binding.node, {})[key] = (binding, role)
             self.ledger.take(binding, role)
             amounts = self._charged[key] = self.amounts(binding, role)
         else:
-            del self.on_node[binding.node][key]
+            del self.fleet.on_node[binding.node][key]
             self.ledger.give(binding, role)
             amounts = self._charged.pop(key)
         self.quotas.book(job.spec.queue, job.owner, amounts, sign, at_ms)
@@ -666,7 +593,7 @@ class Cluster:
         """Inside a trial: as if these bound replicas of a job were gone, from their nodes and from its queue."""
         for replica in replicas:
             assert replica.binding is not None
-            self.ledger.lend(replica.binding, self.on_node[replica.binding.node][job.id, replica.id][1])
+            self.ledger.lend(replica.binding, self.fleet.on_node[replica.binding.node][job.id, replica.id][1])
             self.quotas.book(job.spec.queue, job.owner, self._charged[job.id, replica.id], -1)
 
     def take_back(self, job: Job, replicas: Iterable[Replica]) -> None:
@@ -675,7 +602,7 @@ class Cluster:
             binding = replica.binding
             assert binding is not None
             if binding.node in self.ledger.spaces:
-                self.ledger.take(binding, self.on_node[binding.node][job.id, replica.id][1])
+                self.ledger.take(binding, self.fleet.on_node[binding.node][job.id, replica.id][1])
             self.quotas.book(job.spec.queue, job.owner, self._charged[job.id, replica.id], 1)
 
     def lend_leaving(self) -> None:
@@ -706,54 +633,17 @@ class Cluster:
 
     def amounts(self, binding: Binding, role: RoleShape) -> Amounts:
         """What a binding would count for in its job's queue."""
-        return amounts_of(role, self.kind_of(binding), sum([share.milli for share in binding.gpus]))
+        return amounts_of(role, self.fleet.kind_of(binding), sum([share.milli for share in binding.gpus]))
 
     def charges(self) -> Iterator[tuple[tuple[JobId, ReplicaId], Amounts]]:
         """What each bound replica counts for in its queue."""
         yield from self._charged.items()
 
-    def capacity(self) -> Mapping[str, int]:
-        """Resource -> how much all healthy nodes have: GPUs of any kind, of each kind, CPUs, memory. Kept until a node
-        changes."""
-        if self._capacity is None:
-            found = {GPUS: 0, CPU: 0, MEMORY: 0}
-            self._widest = {ANY: max((node.cpu_milli for node in self.nodes.values()), default=1)}
-            for name, node in self.nodes.items():
-                if name in self.lost:
-                    continue
-                found[CPU] += node.cpu_milli
-                found[MEMORY] += node.memory_bytes
-                for gpu in node.gpus:
-                    found[GPUS] += WHOLE_GPU
-                    found[gpu.kind.lower()] = found.get(gpu.kind.lower(), 0) + WHOLE_GPU
-            for space in self.ledger.spaces.values():
-                for gpu_class in dict.fromkeys(space.gpu_class.values()):
-                    count = sum(each == gpu_class for each in space.gpu_class.values())
-                    self._widest[gpu_class] = max(count, self._widest.get(gpu_class, 1))
-            self._capacity = found
-        return self._capacity
-
-    def kind_of(self, binding: Binding) -> str:
-        """The kind of a binding's GPUs; "" when it has none, or they are unknown."""
-        if not binding.gpus:
-            return ""
-        space = self.ledger.spaces.get(binding.node)
-        if space is not None and binding.gpus[0].gpu in space.gpu_class:
-            return space.gpu_class[binding.gpus[0].gpu][0]
-        node = self.nodes.get(binding.node)
-        return next((g.kind.lower() for g in node.gpus if g.id == binding.gpus[0].gpu), "") if node else ""
-
     def gpu_kind(self, job: Job) -> str:
         """The kind of GPU that a job has; "": none, or several."""
         bound = [r.binding for r in job.replicas.values() if r.binding is not None and r.binding.gpus]
-        kinds = dict.fromkeys([self.kind_of(binding) for binding in bound])
+        kinds = dict.fromkeys([self.fleet.kind_of(binding) for binding in bound])
         return next(iter(kinds)) if len(kinds) == 1 else ""
-
-    def widest(self, gpu_class: GpuClass) -> int:
-        """The most GPUs of a class that one node has, 1 when there are none; of `ANY`, CPUs in thousandths. Kept until
-        a node changes."""
-        self.capacity()
-        return self._widest.get(gpu_class, 1)
 
     def lacking(self, job: Job) -> dict[str, int]:
         """Role -> how many replicas it has fewer than it should: than its target, its user's wish, or its spec."""
@@ -778,57 +668,6 @@ class Cluster:
         known = self._known.get(job_id)
         return None if known is None else known.line
 
-    def pool(self, shape: Shape) -> Pool:
-        """Nodes that something of this shape may be bound on at all: usable, with its labels, without taints or
-        avoidance against it. Kept true from one question to the next."""
-        key = pool_key(shape)
-        found = self._pools.get(key)
-        if found is None:
-            if len(self._pools) >= POOLS_KEPT:
-                self._pools.clear()
-            found = self._pools[key] = (shape, Pool(name for name in self.nodes if self._may_use(shape, name)))
-        return found[1]
-
-    def _may_use(self, shape: Shape, name: NodeName) -> bool:
-        return self.usable(name) and not self.unwelcome(shape, name)
-
-    def unwelcome(self, shape: Shape, name: NodeName) -> str:
-        """What keeps a shape off a node whatever is free there, in words; "": nothing does."""
-        node = self.nodes[name]
-        if name in shape.avoid:
-            return "to be avoided"
-        for key, value in shape.node_labels:
-            if node.label(key) != value:
-                return f"without label {key}={value}"
-        for taint in node.taints:
-            if taint not in shape.tolerate and taint.split("=")[0] not in shape.tolerate:
-                return f"with taint {taint}"
-        return ""
-
-    def _repool(self, name: NodeName) -> None:
-        """A node changed: it may belong to other pools now."""
-        self.pools_moved += 1
-        for shape, pool in self._pools.values():
-            if self._may_use(shape, name):
-                pool[name] = None
-            else:
-                pool.pop(name, None)
-        self.ledger.note_change(name)
-
-    def usable(self, name: NodeName) -> bool:
-        """Whether something new may be bound on the node."""
-        cordon = self.cordoned.get(name)
-        return self.is_up(name) and (cordon is None or bool(cordon.gpus))
-
-    def is_up(self, name: NodeName) -> bool:
-        """Whether the node is there and ready, cordoned or not."""
-        node = self.nodes.get(name)
-        return node is not None and node.ready and name not in self.lost
-
-    def jobs_on(self, name: NodeName) -> Iterator[JobId]:
-        """Jobs with a replica bound on the node, each once, in order of binding."""
-        yield from dict.fromkeys(job_id for job_id, _ in self.on_node.get(name, {}))
-
     def waiting_count(self) -> int:
         return self.lines.waiting
 
@@ -843,10 +682,6 @@ def _binding(replica: Replica | None) -> Binding | None:
 
 def _same_wishes(one: Job, other: Job) -> bool:
     return (one.stop_wish, one.cancel_by, one.wanted) == (other.stop_wish, other.cancel_by, other.wanted)
-
-
-def cordon_of(event: ev.NodeCordoned) -> Cordon:
-    return Cordon(event.drain, event.by, event.why, event.at_ms, event.gpus)
 
 
 def shrinks_anew(job: Job) -> bool:

@@ -38,7 +38,7 @@ class Addresses:
         if self.name_template:
             return self.name_template.format(job=job.id, attempt=job.attempt, role=replica.role, index=replica.index)
         assert replica.binding is not None
-        node = cluster.nodes.get(replica.binding.node)
+        node = cluster.fleet.nodes.get(replica.binding.node)
         return node.address if node is not None else ""
 
 

@@ -221,13 +221,13 @@ def _try(cluster: Cluster, shape: Shape, job: Job | None = None) -> Gang | Short
 def _shortage(cluster: Cluster, shape: Shape, short: Short) -> Why:
     """Names the resource that is short, with what is needed and what is free."""
     role = short.role
-    ledger = cluster.ledger
+    ledger, fleet = cluster.ledger, cluster.fleet
     want = f"{role.min} × {each_of(role)}"
-    spaces = [s for name, s in ledger.spaces.items() if cluster.usable(name) and not cluster.unwelcome(shape, name)]
+    spaces = [s for name, s in ledger.spaces.items() if fleet.usable(name) and not fleet.unwelcome(shape, name)]
     if role.gpu_milli:
         classes = ledger.matching(role)
         free = sum(s.whole.get(c, 0) for s in spaces for c in classes)
-        total = sum(1 for s in ledger.spaces.values() if not cluster.unwelcome(shape, s.node.name)
+        total = sum(1 for s in ledger.spaces.values() if not cluster.fleet.unwelcome(shape, s.node.name)
                     for c in s.gpu_class.values() if c in classes)  # fmt: skip
         most = max((s.whole.get(c, 0) for s in spaces for c in classes), default=0)
         text = f"role {role.role} needs {want}; {free} of {total} matching GPUs are free, at most {most} on one node"
@@ -244,7 +244,7 @@ def _shortage(cluster: Cluster, shape: Shape, short: Short) -> Why:
     text += _apart(cluster, shape)
     if shape.within:
         return Why(Reason.TOPOLOGY, f"{text}, all within one {shape.within}", f"placement: {{prefer: {shape.within}}}")
-    cordoned = [n for n in cluster.cordoned if n in cluster.nodes]
+    cordoned = [n for n in cluster.fleet.cordoned if n in cluster.fleet.nodes]
     if cordoned and short.placed < role.min:
         text += f" ({many(len(cordoned), 'node')} cordoned)"
     if not spaces and cordoned:
@@ -256,8 +256,8 @@ def _shortage(cluster: Cluster, shape: Shape, short: Short) -> Why:
 def _apart(cluster: Cluster, shape: Shape) -> str:
     """What the shape asks of its nodes beside room on them, and how many nodes are out of the question for it."""
     kept_off: dict[str, int] = {}
-    for name in cluster.nodes:
-        if words := cluster.unwelcome(shape, name):
+    for name in cluster.fleet.nodes:
+        if words := cluster.fleet.unwelcome(shape, name):
             kept_off[words] = kept_off.get(words, 0) + 1
     nodes = [f"{many(count, 'node')} {words}" for words, count in kept_off.items()]
     text = f", each on another {shape.spread}" if shape.spread else ""
@@ -291,7 +291,7 @@ def many(count: float, what: str) -> str:
 def could_ever_fit(cluster: Cluster, spec: JobSpec) -> str:
     """"" if the cluster, empty and healthy, could hold the job at its minimum; else why not, in a sentence. Costs a
     placement once per shape, until a node changes."""
-    if not cluster.nodes:
+    if not cluster.fleet.nodes:
         return ""
     shape = shape_of(spec)
     beyond = most_ever(cluster, spec.queue, shape)
@@ -311,7 +311,7 @@ def _misfit(empty: Cluster, shape: Shape) -> str:
         return ""
     role = result.role
     if role.gpu_milli:
-        kinds = sorted({g.kind for n in empty.nodes.values() for g in n.gpus})
+        kinds = sorted({g.kind for n in empty.fleet.nodes.values() for g in n.gpus})
         if not any(kind_matches(k.lower(), role.gpu_kinds) for k in kinds):
             want = f"a GPU of kind {'|'.join(role.gpu_kinds)}" if role.gpu_kinds else "any GPU"
             return f"no node has {want} for role '{role.role}' (there is: {', '.join(kinds) or 'none'})"

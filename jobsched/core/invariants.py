@@ -31,18 +31,21 @@ def _part(cluster: Cluster, job_ids: Iterable[JobId], names: Iterable[NodeName])
         for replica in job.replicas.values():
             if replica.binding is not None:
                 nodes[replica.binding.node] = None
-                if (job.id, replica.id) not in cluster.on_node.get(replica.binding.node, {}):
+                if (job.id, replica.id) not in cluster.fleet.on_node.get(replica.binding.node, {}):
                     yield f"{replica.id} of job {job.id} is not known on {replica.binding.node}"
     for name in nodes:
         space = cluster.ledger.spaces.get(name)
         if space is None:
             continue
         used: dict[GpuId, int] = {}
-        for (job_id, rid), (binding, _) in cluster.on_node.get(name, {}).items():
+        for (job_id, rid), (binding, _) in cluster.fleet.on_node.get(name, {}).items():
             owner = cluster.jobs.get(job_id)
             if owner is None or rid not in owner.replicas or owner.replicas[rid].binding != binding:
                 yield f"{name} is booked with {rid} of job {job_id}, which is not there"
             for share in binding.gpus:
+                used[share.gpu] = used.get(share.gpu, 0) + share.milli
+        for binding, _ in cluster.ledger.decided():
+            for share in binding.gpus if binding.node == name else ():
                 used[share.gpu] = used.get(share.gpu, 0) + share.milli
         for gpu, free in space.gpu_free.items():
             taken, foreign = used.get(gpu, 0), sum(s.milli for s in space.node.foreign_gpus if s.gpu == gpu)
@@ -72,6 +75,10 @@ def _problems(cluster: Cluster) -> Iterator[str]:
                 if (binding.node, port) in ports:
                     yield f"port {port} of {binding.node} is bound twice: {ports[binding.node, port]} and {who}"
                 ports[binding.node, port] = who
+    for binding, shape in cluster.ledger.decided():
+        cpu_used[binding.node] = cpu_used.get(binding.node, 0) + shape.cpu_milli
+        for share in binding.gpus:
+            gpu_used[binding.node, share.gpu] = gpu_used.get((binding.node, share.gpu), 0) + share.milli
     for (node, gpu), milli in gpu_used.items():
         if milli > WHOLE_GPU:
             yield f"gpu {gpu} of {node} is bound {milli / WHOLE_GPU:g} times"

@@ -90,9 +90,9 @@ def judge_nodes(
     for name in sorted(names):
         node = sight.nodes.get(name)
         if node is not None:
-            if cluster.nodes.get(name) != node or name in cluster.lost:
+            if cluster.fleet.nodes.get(name) != node or name in cluster.fleet.lost:
                 found.append(ev.NodeSeen(now_ms, node))
-        elif name in cluster.nodes and name not in cluster.lost:
+        elif name in cluster.fleet.nodes and name not in cluster.fleet.lost:
             absent = now_ms - sight.node_absent_at_ms.get(name, now_ms)
             if senses.absence_is_final or absent >= senses.lost_after_ms:
                 found.append(ev.NodeLost(now_ms, name, "no longer reported by the backend"))
@@ -116,7 +116,7 @@ class _Court:
             if job.cancel_by or job.waiting_for or job.spec.queue_deadline:
                 yield from self._queued()
             return
-        if job.cancel_by or job.stop_wish is not Reason.NONE or job.wanted or self.cluster.cordoned:
+        if job.cancel_by or job.stop_wish is not Reason.NONE or job.wanted or self.cluster.fleet.cordoned:
             yield from self._wishes()
         seen = self._seen()
         if self.sight.beat_at_ms:
@@ -167,7 +167,7 @@ class _Court:
         if job.stop_wish is not Reason.NONE:
             yield self._stopping(Phase.QUEUED, Cause(job.stop_wish))
             return
-        if self.cluster.cordoned and (drained := self._drained()):
+        if self.cluster.fleet.cordoned and (drained := self._drained()):
             cause = Cause(Reason.MOVED, FailureClass.PREEMPTED, f"node {min(drained)} is being drained")
             yield self._stopping(Phase.QUEUED, cause)
             return
@@ -177,7 +177,7 @@ class _Court:
 
     def _drained(self) -> set[NodeName]:
         """Nodes of the job that are to be emptied."""
-        draining = {name for name, cordon in self.cluster.cordoned.items() if cordon.drain}
+        draining = {name for name, cordon in self.cluster.fleet.cordoned.items() if cordon.drain}
         return draining & {r.binding.node for r in self.job.replicas.values() if r.binding}
 
     def _surplus(self, role: str) -> list[ReplicaId]:
@@ -278,12 +278,12 @@ class _Court:
     def _absent(self, seen: Seeing) -> Iterator[ev.JobEvent]:
         """Replicas that ran and are no longer there, or came and went unseen, or whose node is lost."""
         placed = [(rid, r) for rid, r in self.job.replicas.items() if r.state.desired and r.binding is not None]
-        if not placed or (not self.cluster.lost and all(rid in seen for rid, _ in placed)):
+        if not placed or (not self.cluster.fleet.lost and all(rid in seen for rid, _ in placed)):
             return
         on_lost_node: list[Replica] = []
         vanished: list[Replica] = []
         for rid, replica in placed:
-            if replica.binding is not None and replica.binding.node in self.cluster.lost:
+            if replica.binding is not None and replica.binding.node in self.cluster.fleet.lost:
                 on_lost_node.append(replica)
             elif rid not in seen and self._came(replica) and self._really_absent(replica):
                 vanished.append(replica)
@@ -389,8 +389,8 @@ class _Court:
         return code >= 128
 
     def _node_holds(self, name: NodeName) -> bool:
-        node = self.cluster.nodes.get(name)
-        return node is not None and node.ready and name not in self.cluster.lost
+        node = self.cluster.fleet.nodes.get(name)
+        return node is not None and node.ready and name not in self.cluster.fleet.lost
 
     def _may_move(self, role: str, leaving: int) -> bool:
         """Whether replicas of the role may come back elsewhere while the rest goes on: an elastic role that keeps its
@@ -497,7 +497,7 @@ class _Court:
 
     def _gone(self, replica: Replica) -> bool:
         """Whether nothing of the replica can be running any more, older restarts included."""
-        if replica.binding is not None and replica.binding.node in self.cluster.lost:
+        if replica.binding is not None and replica.binding.node in self.cluster.fleet.lost:
             return True
         alive = [key for key in self.sight.by_job.get(self.job.id, ()) if self.sight.alive(key)]
         if alive and any(f"/{self.job.attempt}/{replica.role}/{replica.index}/" in key for key in alive):

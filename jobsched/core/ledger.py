@@ -444,6 +444,10 @@ class Ledger:
         """Inside a trial: it is decided that these, which are taken, will be. They may stay taken until then."""
         self._stays += bindings
 
+    def decided(self) -> Iterator[tuple[Binding, RoleShape]]:
+        """What is taken for decisions that are not folded yet."""
+        yield from [(binding, role) for binding, role, _, _ in self._kept.values()]
+
     def settle(self) -> None:
         """What was decided on and has not come to be is put back. Done before anything else changes."""
         if self._kept:

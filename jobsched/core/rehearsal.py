@@ -69,7 +69,7 @@ class Picture:
         twin.mix, twin.targets = Mix.of(self.mix), dict(self.targets)
         twin.paces, twin.pauses = self.paces.as_they_are(), self.pauses.as_they_are()
         for claim in self.reservations:
-            twin.reservations[claim.job_id] = replace(claim, made_for=twin.pools_moved)
+            twin.reservations[claim.job_id] = replace(claim, made_for=twin.fleet.moved)
         twin.quotas.recall(self.accounts)
         return twin
 
@@ -77,19 +77,20 @@ class Picture:
 def picture_of(cluster: Cluster, waiting: Iterable[JobId] | None = None) -> Picture:
     """The cluster with all that runs and these waiting jobs; without any named, the first of every line. O(bound
     replicas + nodes + those)."""
-    bound = dict.fromkeys(job_id for on_node in cluster.on_node.values() for job_id, _ in on_node)
+    fleet = cluster.fleet
+    bound = dict.fromkeys(job_id for on_node in fleet.on_node.values() for job_id, _ in on_node)
     if waiting is None:
         lines = cluster.lines.values()
         each = min(PER_LINE, max(1, MOST // max(1, len(lines))))
         waiting = [place.job_id for line in lines for place in line.places[:each]]
     ids = dict.fromkeys((*bound, *waiting))
     return Picture(
-        tuple(cluster.jobs[job_id] for job_id in ids), tuple(cluster.nodes.values()), tuple(cluster.queues.values()),
-        tuple(sorted(cluster.lost)), tuple(cluster.cordoned.items()), tuple(cluster.ended.items()), cluster.seq,
+        tuple(cluster.jobs[job_id] for job_id in ids), tuple(fleet.nodes.values()), tuple(cluster.queues.values()),
+        tuple(sorted(fleet.lost)), tuple(fleet.cordoned.items()), tuple(cluster.ended.items()), cluster.seq,
         cluster.rank, cluster.alike, cluster.mix.noted(), cluster.estimates.as_they_are(ids),
         cluster.paces.as_they_are(), cluster.pauses.as_they_are(),
         {job_id: cluster.targets[job_id] for job_id in ids if job_id in cluster.targets},
-        tuple(c for c in cluster.reservations.values() if c.made_for == cluster.pools_moved and c.job_id in ids),
+        tuple(c for c in cluster.reservations.values() if c.made_for == fleet.moved and c.job_id in ids),
         cluster.quotas.noted(),
     )  # fmt: skip
 

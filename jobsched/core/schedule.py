@@ -510,7 +510,7 @@ class Heads:
 
     def __init__(self, run: Pass, lines: Iterable[Line]) -> None:
         self._cluster, self._policy, self._settled = run.cluster, run.policy, run.settled
-        self._capacity, self._now_ms = run.cluster.capacity(), run.now_ms
+        self._capacity, self._now_ms = run.cluster.fleet.capacity(), run.now_ms
         self._lines: dict[str, list[tuple[OrderKey, int, Line, int]]] = {}
         """Queue (or "": all queues) -> heap of its lines: (order, serial, line, place in it of its head)."""
         self._count = self._dropped = 0
@@ -832,7 +832,7 @@ def grow(run: Pass, job: Job) -> None:
             cluster.growing[job.id] = cluster.ledger.freed
             continue
         role = next(r for r in shape.roles if r.role == name)
-        kind = next((cluster.kind_of(b) for b in taken if b.role == name and b.gpus), "")
+        kind = next((cluster.fleet.kind_of(b) for b in taken if b.role == name and b.gpus), "")
         count = more(cluster, job, role, lacking, kind, run.now_ms)
         bindings = place_more(cluster, shape, role, _free_indices(job, name)[:count], taken, run.policy.score)
         if bindings:

@@ -26,7 +26,7 @@ def queue_answers(cluster: Cluster, now_ms: int) -> tuple[QueueAnswer, ...]:
             total[0] += waiting
             total[1] += active
     order = sorted(accounts.values(), key=lambda a: [each.name for each in reversed(a.path)])
-    capacity = cluster.capacity()
+    capacity = cluster.fleet.capacity()
     return tuple(_answer(a, totals[a.name], capacity, now_ms) for a in order if a.spec or a.members or a.name in own)
 
 

@@ -37,7 +37,7 @@ class Answers:
     def lively(self, also: Iterable[JobId] = ()) -> tuple[JobAnswer, ...]:
         """Every job that holds resources, and those named, for live views; at most `MAX_PAGE`."""
         with self._live.view() as (cluster, _):
-            holders = (job_id for node in cluster.on_node.values() for job_id, _ in node)
+            holders = (job_id for node in cluster.fleet.on_node.values() for job_id, _ in node)
             ids = list(dict.fromkeys((*also, *holders)))[:MAX_PAGE]
             known = {job_id: cluster.jobs.get(job_id) for job_id in ids}
         return self._listed([job for job_id in ids if (job := known[job_id] or self._store.job(job_id))])

@@ -23,7 +23,7 @@ def examine(
     with live.view() as (cluster, _):
         queues = tuple(cluster.queues)
         closed = _closed(cluster, spec.queue)
-        never = explain.could_ever_fit(cluster, spec) if fits and cluster.nodes else ""
+        never = explain.could_ever_fit(cluster, spec) if fits and cluster.fleet.nodes else ""
     return spec, unknown_queue(spec.queue, queues) or closed, never
 
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from jobsched.core import events as ev
 from jobsched.core.answers import NodeAnswer, NodeState
-from jobsched.core.cluster import Cluster, cordon_of
+from jobsched.core.cluster import Cluster
+from jobsched.core.fleet import cordon_of
 from jobsched.core.node import Cordon
 from jobsched.core.resources import NodeName, Resources
 from jobsched.core.suspicion import BY
@@ -25,7 +26,7 @@ class Nodes:
     def every(self) -> tuple[NodeAnswer, ...]:
         """Every node that was ever seen, by name."""
         with self._live.view() as (cluster, _):
-            return tuple(_node_answer(cluster, name) for name in sorted(cluster.nodes))
+            return tuple(_node_answer(cluster, name) for name in sorted(cluster.fleet.nodes))
 
     def cordon(self, name: str, *, drain: bool = False, by: str = "") -> NodeAnswer:
         """Bind nothing new on the node; with `drain`, its attempts save and move away."""
@@ -47,29 +48,29 @@ class Nodes:
 
     def _node(self, name: str) -> NodeAnswer:
         with self._live.view() as (cluster, _):
-            if name not in cluster.nodes:
-                raise NotFound(f"there is no node {name!r}", hint=suggest(name, tuple(cluster.nodes), "nodes"))
+            if name not in cluster.fleet.nodes:
+                raise NotFound(f"there is no node {name!r}", hint=suggest(name, tuple(cluster.fleet.nodes), "nodes"))
             return _node_answer(cluster, NodeName(name))
 
 
 def _node_answer(cluster: Cluster, name: NodeName) -> NodeAnswer:
     space = cluster.ledger.spaces.get(name)
     return NodeAnswer(
-        node=cluster.nodes[name],
+        node=cluster.fleet.nodes[name],
         free=cluster.ledger.free(name) if space else Resources(),
         free_gpus=space.whole_total if space else 0,
         state=_node_state(cluster, name),
-        cordon=cluster.cordoned.get(name),
-        jobs=tuple(cluster.jobs_on(name)),
+        cordon=cluster.fleet.cordoned.get(name),
+        jobs=tuple(cluster.fleet.jobs_on(name)),
     )
 
 
 def _node_state(cluster: Cluster, name: NodeName) -> NodeState:
-    if name in cluster.lost:
+    if name in cluster.fleet.lost:
         return "lost"
-    if not cluster.is_up(name):
+    if not cluster.fleet.is_up(name):
         return "not ready"
-    return "ready" if cluster.usable(name) else _cordoned(cluster.cordoned[name])
+    return "ready" if cluster.fleet.usable(name) else _cordoned(cluster.fleet.cordoned[name])
 
 
 def _cordoned(cordon: Cordon) -> NodeState:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final, cast
 
 from jobsched.core import events as ev
-from jobsched.core.cluster import cordon_of
+from jobsched.core.fleet import cordon_of
 from jobsched.core.job import Job
 from jobsched.core.lifecycle import Illegal, evolve_job
 from jobsched.core.node import Cordon, Node

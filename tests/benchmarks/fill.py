@@ -66,7 +66,7 @@ class Cluster:
     def halve(self) -> None:
         """Every other job of each node is cancelled."""
         with self.controller.view() as (cluster, _):
-            ids = [job_id for node in sorted(cluster.nodes) for job_id in list(cluster.jobs_on(node))[::2]]
+            ids = [job_id for node in sorted(cluster.fleet.nodes) for job_id in list(cluster.fleet.jobs_on(node))[::2]]
         self.store.append([ev.JobCancelRequested(self.clock.now_ms(), job_id, "me") for job_id in ids])
 
     def running(self, queue: str) -> int:

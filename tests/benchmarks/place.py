@@ -111,7 +111,7 @@ def choice(policy: str, name: str, random: Random, cluster: Cluster) -> Choice:
     if policy == "fgd":
         return Gradient.of(Counter(demand_of(shape.roles[0]) for shape in pods(name)))
     if policy == "random":
-        return Anywhere(random, cluster.pool(pods(name)[0]))
+        return Anywhere(random, cluster.fleet.pool(pods(name)[0]))
     baselines: dict[str, Choice] = {"packing": Packing(), "bestfit": BestFit()}
     return baselines.get(policy) or Score(policy)
 
@@ -120,7 +120,7 @@ def place(name: str, seed: int, policy: str) -> tuple[float, int, float]:
     """(unallocated GPUs in percent, pods that came, CPU seconds of learning and placing)."""
     random = Random(seed)
     cluster = empty_cluster(random)
-    capacity = sum(WHOLE_GPU * len(node.gpus) for node in cluster.nodes.values())
+    capacity = sum(WHOLE_GPU * len(node.gpus) for node in cluster.fleet.nodes.values())
     coming = arrivals(pods(name), capacity, random)
     how = choice(policy, name, random, cluster)
     used = 0

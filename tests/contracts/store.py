@@ -166,9 +166,9 @@ def assert_consistent(store: Store) -> None:
     assert loaded.seq == len(log)
     assert {j.id: j for j in loaded.jobs} == folded.jobs
     assert [j.id for j in loaded.jobs] == [j.id for j in reversed(listed) if not j.phase.terminal]
-    assert {n.name: n for n in loaded.nodes} == folded.nodes
-    assert set(loaded.lost_nodes) == folded.lost
-    assert dict(loaded.cordoned) == folded.cordoned
+    assert {n.name: n for n in loaded.nodes} == folded.fleet.nodes
+    assert set(loaded.lost_nodes) == folded.fleet.lost
+    assert dict(loaded.cordoned) == folded.fleet.cordoned
     assert {q.name: q for q in loaded.queues} == folded.queues
     assert store.count("phase") == _tally(j.phase.value for j in jobs.values())
     assert store.count("queue") == _tally(j.spec.queue for j in folded.jobs.values())

@@ -131,7 +131,7 @@ def test_an_elastic_role_goes_on_with_fewer_when_a_node_is_lost_and_grows_back()
     world.run_to_phase(job_id, Phase.RUNNING)
     node = world.job(job_id).replicas["worker/2"].binding
     assert node is not None
-    lost = world.cluster.nodes[node.node]
+    lost = world.cluster.fleet.nodes[node.node]
     world.engine.lose_node(lost.name)
     world.tick(3)
     job = world.job(job_id)

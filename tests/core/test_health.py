@@ -63,11 +63,11 @@ def test_different_jobs_failures_put_a_node_on_probation_until_its_check_passes(
     cordons = [s.event for s in world.store.read(0) if isinstance(s.event, ev.NodeCordoned)]
     assert [(c.node, c.by) for c in cordons] == [(BAD, BY)]
     assert cordons[0].why.startswith("4 failures: j00001 (ExitCode)")
-    world.run_until(lambda: BAD not in world.cluster.cordoned)
+    world.run_until(lambda: BAD not in world.cluster.fleet.cordoned)
     assert checks(world) == [Phase.SUCCEEDED]
     sick.gpu = "none"
     assert run(world, *[a_worker()] * 4) == [Phase.SUCCEEDED] * 4
-    assert world.cluster.suspicions == {}
+    assert world.cluster.fleet.suspicions == {}
 
 
 def test_nothing_new_runs_there_meanwhile_and_a_failed_check_is_repeated_ever_more_seldom() -> None:
@@ -81,22 +81,22 @@ def test_nothing_new_runs_there_meanwhile_and_a_failed_check_is_repeated_ever_mo
     assert waits[0] == pytest.approx(600_000, rel=0.05)
     assert waits[1] == pytest.approx(1_200_000, rel=0.05)
     sick.check = 0
-    world.run_until(lambda: BAD not in world.cluster.cordoned, limit_ms=24 * 3_600_000)
+    world.run_until(lambda: BAD not in world.cluster.fleet.cordoned, limit_ms=24 * 3_600_000)
 
 
 def test_one_job_that_fails_again_and_again_says_nothing_about_its_node() -> None:
     world = a_world(Sick(), nodes=1)
     run(world, a_worker(restart={"max": 8, "retry_on": [139], "backoff": "1s"}))
-    assert world.cluster.suspicions[BAD].score(world.clock.now_ms(), HEALTH.half_life_ms) < 1
-    assert not world.cluster.cordoned
+    assert world.cluster.fleet.suspicions[BAD].score(world.clock.now_ms(), HEALTH.half_life_ms) < 1
+    assert not world.cluster.fleet.cordoned
 
 
 def test_only_the_gpu_that_was_there_each_time_is_doubted() -> None:
     world = a_world(Sick(gpu="n1-g1", check=1), nodes=1, gpus=4, health=Health(threshold=1.4))
     for _ in range(3):
         run(world, *[a_worker()] * 4)
-    assert world.cluster.cordoned[BAD].gpus == ("n1-g1",)
-    assert "n1-g1 of node n1 is on probation" in world.cluster.cordoned[BAD].why
+    assert world.cluster.fleet.cordoned[BAD].gpus == ("n1-g1",)
+    assert "n1-g1 of node n1 is on probation" in world.cluster.fleet.cordoned[BAD].why
     assert run(world, *[a_worker()] * 3) == [Phase.SUCCEEDED] * 3
     waits = world.submit(a_worker(gpu="any:4"))
     world.tick(3)
@@ -109,8 +109,8 @@ def test_only_the_gpu_that_was_there_each_time_is_doubted() -> None:
 def test_without_a_check_trust_returns_with_time() -> None:
     world = a_world(Sick(), health=Health(threshold=1.5, half_life_ms=60_000, preflight=()))
     run(world, *[a_worker()] * 6)
-    assert BAD in world.cluster.cordoned
-    world.run_until(lambda: BAD not in world.cluster.cordoned)
+    assert BAD in world.cluster.fleet.cordoned
+    world.run_until(lambda: BAD not in world.cluster.fleet.cordoned)
     assert checks(world) == []
 
 
@@ -122,8 +122,8 @@ def test_a_server_that_starts_anew_keeps_the_probation_and_sees_to_the_check() -
     sick.check = 0
     world.controller = world.boot(Policy(health=HEALTH))
     world.tick(2)
-    assert world.cluster.cordoned[BAD].by == BY
-    world.run_until(lambda: BAD not in world.cluster.cordoned)
+    assert world.cluster.fleet.cordoned[BAD].by == BY
+    world.run_until(lambda: BAD not in world.cluster.fleet.cordoned)
 
 
 def test_a_node_that_comes_and_goes_is_doubted() -> None:
@@ -135,4 +135,4 @@ def test_a_node_that_comes_and_goes_is_doubted() -> None:
         world.tick(2)
         world.engine.put_node(node)
     world.tick(3)
-    assert world.cluster.cordoned[BAD].why.startswith("3 failures: ")
+    assert world.cluster.fleet.cordoned[BAD].why.startswith("3 failures: ")

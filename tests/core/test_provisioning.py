@@ -73,8 +73,8 @@ def test_a_gang_asks_once_and_whole_starts_when_all_is_there_and_the_nodes_go_wh
     assert asked(world, job_id) == [("a100", 2)]
     world.run_until(lambda: not world.engine.nodes())
     assert world.clock.now_ms() - ended >= 120_000
-    world.run_until(lambda: not world.cluster.cordoned)
-    assert world.cluster.suspicions == {}, "a node that was let go did nothing wrong"
+    world.run_until(lambda: not world.cluster.fleet.cordoned)
+    assert world.cluster.fleet.suspicions == {}, "a node that was let go did nothing wrong"
 
 
 def test_nothing_is_asked_for_what_fits_or_is_over_its_quota_or_never_fits() -> None:
@@ -121,7 +121,7 @@ def test_pools_grow_to_their_maximum_and_no_further() -> None:
     assert [len(asked(world, job_id)) for job_id in jobs] == [1, 1, 1, 0, 0]
     assert world.engine.demands[0].nodes == 3
     world.run_until(lambda: all(world.job(j).phase is Phase.SUCCEEDED for j in jobs))
-    assert len(set(world.cluster.nodes)) == 3
+    assert len(set(world.cluster.fleet.nodes)) == 3
 
 
 def test_a_pool_keeps_its_minimum_and_nodes_that_run_something() -> None:
@@ -168,7 +168,7 @@ def test_nodes_that_nobody_takes_away_are_used_again() -> None:
     world = a_world(a_pool(idle_ms=1_000, delay_ms=5_000))
     world.run_to_phase(world.submit(a_gang(4)), Phase.SUCCEEDED)
     world.engine.keeps = True
-    world.run_until(lambda: any(c.by == BY for c in world.cluster.cordoned.values()))
+    world.run_until(lambda: any(c.by == BY for c in world.cluster.fleet.cordoned.values()))
     (node,) = world.engine.nodes()
     world.tick(100, step_ms=1_000)
     again = world.submit(a_gang(4))

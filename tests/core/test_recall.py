@@ -70,7 +70,7 @@ def pause(world: World, for_ms: int) -> None:
 
 def known(cluster: Cluster, now_ms: int) -> dict[str, object]:
     """What the next leader should know, as numbers."""
-    quotas, capacity = cluster.quotas, cluster.capacity()
+    quotas, capacity = cluster.quotas, cluster.fleet.capacity()
     found: dict[str, object] = {}
     for name, account in quotas.accounts.items():
         found[f"share {name}"] = share(account, capacity, FairShare(3_600_000), now_ms)

@@ -200,8 +200,8 @@ class Life(RuleBasedStateMachine):
                 jobs[job_id] = evolve_job(jobs.get(job_id), stored.event)  # type: ignore[arg-type]
         live = self.world.cluster
         assert replayed.jobs == live.jobs
-        assert replayed.nodes == live.nodes
-        assert (replayed.lost, replayed.cordoned) == (live.lost, live.cordoned)
+        assert replayed.fleet.nodes == live.fleet.nodes
+        assert (replayed.fleet.lost, replayed.fleet.cordoned) == (live.fleet.lost, live.fleet.cordoned)
         assert not invariants.check(replayed)
         assert {n: a.held.get(GPUS, 0) for n, a in replayed.quotas.accounts.items()} == {
             n: a.held.get(GPUS, 0) for n, a in live.quotas.accounts.items()

@@ -57,7 +57,7 @@ def drop_stale(cluster: Cluster) -> None:
     kept = {
         job_id: claim
         for job_id, claim in cluster.reservations.items()
-        if cluster.waits(job_id) and claim.made_for == cluster.pools_moved
+        if cluster.waits(job_id) and claim.made_for == cluster.fleet.moved
     }
     if len(kept) < len(cluster.reservations):
         cluster.reservations = kept
@@ -90,7 +90,7 @@ def reserve(
     at_ms, gang = found
     roles = {role.role: role for role in shape.roles}
     seats = tuple((binding, roles[binding.role]) for binding in gang.bindings)
-    return Reservation(job.id, at_ms, seats, key, gang.coordinator_port, cluster.pools_moved)
+    return Reservation(job.id, at_ms, seats, key, gang.coordinator_port, cluster.fleet.moved)
 
 
 def reserve_limit(
@@ -117,7 +117,7 @@ def reserve_limit(
         return None
     owner = job.owner if refused.reason is Reason.QUOTA_USER else ""
     return Reservation(
-        job.id, ends[many - 1][0], (), key, made_for=cluster.pools_moved, queue=job.spec.queue, owner=owner
+        job.id, ends[many - 1][0], (), key, made_for=cluster.fleet.moved, queue=job.spec.queue, owner=owner
     )
 
 
@@ -264,7 +264,7 @@ def seats_free(cluster: Cluster, claim: Reservation, shape: Shape) -> bool:
 def seats_of(cluster: Cluster, job: Job) -> tuple[tuple[Binding, RoleShape], ...]:
     """What an active job holds."""
     return tuple(
-        cluster.on_node[r.binding.node][job.id, r.id] for r in job.replicas.values() if r.binding is not None
+        cluster.fleet.on_node[r.binding.node][job.id, r.id] for r in job.replicas.values() if r.binding is not None
     )
 
 

@@ -86,7 +86,7 @@ def _enough_free(cluster: Cluster, shape: Shape) -> bool:
     if widest is None:
         return False
     need = sum(r.min * (r.gpu_milli // WHOLE_GPU) for r in shape.roles)
-    pool, classes = cluster.pool(shape), set(cluster.ledger.matching(widest))
+    pool, classes = cluster.fleet.pool(shape), set(cluster.ledger.matching(widest))
     spaces = cluster.ledger.spaces
     return sum(n for name in pool if name in spaces for c, n in spaces[name].whole.items() if c in classes) >= need
 
@@ -184,8 +184,8 @@ def _bundles(
     assert widest is not None
     level = shape.within or "node"
     need = sum(r.min * r.gpu_milli for r in shape.roles) if shape.within else widest.gpu_milli
-    classes, pool = set(cluster.ledger.matching(widest)), cluster.pool(shape)
-    in_question = {domain(cluster.nodes[name], level) for name in nodes if name in pool}
+    classes, pool = set(cluster.ledger.matching(widest)), cluster.fleet.pool(shape)
+    in_question = {domain(cluster.fleet.nodes[name], level) for name in nodes if name in pool}
     domains: dict[str, dict[NodeName, Space]] = {}
     for name, space in cluster.ledger.spaces.items():
         if name in pool and (key := domain(space.node, level)) in in_question:
@@ -198,7 +198,7 @@ def _bundles(
             continue  # room enough: something else is missing there
         offers = [
             move
-            for job_id in dict.fromkeys(job_id for space in spaces for job_id in cluster.jobs_on(space.node.name))
+            for job_id in dict.fromkeys(job_id for space in spaces for job_id in cluster.fleet.jobs_on(space.node.name))
             if (move := _offer(cluster.jobs[job_id], job, names, now_ms, how)) is not None
         ]
         chosen: list[Move] = []

@@ -125,7 +125,7 @@ class Mover:
 
     def per_node(self, cluster: Cluster) -> int:
         """Most replicas on one node."""
-        each, widest = self.role.gpu_milli, cluster.widest(self.pool)
+        each, widest = self.role.gpu_milli, cluster.fleet.widest(self.pool)
         if self.pool == ANY:
             return max(1, widest // max(1, self.role.cpu_milli))
         return max(1, widest * (WHOLE_GPU // each) if self.shares else widest // (each // WHOLE_GPU))
@@ -211,7 +211,7 @@ def _free(cluster: Cluster, movers: Iterable[Mover]) -> Supply:
         if mover.shares:
             parts[mover.pool] = min(mover.role.gpu_milli, parts.get(mover.pool, WHOLE_GPU))
     for name, space in cluster.ledger.spaces.items():
-        if cluster.usable(name):
+        if cluster.fleet.usable(name):
             cpu, memory = cpu + space.cpu_milli, memory + space.memory_bytes
             for gpu_class, count in space.whole.items():
                 free[gpu_class] = free.get(gpu_class, 0) + count * WHOLE_GPU
@@ -633,7 +633,7 @@ def start_gang(cluster: Cluster, job: Job, shape: Shape, now_ms: int) -> Gang | 
     for name, wanted in target.sizes:
         kinds = roles[name].gpu_kinds
         counts[name] = more(cluster, job, roles[name], wanted, kinds[0] if len(kinds) == 1 else "", now_ms)
-    seats = [(binding, roles[binding.role]) for binding in target.bindings if cluster.usable(binding.node)]
+    seats = [(binding, roles[binding.role]) for binding in target.bindings if cluster.fleet.usable(binding.node)]
     whole = bool(seats) and len(seats) == len(target.bindings) and tuple(counts.items()) == target.sizes
     if whole and cluster.ledger.take_all(seats):
         return Gang(target.bindings, target.coordinator_port)

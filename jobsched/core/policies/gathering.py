@@ -109,6 +109,6 @@ def _fewest(cluster: Cluster, bookings: Bookings) -> int:
         if space is None:
             break
         if role.gpu_milli >= WHOLE_GPU and binding.gpus:
-            widest = cluster.widest(space.gpu_class[binding.gpus[0].gpu])
+            widest = cluster.fleet.widest(space.gpu_class[binding.gpus[0].gpu])
             return -(-_gpu_milli(bookings) // (widest * WHOLE_GPU))
     return len(nodes_of(bookings))

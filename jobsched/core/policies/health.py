@@ -51,12 +51,12 @@ def doubts(cluster: Cluster, now_ms: int, health: Health) -> list[Decision]:
     """What follows from the suspicions: probation, checks, trust. Cost: nodes that were accused since the last look and
     nodes on probation."""
     decisions: list[Decision] = []
-    accused, cluster.accused = cluster.accused, {}
+    accused, cluster.fleet.accused = cluster.fleet.accused, {}
     for name in accused:
-        if name in cluster.nodes and name not in cluster.cordoned:
+        if name in cluster.fleet.nodes and name not in cluster.fleet.cordoned:
             decisions += _accused(cluster, name, now_ms, health)
-    for name, cordon in cluster.cordoned.items():
-        if cordon.by == BY and cluster.is_up(name):
+    for name, cordon in cluster.fleet.cordoned.items():
+        if cordon.by == BY and cluster.fleet.is_up(name):
             decisions += _on_probation(cluster, name, cordon, now_ms, health)
     return decisions
 
@@ -64,18 +64,18 @@ def doubts(cluster: Cluster, now_ms: int, health: Health) -> list[Decision]:
 def next_look_ms(cluster: Cluster, health: Health) -> int:
     """When a node on probation needs a look by itself; 0: none does."""
     found = [
-        _due_ms(cluster, name, cordon, health) for name, cordon in cluster.cordoned.items()
-        if cordon.by == BY and cluster.is_up(name) and name not in cluster.checking
+        _due_ms(cluster, name, cordon, health) for name, cordon in cluster.fleet.cordoned.items()
+        if cordon.by == BY and cluster.fleet.is_up(name) and name not in cluster.fleet.checking
     ]  # fmt: skip
     return min(found, default=0)
 
 
 def _accused(cluster: Cluster, name: NodeName, now_ms: int, health: Health) -> Iterable[Decision]:
-    suspicion = cluster.suspicions[name]
+    suspicion = cluster.fleet.suspicions[name]
     if suspicion.score(now_ms, health.half_life_ms) < health.threshold:
         return ()
     gpu = suspicion.the_gpu()
-    whole = gpu is None or len(cluster.nodes[name].gpus) == 1
+    whole = gpu is None or len(cluster.fleet.nodes[name].gpus) == 1
     what = f"node {name}" if whole else f"{gpu} of node {name}"
     why = f"{suspicion.said()}; {what} is on probation"
     return (ev.NodeCordoned(now_ms, name, BY, why=why, gpus=() if whole or gpu is None else (gpu,)),)
@@ -85,7 +85,7 @@ def _due_ms(cluster: Cluster, name: NodeName, cordon: Cordon, health: Health) ->
     """When the node is looked at next: its next check, or when its score will have halved twice."""
     if not health.preflight:
         return cordon.since_ms + 2 * health.half_life_ms
-    failed = cluster.checks.get(name)
+    failed = cluster.fleet.checks.get(name)
     if failed is None:
         return cordon.since_ms
     return failed.at_ms + (health.recheck_ms << min(failed.in_a_row - 1, RECHECK_MAX))
@@ -94,10 +94,10 @@ def _due_ms(cluster: Cluster, name: NodeName, cordon: Cordon, health: Health) ->
 def _on_probation(
     cluster: Cluster, name: NodeName, cordon: Cordon, now_ms: int, health: Health
 ) -> Iterable[Decision]:
-    failed = cluster.checks.get(name)
+    failed = cluster.fleet.checks.get(name)
     if failed is not None and not failed.in_a_row:
         return (ev.NodeUncordoned(now_ms, name, BY),)
-    if name in cluster.checking or now_ms < _due_ms(cluster, name, cordon, health):
+    if name in cluster.fleet.checking or now_ms < _due_ms(cluster, name, cordon, health):
         return ()
     if not health.preflight:
         return (ev.NodeUncordoned(now_ms, name, BY),)
@@ -110,7 +110,7 @@ def _check(
 ) -> Iterable[Decision]:
     """A job of one replica on that very node, with every GPU of it that nobody holds (or the doubted ones)."""
     gpus = tuple(
-        gpu.id for gpu in cluster.nodes[name].gpus
+        gpu.id for gpu in cluster.fleet.nodes[name].gpus
         if gpu.healthy and (not cordon.gpus or gpu.id in cordon.gpus) and not _held(cluster, name, gpu.id)
     )  # fmt: skip
     if (space.node.gpus and not gpus) or space.cpu_milli < CHECK_CPU_MILLI:
@@ -118,7 +118,7 @@ def _check(
     ports = cluster.ledger.ports(name, 2)
     if ports is None:
         return ()
-    serial = cluster.checks[name].in_a_row if name in cluster.checks else 0
+    serial = cluster.fleet.checks[name].in_a_row if name in cluster.fleet.checks else 0
     job_id = _job_id(now_ms, f"{name}/{serial}")
     job_name = f"preflight-{job_id[-8:]}"
     spec = JobSpec.model_validate({
@@ -139,7 +139,8 @@ def _check(
 
 
 def _held(cluster: Cluster, name: NodeName, gpu: GpuId) -> bool:
-    return any(share.gpu == gpu for binding, _ in cluster.on_node.get(name, {}).values() for share in binding.gpus)
+    bound = cluster.fleet.on_node.get(name, {}).values()
+    return any(share.gpu == gpu for binding, _ in bound for share in binding.gpus)
 
 
 def _job_id(now_ms: int, salt: str) -> JobId:

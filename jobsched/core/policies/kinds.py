@@ -199,7 +199,7 @@ def _capacity(cluster: Cluster, runnable: Sequence[Job]) -> dict[str, int]:
     """Thousandths of GPUs of each kind on the nodes that any of these jobs may use."""
     pools = {pool_key(shape): shape for shape in {id(s): s for s in map(cluster.shape, runnable)}.values()}
     found: dict[str, int] = {}
-    for name in dict.fromkeys(name for shape in pools.values() for name in cluster.pool(shape)):
+    for name in dict.fromkeys(name for shape in pools.values() for name in cluster.fleet.pool(shape)):
         for kind, _ in cluster.ledger.spaces[name].gpu_class.values():
             found[kind] = found.get(kind, 0) + WHOLE_GPU
     return found

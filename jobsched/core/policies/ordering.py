@@ -61,7 +61,7 @@ class Factors:
 def multifactor(cluster: Cluster, now_ms: int, how: Factors) -> Ordering:
     """The highest sum of weighted factors first, then rank, earlier submission, id. Holds for one pass; queues' factors
     follow what it starts."""
-    capacity, half_life_ms = cluster.capacity(), cluster.quotas.half_life_ms
+    capacity, half_life_ms = cluster.fleet.capacity(), cluster.quotas.half_life_ms
     gpus = max(1, capacity.get(GPUS, 0))
     weights = sum(a.weight for a in cluster.quotas.accounts.values() if not a.members) or 1
 
@@ -195,7 +195,7 @@ def finish_time_fairness(told: Told) -> Order:
     the cluster (Themis, NSDI'20)."""
 
     def order(cluster: Cluster, runnable: Sequence[Job], now_ms: int) -> list[Turn]:
-        capacity = max(1, cluster.capacity()[GPUS])
+        capacity = max(1, cluster.fleet.capacity()[GPUS])
         asked = sum(gpus_milli(job) for job in runnable)
         crowding = max(1.0, asked / capacity)
         rows = []
@@ -342,7 +342,7 @@ def knapsack(told: Told) -> Order:
             sizes.setdefault(max(1, ceil(gpus_milli(job) / WHOLE_GPU)), []).append(
                 (left, job.submitted_at_ms, job.id, job)
             )
-        room = cluster.capacity()[GPUS] // WHOLE_GPU
+        room = cluster.fleet.capacity()[GPUS] // WHOLE_GPU
         value = [0.0] * (room + 1)
         chosen: list[tuple[tuple[int, int], ...]] = [()] * (room + 1)
         for size in sorted(sizes, reverse=True):

@@ -94,7 +94,7 @@ def place_more(
 ) -> tuple[Binding, ...]:
     """Bindings for as many more replicas of a running gang as fit, in the GPU class that its role already uses, on the
     nodes that it already has if they have room."""
-    ledger = cluster.ledger
+    ledger, nodes = cluster.ledger, cluster.fleet.nodes
     classes = ledger.matching(role) if role.gpu_milli else (ANY,)
     siblings = [b for b in taken if b.role == role.role]
     for sibling in siblings:
@@ -102,11 +102,11 @@ def place_more(
         if sibling.gpus and space is not None and sibling.gpus[0].gpu in space.gpu_class:
             classes = (space.gpu_class[sibling.gpus[0].gpu],)
             break
-    among: Collection[NodeName] = cluster.pool(shape)
+    among: Collection[NodeName] = cluster.fleet.pool(shape)
     if shape.within and taken:
-        names = {domain(cluster.nodes[b.node], shape.within) for b in taken if b.node in cluster.nodes}
-        among = dict.fromkeys([name for name in among if domain(cluster.nodes[name], shape.within) in names])
-    seen = [domain(cluster.nodes[b.node], shape.spread) for b in siblings if shape.spread and b.node in cluster.nodes]
+        names = {domain(nodes[b.node], shape.within) for b in taken if b.node in nodes}
+        among = dict.fromkeys([name for name in among if domain(nodes[name], shape.within) in names])
+    seen = [domain(nodes[b.node], shape.spread) for b in siblings if shape.spread and b.node in nodes]
     near = dict.fromkeys(b.node for b in siblings if b.node in among)
     return tuple(_place_role(cluster, shape, role, list(indices), classes, among, _resolve(cluster, score), near, seen))
 
@@ -119,7 +119,7 @@ def _resolve(cluster: Cluster, score: Choice) -> Choice:
 
 def _candidates(cluster: Cluster, shape: Shape, avoid: Collection[NodeName]) -> Iterator[Collection[NodeName]]:
     """Sets of nodes to try in turn."""
-    pool = cluster.pool(shape)
+    pool = cluster.fleet.pool(shape)
     pools: list[Collection[NodeName]] = [pool]
     if any(name in pool for name in avoid):
         pools.insert(0, dict.fromkeys([name for name in pool if name not in avoid]))
@@ -172,7 +172,7 @@ def _place(cluster: Cluster, shape: Shape, among: Collection[NodeName], how: Cho
             mine = [b for b in bindings if b.role == role.role]
             classes = _used(cluster, mine) or ledger.matching(role) if role.gpu_milli else (ANY,)
             near = dict.fromkeys(b.node for b in mine)
-            seen = [domain(cluster.nodes[b.node], shape.spread) for b in mine] if shape.spread else []
+            seen = [domain(cluster.fleet.nodes[b.node], shape.spread) for b in mine] if shape.spread else []
             more = list(range(role.min, role.prefer))
             bindings += _place_role(cluster, shape, role, more, classes, among, how, near, seen)
     return Gang(tuple(bindings), coordinator[0] if coordinator else 0)
@@ -242,7 +242,7 @@ def _place_role(
         if shape.spread:
             left = 1
             if met:
-                nodes = cluster.nodes
+                nodes = cluster.fleet.nodes
                 where = dict.fromkeys([name for name in among if domain(nodes[name], shape.spread) not in met])
         found = _find(cluster, role, classes, near, left, Score.PACK) if near and not shape.spread else None
         near = near if found is not None else ()
@@ -254,7 +254,7 @@ def _place_role(
         for index in indices[len(placed) : len(placed) + fit.count]:
             placed.append(_bind(cluster, role, index, cls, fit))
         if shape.spread:
-            met[domain(cluster.nodes[fit.node], shape.spread)] = None
+            met[domain(cluster.fleet.nodes[fit.node], shape.spread)] = None
     return placed
 
 
@@ -370,8 +370,8 @@ def _distinct(
 ) -> list[tuple[Fit, GpuClass]]:
     """Every place for one replica, one of those that are alike. Replicas of a role are alike too, so they go in the
     order of nodes, from the `last` on."""
-    ledger = cluster.ledger
-    met = [domain(cluster.nodes[b.node], shape.spread) for b in placed if b.role == role.role] if shape.spread else []
+    ledger, nodes = cluster.ledger, cluster.fleet.nodes
+    met = [domain(nodes[b.node], shape.spread) for b in placed if b.role == role.role] if shape.spread else []
     found: dict[object, tuple[Fit, GpuClass]] = {}
     for name in names:
         space = ledger.spaces[name]

@@ -82,8 +82,8 @@ def replan(
     or comes due."""
     parts = cluster.parts
     everything = parts.renew(
-        (cluster.pools_moved, cluster.ledger.unblocked), cluster.queues.values(), cluster.crowds, cluster.pool,
-        cluster.nodes,
+        (cluster.fleet.moved, cluster.ledger.unblocked), cluster.queues.values(), cluster.crowds, cluster.fleet.pool,
+        cluster.fleet.nodes,
     )
     dirty = {parts.part_of[key]: None for key in cluster.stirred if key in parts.part_of}
     dirty |= {part: None for part, due in parts.due_ms.items() if due <= now_ms}
@@ -313,7 +313,7 @@ def _exchange(
 def _seat(cluster: Cluster, job: Job, want: _Wanted, score: Score) -> Gang | None:
     """The seats of one that is to start, taken."""
     gang = want.exchanged
-    if gang is not None and not any(b.node in job.avoid or not cluster.usable(b.node) for b in gang.bindings):
+    if gang is not None and not any(b.node in job.avoid or not cluster.fleet.usable(b.node) for b in gang.bindings):
         roles = {role.role: role for role in want.shape.roles}
         if _sit_again(cluster, [(binding, roles[binding.role]) for binding in gang.bindings]):
             return gang
@@ -330,7 +330,7 @@ def of_kind(shape: Shape, kind: str) -> Shape:
 
 
 def _kinds(cluster: Cluster, bookings: _Bookings) -> tuple[str, ...]:
-    return tuple(dict.fromkeys([cluster.kind_of(binding) for binding, _ in bookings if binding.gpus]))
+    return tuple(dict.fromkeys([cluster.fleet.kind_of(binding) for binding, _ in bookings if binding.gpus]))
 
 
 def _fewest_victims(

@@ -43,7 +43,7 @@ def provision(cluster: Cluster, now_ms: int) -> list[Decision]:
     wanted = _ask(cluster, asking, target, going, now_ms, decisions)
     for pool in cluster.node_pools:
         _let_go(cluster, pool, kept[pool.name], pool.name in wanted, now_ms, decisions)
-    gone = [name for name, cordon in cluster.cordoned.items() if cordon.by == BY and name in cluster.lost]
+    gone = [name for name, cordon in cluster.fleet.cordoned.items() if cordon.by == BY and name in cluster.fleet.lost]
     decisions += [ev.NodeUncordoned(now_ms, name, BY) for name in gone]
     return decisions
 
@@ -70,11 +70,11 @@ def _members(cluster: Cluster) -> tuple[dict[str, list[NodeName]], dict[str, lis
     """Nodes of each pool that are there: those that are kept, and those that are to go."""
     kept: dict[str, list[NodeName]] = {pool.name: [] for pool in cluster.node_pools}
     going: dict[str, list[NodeName]] = {pool.name: [] for pool in cluster.node_pools}
-    for name, node in cluster.nodes.items():
+    for name, node in cluster.fleet.nodes.items():
         pool = next((pool for pool in cluster.node_pools if pool.has(node)), None)
-        if pool is None or name in cluster.lost:
+        if pool is None or name in cluster.fleet.lost:
             continue
-        cordon = cluster.cordoned.get(name)
+        cordon = cluster.fleet.cordoned.get(name)
         (going if cordon is not None and cordon.by == BY else kept)[pool.name].append(name)
     return kept, going
 
@@ -194,7 +194,7 @@ def _count(cluster: Cluster, job: Job, shape: Shape) -> None:
 
 def _kept_after_all(cluster: Cluster, pool: NodePool, going: list[NodeName], now_ms: int) -> list[NodeName]:
     """Nodes that were to go long ago and still are there: whoever owns them keeps them."""
-    return [name for name in going if now_ms - cluster.cordoned[name].since_ms >= LATE_FACTOR * pool.delay_ms]
+    return [name for name in going if now_ms - cluster.fleet.cordoned[name].since_ms >= LATE_FACTOR * pool.delay_ms]
 
 
 def _backoff_until(pool: NodePool, cluster: Cluster) -> int:
@@ -211,7 +211,7 @@ def _let_go(
     """Nodes that were idle for long enough, while nobody waits for the pool; those that run or hold something never."""
     spare = len(kept) - pool.min
     for name in kept:
-        if cluster.on_node.get(name) or wanted or cluster.nominated or name in cluster.cordoned:
+        if cluster.fleet.on_node.get(name) or wanted or cluster.nominated or name in cluster.fleet.cordoned:
             cluster.idle_since.pop(name, None)
             continue
         _, since_ms = cluster.idle_since.setdefault(name, (pool.name, now_ms))

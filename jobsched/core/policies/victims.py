@@ -393,7 +393,8 @@ def _by_place(cluster: Cluster, job: Job, victims: list[Victim]) -> list[Victim]
     cheapest that free enough for one more replica form a bundle, and the cheapest bundles go first."""
     widest = max(cluster.shape(job).roles, key=lambda r: (r.gpu_milli, r.cpu_milli))
     on_node: dict[NodeName, list[tuple[Victim, int]]] = {}
-    pool, spaces, cheapest = cluster.pool(cluster.shape(job)), cluster.ledger.spaces, sorted(victims, key=_CHEAPEST)
+    pool, spaces = cluster.fleet.pool(cluster.shape(job)), cluster.ledger.spaces
+    cheapest = sorted(victims, key=_CHEAPEST)
     classes = dict.fromkeys(cluster.ledger.matching(widest)) if widest.gpu_milli else {}
     for victim in cheapest:
         for node, amount in victim.frees.items():
@@ -426,7 +427,7 @@ def _frees_on(cluster: Cluster, victim: Victim, node: NodeName, classes: Mapping
         if classes:
             found += sum([share.milli for share in binding.gpus if space.gpu_class.get(share.gpu) in classes])
         else:
-            found += cluster.on_node[node][victim.job.id, replica.id][1].cpu_milli
+            found += cluster.fleet.on_node[node][victim.job.id, replica.id][1].cpu_milli
     return found
 
 
