@@ -9,8 +9,8 @@ from typing import Protocol
 from jobsched.core.answers import JobProgress
 from jobsched.core.cluster import Cluster
 from jobsched.core.observation import Sight
+from jobsched.core.passes import Policy
 from jobsched.core.resources import JobId
-from jobsched.core.schedule import Policy
 from jobsched.logs import Listener
 
 

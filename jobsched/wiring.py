@@ -28,6 +28,7 @@ from jobsched import __version__
 from jobsched.controller.loop import Controller
 from jobsched.core.answers import Check
 from jobsched.core.lines import all_alike, equal_rank
+from jobsched.core.passes import Policy
 from jobsched.core.policies.backfill import Backfill
 from jobsched.core.policies.defragmentation import Defragmentation
 from jobsched.core.policies.elasticity import Elasticity
@@ -56,7 +57,6 @@ from jobsched.core.policies.placement import Score
 from jobsched.core.policies.preemption import Replan, first
 from jobsched.core.policies.victims import Preemption, Scope
 from jobsched.core.pools import NodePool
-from jobsched.core.schedule import Policy
 from jobsched.errors import ConfigError, Conflict, MissingExtra
 from jobsched.ports import Backend, Provisioner, Store, Wake
 from jobsched.service import Service

@@ -16,8 +16,8 @@ from jobsched.core.job import Binding, Cause, FailureClass, Job, Outcome, Phase,
 from jobsched.core.launch import Launch, LaunchKey, launch_key
 from jobsched.core.node import Gpu, Node
 from jobsched.core.observation import Observation, Sight
+from jobsched.core.passes import Policy
 from jobsched.core.resources import GpuId, GpuShare, JobId, NodeName
-from jobsched.core.schedule import Policy
 from jobsched.logs import Listener
 from jobsched.ports import Capabilities, LogChunk, Store, Wake
 from jobsched.service import Service

@@ -21,7 +21,9 @@ import pytest
 from jobsched import wiring
 from jobsched.controller import loop
 from jobsched.core.cluster import Cluster
-from jobsched.core.schedule import Plan, Policy, schedule
+from jobsched.core.passes import Policy
+from jobsched.core.plan import Plan
+from jobsched.core.schedule import schedule
 from jobsched.errors import ConfigError, Conflict
 from jobsched.spec.server import ServerConfig
 from jobsched.store.memory import MemoryStore

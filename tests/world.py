@@ -11,9 +11,9 @@ from jobsched.core.cluster import Cluster
 from jobsched.core.job import Job, Phase
 from jobsched.core.launch import Launch, LaunchKey
 from jobsched.core.node import Gpu, Node
+from jobsched.core.passes import Policy
 from jobsched.core.pools import NodePool
 from jobsched.core.resources import GpuId, JobId, NodeName
-from jobsched.core.schedule import Policy
 from jobsched.ports import Backend, Store
 from jobsched.sim.backend import Script, SimBackend
 from jobsched.sim.clock import SimClock

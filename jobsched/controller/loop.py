@@ -27,12 +27,13 @@ from jobsched.core.job import Job, Phase, ReplicaState
 from jobsched.core.judge import Senses, judge, judge_nodes, settled_by
 from jobsched.core.launch import launch_key
 from jobsched.core.observation import NO_NEWS, Observation, Sight
+from jobsched.core.passes import Policy
 from jobsched.core.policies import provisioning
 from jobsched.core.policies.health import doubts, next_look_ms
 from jobsched.core.pools import Demand
 from jobsched.core.recall import Recalled, note, recall
 from jobsched.core.resources import JobId, NodeName
-from jobsched.core.schedule import Policy, schedule
+from jobsched.core.schedule import schedule
 from jobsched.core.timers import Timers, deadline
 from jobsched.errors import StaleFence, Unreachable
 from jobsched.ports import Backend, Clock, JobQuery, Loaded, Provisioner, Store

@@ -16,11 +16,12 @@ from jobsched.core import events as ev
 from jobsched.core.cluster import Cluster
 from jobsched.core.job import Job, Outcome, Phase, Reason, ReplicaState
 from jobsched.core.lines import LineKey, Place
+from jobsched.core.passes import Policy
 from jobsched.core.plan import Forecast
 from jobsched.core.policies.ordering import Ordering, OrderKey, multifactor
 from jobsched.core.rehearsal import Picture, carry_out, picture_of
 from jobsched.core.resources import JobId
-from jobsched.core.schedule import Policy, schedule
+from jobsched.core.schedule import schedule
 
 LIKELY, SURE = 0.5, 0.9
 """Quantiles of run times behind the two ends of a band."""

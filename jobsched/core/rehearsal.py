@@ -17,6 +17,7 @@ from jobsched.core.explain import could_ever_fit, each_of, many, verdict
 from jobsched.core.job import Job, Phase, Reason
 from jobsched.core.lines import Alike, Rank
 from jobsched.core.node import Cordon, Node
+from jobsched.core.passes import Policy
 from jobsched.core.plan import Decision, Reservation
 from jobsched.core.policies.estimate import Estimates
 from jobsched.core.policies.fragmentation import Mix, MixNote
@@ -24,7 +25,7 @@ from jobsched.core.policies.paces import Paces
 from jobsched.core.policies.pauses import Pauses
 from jobsched.core.policies.quota import AccountNote
 from jobsched.core.resources import WHOLE_GPU, JobId, NodeName
-from jobsched.core.schedule import Policy, schedule
+from jobsched.core.schedule import schedule
 from jobsched.spec.job import JobSpec
 from jobsched.spec.queue import MEMORY, QueueSpec
 

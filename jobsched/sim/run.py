@@ -17,6 +17,7 @@ from jobsched.core.accounting import Accounts, Summary
 from jobsched.core.job import FailureClass, Job
 from jobsched.core.launch import Launch, LaunchKey, parse_key
 from jobsched.core.observation import Progress
+from jobsched.core.passes import Policy
 from jobsched.core.policies.backfill import Backfill
 from jobsched.core.policies.elasticity import Elasticity
 from jobsched.core.policies.estimate import REPORT_AFTER_MS
@@ -42,7 +43,6 @@ from jobsched.core.policies.ordering import (
 )
 from jobsched.core.policies.preemption import Order, Replan, first
 from jobsched.core.resources import WHOLE_GPU, JobId, NodeName
-from jobsched.core.schedule import Policy
 from jobsched.sim.backend import FOREVER_MS, Script, SimBackend
 from jobsched.sim.clock import SimClock
 from jobsched.sim.throughput import SERVER, AdaptiveCourse, Course, Seats, ServedCourse, Steady, SteadyCourse

@@ -25,9 +25,10 @@ from jobsched.core import events as ev
 from jobsched.core.cluster import Cluster
 from jobsched.core.job import Cause, Outcome, Phase, Reason
 from jobsched.core.node import Node
+from jobsched.core.passes import Policy
 from jobsched.core.policies.backfill import Backfill
 from jobsched.core.resources import JobId
-from jobsched.core.schedule import Policy, schedule
+from jobsched.core.schedule import schedule
 from jobsched.sim.workload import gang_spec, make_node
 from jobsched.spec.job import JobSpec
 from jobsched.spec.queue import QueueSpec

@@ -18,8 +18,9 @@ import time
 
 from jobsched.controller import loop
 from jobsched.core.cluster import Cluster
+from jobsched.core.passes import Policy
 from jobsched.core.plan import Plan
-from jobsched.core.schedule import Policy, schedule
+from jobsched.core.schedule import schedule
 from jobsched.errors import NotFound
 from jobsched.sim import traces
 from jobsched.sim.run import POLICIES, Result, Simulation

@@ -24,10 +24,10 @@ from collections.abc import Callable
 from jobsched.controller.loop import Controller
 from jobsched.core import events as ev
 from jobsched.core.job import Phase
+from jobsched.core.passes import Policy
 from jobsched.core.policies.fairness import FairShare
 from jobsched.core.policies.victims import Preemption
 from jobsched.core.resources import JobId
-from jobsched.core.schedule import Policy
 from jobsched.ports import Store
 from jobsched.sim.backend import Script, SimBackend
 from jobsched.sim.clock import SimClock

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from jobsched.core import events as ev
 from jobsched.core.job import Phase, Reason
 from jobsched.core.observation import Progress
+from jobsched.core.passes import Policy
 from jobsched.core.policies.defragmentation import Defragmentation
 from jobsched.core.resources import JobId
-from jobsched.core.schedule import Policy
 from jobsched.spec.job import JobSpec
 from tests.world import World, a_spec
 

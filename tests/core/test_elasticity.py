@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from jobsched.core import events as ev
 from jobsched.core.job import Phase, Reason
 from jobsched.core.observation import Progress
+from jobsched.core.passes import Policy
 from jobsched.core.policies.elasticity import Elasticity, Option, share, surplus
 from jobsched.core.recall import note, recall
 from jobsched.core.resources import NOTHING, JobId, Resources
-from jobsched.core.schedule import Policy
 from jobsched.spec.job import JobSpec
 from tests.world import World, a_spec
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 from jobsched.core import events as ev
 from jobsched.core import explain
 from jobsched.core.job import Phase, Reason
+from jobsched.core.passes import Policy
 from jobsched.core.policies.ordering import Factors, expected_service, learned
 from jobsched.core.policies.preemption import Replan
 from jobsched.core.resources import GpuShare, NodeName
-from jobsched.core.schedule import Policy
 from jobsched.spec.queue import Budget, QueueSpec
 from tests.world import World, a_gpu_node, a_spec
 

@@ -10,12 +10,12 @@ from jobsched.core.alternatives import later
 from jobsched.core.explain import starting
 from jobsched.core.forecast import AHEAD, expected, picture_for, sooner_with
 from jobsched.core.job import Phase
+from jobsched.core.passes import Policy
 from jobsched.core.plan import Forecast
 from jobsched.core.policies.backfill import Backfill
 from jobsched.core.policies.fairness import FairShare
 from jobsched.core.policies.victims import Preemption
 from jobsched.core.resources import JobId
-from jobsched.core.schedule import Policy
 from jobsched.sim.backend import Script
 from jobsched.sim.run import POLICIES, START_MS, Simulation
 from jobsched.sim.workload import Workload, make_nodes

@@ -9,9 +9,9 @@ import pytest
 from jobsched.core import events as ev
 from jobsched.core.job import Phase
 from jobsched.core.launch import Launch
+from jobsched.core.passes import Policy
 from jobsched.core.policies.health import Health
 from jobsched.core.resources import NodeName
-from jobsched.core.schedule import Policy
 from jobsched.core.suspicion import BY
 from jobsched.sim.backend import Script
 from jobsched.spec.job import JobSpec

@@ -10,11 +10,11 @@ from jobsched.core import events as ev
 from jobsched.core.explain import could_ever_fit, verdict
 from jobsched.core.job import Phase, Reason
 from jobsched.core.launch import Launch
+from jobsched.core.passes import Policy
 from jobsched.core.policies.health import Health
 from jobsched.core.policies.provisioning import nodes_for
 from jobsched.core.pools import BY, NodePool
 from jobsched.core.resources import JobId
-from jobsched.core.schedule import Policy
 from jobsched.core.shape import shape_of
 from jobsched.sim.backend import FOREVER_MS, Script
 from jobsched.spec.job import JobSpec

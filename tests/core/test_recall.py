@@ -11,11 +11,12 @@ from pydantic import TypeAdapter
 from jobsched.controller.loop import Controller
 from jobsched.core.cluster import Cluster
 from jobsched.core.job import Phase
+from jobsched.core.passes import Policy
 from jobsched.core.policies.backfill import Backfill
 from jobsched.core.policies.estimate import Estimates
 from jobsched.core.policies.fairness import FairShare, share
 from jobsched.core.recall import Recall, note
-from jobsched.core.schedule import Policy, schedule
+from jobsched.core.schedule import schedule
 from jobsched.sim.backend import Script
 from jobsched.spec.job import JobSpec
 from jobsched.spec.queue import QueueSpec

@@ -7,10 +7,10 @@ from jobsched.core import invariants
 from jobsched.core.answers import PlanAnswer, PlanVictim, QuotaAfter
 from jobsched.core.cluster import Cluster
 from jobsched.core.job import Phase
+from jobsched.core.passes import Policy
 from jobsched.core.policies.fairness import FairShare
 from jobsched.core.policies.victims import Preemption
 from jobsched.core.rehearsal import picture_of, plan
-from jobsched.core.schedule import Policy
 from jobsched.spec.job import JobSpec
 from jobsched.spec.queue import QueueSpec
 from tests.world import World, a_ps_spec, a_spec

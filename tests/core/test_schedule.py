@@ -8,8 +8,10 @@ import pytest
 
 from jobsched.core import events as ev
 from jobsched.core.cluster import Cluster
+from jobsched.core.heads import worth_a_try
 from jobsched.core.job import Outcome, Phase, Reason
 from jobsched.core.lines import Line
+from jobsched.core.passes import Pass, Policy
 from jobsched.core.plan import Reservation
 from jobsched.core.policies.backfill import Backfill
 from jobsched.core.policies.fairness import FairShare
@@ -18,7 +20,7 @@ from jobsched.core.policies.preemption import Replan
 from jobsched.core.policies.victims import Preemption
 from jobsched.core.rehearsal import picture_of
 from jobsched.core.resources import JobId
-from jobsched.core.schedule import Pass, Policy, _worth_a_try, schedule
+from jobsched.core.schedule import schedule
 from jobsched.sim.backend import Script
 from jobsched.spec.job import JobSpec
 from tests.world import World, a_gpu_node, a_spec
@@ -70,10 +72,10 @@ def test_whom_a_reservation_hindered_is_tried_again_once_it_is_taken_back() -> N
     line = cluster.line_of(hindered.id)
     assert line is not None
     line.blocked_at, line.hindered_at = line.stock.freed, cluster.claims_made
-    assert line not in list(_worth_a_try(cluster, policy))
+    assert line not in list(worth_a_try(cluster, policy))
     run = Pass(cluster, world.clock.now_ms(), policy)
     run.reserved(promised, None)
-    assert line in list(_worth_a_try(cluster, policy))
+    assert line in list(worth_a_try(cluster, policy))
     assert run.eased, "another pass comes at once"
 
 
@@ -83,9 +85,9 @@ def test_a_pass_looks_at_no_line_when_nothing_came_free_and_nobody_came(monkeypa
 
     def counted(cluster: Cluster, policy: Policy) -> Iterator[Line]:
         looks.append(len(cluster.lines))
-        return _worth_a_try(cluster, policy)
+        return worth_a_try(cluster, policy)
 
-    monkeypatch.setattr("jobsched.core.schedule._worth_a_try", counted)
+    monkeypatch.setattr("jobsched.core.schedule.worth_a_try", counted)
     world = World(1, 2, lambda launch: Script(run_ms=3_600_000))
     world.boot(Policy(fair=FairShare()))
     world.submit()

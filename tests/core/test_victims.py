@@ -11,12 +11,12 @@ from jobsched.core import events as ev
 from jobsched.core.job import Binding, Job, Phase, Reason, RoleShape
 from jobsched.core.launch import Launch
 from jobsched.core.ledger import Ledger
+from jobsched.core.passes import Policy
 from jobsched.core.policies.fairness import FairShare
 from jobsched.core.policies.ordering import Factors
 from jobsched.core.policies.victims import Candidates, Preemption, Scope
 from jobsched.core.rehearsal import picture_of
 from jobsched.core.resources import JobId
-from jobsched.core.schedule import Policy
 from jobsched.core.story import story
 from jobsched.sim.backend import Script
 from jobsched.spec.queue import GPUS, QueueSpec

@@ -14,11 +14,12 @@ from jobsched.core.cluster import Cluster
 from jobsched.core.job import Job, Phase
 from jobsched.core.lifecycle import LEGAL, Illegal, evolve_job
 from jobsched.core.observation import Progress
+from jobsched.core.passes import Policy
 from jobsched.core.policies.elasticity import Elasticity
 from jobsched.core.policies.fairness import FairShare
 from jobsched.core.policies.victims import Preemption
 from jobsched.core.resources import JobId
-from jobsched.core.schedule import Policy, schedule
+from jobsched.core.schedule import schedule
 from jobsched.sim.backend import Script
 from jobsched.spec.job import JobSpec
 from jobsched.spec.queue import GPUS, QueueSpec

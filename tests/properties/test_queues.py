@@ -16,12 +16,13 @@ from jobsched.core import events as ev
 from jobsched.core import invariants
 from jobsched.core.cluster import Cluster
 from jobsched.core.job import Job, Phase, Reason, ReplicaId, ReplicaState
+from jobsched.core.passes import Policy
 from jobsched.core.plan import Decision
 from jobsched.core.policies.fairness import FairShare
 from jobsched.core.policies.quota import Account
 from jobsched.core.policies.victims import Preemption
 from jobsched.core.resources import JobId
-from jobsched.core.schedule import Policy, schedule
+from jobsched.core.schedule import schedule
 from jobsched.spec.queue import CPU, GPUS, QueueSpec
 from tests.world import a_gpu_node, a_spec
 
