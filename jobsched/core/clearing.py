@@ -56,27 +56,17 @@ def _promised(run: Pass, jobs: Sequence[Job]) -> list[tuple[Job, Gang]]:
 
 def _real(run: Pass, job: Job, gang: Gang) -> bool:
     """Take a job's promised places if they are free by now, and its queue admits it."""
-    cluster, mark = run.cluster, run.cluster.mark()
+    cluster = run.cluster
     roles = {role.role: role for role in cluster.shape(job).roles}
     needs: dict[str, int] = {}
     for binding in gang.bindings:
         for resource, amount in cluster.amounts(binding, roles[binding.role]):
             needs[resource] = needs.get(resource, 0) + amount
-    fits = cluster.quotas.refuses(job.spec.queue, job.owner, needs, run.now_ms) is None
-    for binding in gang.bindings if fits else ():
-        space = cluster.ledger.spaces[binding.node]
-        fits = fits and space.ports_used.isdisjoint(binding.ports) and all(
-            space.gpu_free.get(share.gpu, 0) >= share.milli for share in binding.gpus
-        )
-        if not fits:
-            break
-        cluster.ledger.take(binding, roles[binding.role])
-        fits = space.cpu_milli >= 0 and space.memory_bytes >= 0
-    if fits:
-        cluster.charge(job, gang.bindings, starts=True)
-    else:
-        cluster.rollback(mark)
-    return fits
+    places = [(binding, roles[binding.role]) for binding in gang.bindings]
+    if cluster.quotas.refuses(job.spec.queue, job.owner, needs, run.now_ms) or not cluster.ledger.take_all(places):
+        return False
+    cluster.charge(job, gang.bindings, starts=True)
+    return True
 
 
 def make_room(run: Pass, how: Preemption, line: Line) -> None:
