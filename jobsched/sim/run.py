@@ -299,8 +299,9 @@ class Simulation:
         return self.controller
 
     def told_ms(self, job: Job) -> int:
-        """What the trace tells about a job's run time."""
-        return self.arrivals[job.id].told_ms
+        """What users say about a job's run time, or else the truth."""
+        told = self.arrivals[job.id].told_ms
+        return self.player.left_ms(job) if told is None else told
 
     def speed_on(self, job: Job, kind: str) -> float:
         """The job's true speed when all its GPUs are of that kind, on as few nodes as there can be."""

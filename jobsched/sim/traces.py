@@ -75,8 +75,7 @@ def philly(name: str = "philly_2017-10", nodes: str = "philly_vc_nodes_load85", 
                 job_id=JobId(f"{place:06}"),
                 spec=spec,
                 work=Steady(run_ms),
-                told_ms=told[place] * 1_000 if told else run_ms,
-                family=f"{vc}/{gpus}",
+                told_ms=told[place] * 1_000 if told else None,
             )
         )
     return Workload(
@@ -112,8 +111,6 @@ def muri(name: str = "trace3", *, counted: bool = False, once: bool = False) -> 
                 job_id=JobId(f"{len(arrivals):06}"),
                 spec=gang_spec(gpus, 64 if counted else 8),
                 work=Steady(work_ms, 1_000 * costs[gpus.bit_length() - 1], steps=steps),
-                told_ms=round(work_ms),
-                family=f"{row['model_name']}/{row['batch_size']}/{gpus}",
             )
         )
     return Workload(
@@ -200,7 +197,6 @@ def pollux(name: str = "workload-1.0_6", elastic: bool = False) -> Workload:
                 job_id=JobId(f"{place:06}"),
                 spec=elastic_spec(_pollux_most(profile)) if elastic else gang_spec(gpus, 4, single=True),
                 work=_pollux_adaptive(profile) if elastic else Profiled(profile, batch),
-                family=f"{row['application']}/{row['num_replicas']}",
             )
         )
     return Workload(
@@ -389,11 +385,9 @@ def _steady(
     return Arrival(
         at_ms=round(1_000 * at_s),
         job_id=JobId(f"{place:06}"),
-        spec=gang_spec(gpus, per_node, single=single),
+        spec=gang_spec(gpus, per_node, single=single, program=_word(model) or "train"),
         work=Steady(run_ms),
         owner=owner,
-        told_ms=run_ms,
-        family=f"{owner}/{model}/{gpus}",
     )
 
 

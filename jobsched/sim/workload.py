@@ -62,17 +62,16 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One job: when it comes, what it asks for, what it does. `told_ms` is what the scheduler may know of its run time
-    (0: nothing); `deadline_ms` counts from the start of the trace (0: none)."""
+    """One job: when it comes, what it asks for, what it does. `told_ms` is what policies are told of its run time where
+    that is not the truth; `deadline_ms` counts from the start of the trace (0: none)."""
 
     at_ms: int
     job_id: JobId
     spec: JobSpec
     work: Work
     owner: str = "sim"
-    told_ms: int = 0
+    told_ms: int | None = None
     deadline_ms: int = 0
-    family: str = ""
 
     def by(self, end_s: float) -> Arrival:
         """The same with a deadline so long after the start of the trace."""
@@ -241,8 +240,6 @@ def synthetic(
                 spec=gang_spec(size, per_node),
                 work=Steady(round(run_s) * 1_000, steps=round(run_s)),
                 owner=user,
-                told_ms=round(run_s) * 1_000,
-                family=f"{user}/{size}",
             )
         )
     return Workload(f"synthetic-{jobs}-{seed}", tuple(arrivals), cluster)

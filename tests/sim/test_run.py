@@ -27,9 +27,7 @@ KEYS = [
 def a_workload(*jobs: tuple[float, float, int], nodes: str = "1x4") -> Workload:
     """(arrives, runs, GPUs) per job, in seconds."""
     arrivals = tuple(
-        Arrival(
-            round(at * 1_000), JobId(f"{place:03}"), gang_spec(gpus, 4), Steady(run * 1_000), told_ms=round(run * 1_000)
-        )
+        Arrival(round(at * 1_000), JobId(f"{place:03}"), gang_spec(gpus, 4), Steady(run * 1_000))
         for place, (at, run, gpus) in enumerate(jobs)
     )
     return Workload("test", arrivals, make_nodes(nodes))
