@@ -360,15 +360,15 @@ class _Court:
         longest = policy.backoff_max if counted else min(policy.backoff_max, INFRA_BACKOFF_MAX_MS)
         wait = 0 if row == 0 else min(policy.backoff * 2 ** min(row - 1, 30), longest)
         not_before = now + wait if wait else 0
-        ids = tuple(r.id for r in replicas)
+        scopes = {name: restart_policy(job.spec, name).scope for name in dict.fromkeys(r.role for r in replicas)}
         homeless = any(r.binding is None or not self._node_holds(r.binding.node) for r in replicas)
-        if policy.scope is RestartScope.REPLICA and not homeless:
+        if not homeless and RestartScope.JOB not in scopes.values():
+            whole = [name for name, scope in scopes.items() if scope is RestartScope.ROLE]
+            others = [r for r in job.replicas.values() if r.role in whole and r.binding is not None]
+            ids = tuple(r.id for r in (*others, *(r for r in replicas if r.role not in whole)))
             yield ev.ReplicasRestarted(now, job.id, job.attempt, ids, cause, not_before)
-        elif policy.scope is RestartScope.REPLICA and self._may_move(first.role, len(replicas)):
-            yield ev.ReplicasUnbound(now, job.id, job.attempt, ids, cause)
-        elif policy.scope is RestartScope.ROLE and not homeless:
-            whole = tuple(r.id for r in job.replicas.values() if r.role == first.role and r.binding is not None)
-            yield ev.ReplicasRestarted(now, job.id, job.attempt, whole, cause, not_before)
+        elif all(scope is RestartScope.REPLICA and self._may_move(name) for name, scope in scopes.items()):
+            yield ev.ReplicasUnbound(now, job.id, job.attempt, tuple(r.id for r in replicas), cause)
         else:
             yield self._stopping(Phase.QUEUED, cause, not_before)
 
@@ -392,14 +392,14 @@ class _Court:
         node = self.cluster.fleet.nodes.get(name)
         return node is not None and node.ready and name not in self.cluster.fleet.lost
 
-    def _may_move(self, role: str, leaving: int) -> bool:
-        """Whether replicas of the role may come back elsewhere while the rest goes on: an elastic role that keeps its
-        minimum, or workers of parameter servers (nobody connects to them). A ps keeps its address, so it may not."""
+    def _may_move(self, role: str) -> bool:
+        """Whether replicas of the role that have failed may come back elsewhere while the rest goes on: an elastic role
+        that keeps its minimum, or workers of parameter servers (nobody connects to them), not the last of them. A ps
+        keeps its address, so it may not."""
         job = self.job
         if role in SERVING_ROLES:
             return False
-        gone = (ReplicaState.GONE, ReplicaState.UNBOUND, ReplicaState.LOST, ReplicaState.EXITED)
-        staying = sum(r.role == role and r.state not in gone for r in job.replicas.values())
+        staying = sum(r.role == role and r.state.desired for r in job.replicas.values())
         if "ps" in job.spec.roles:
             return staying >= 1
         return job.spec.roles[role].replicas.elastic and staying >= job.spec.roles[role].replicas.min

@@ -25,6 +25,8 @@ from jobsched.core.resources import JobId
 
 EVICTIONS = 100
 """Most victims found in one pass, give or take those of one gang: each search costs what those before it found."""
+DUE_MS = 1_000
+"""A reservation that moves on by less, while its instant comes or has passed, hinders as many as before."""
 VAIN = 2
 """Gangs more than may hold reservations for which seats are sought in a pass, when those are too far off to tell."""
 
@@ -133,7 +135,7 @@ class Pass:
         if found is not None:
             self.cluster.reservations[job.id] = found
             self.claims.append(found)
-        if before is not None and (found is None or found.at_ms > before.at_ms):
+        if before is not None and (found is None or found.at_ms > max(before.at_ms, self.now_ms) + DUE_MS):
             self.eased = True
 
     def pass_over(self, line: Line, head: JobId) -> bool:

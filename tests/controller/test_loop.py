@@ -143,6 +143,44 @@ def test_an_elastic_role_goes_on_with_fewer_when_a_node_is_lost_and_grows_back()
     assert world.run_to_phase(job_id, Phase.SUCCEEDED).attempt == 1
 
 
+def test_a_worker_that_is_lost_with_its_server_restarts_the_job() -> None:
+    """The worker might be bound anew while the rest goes on, but nobody would ever bind the server."""
+    world = World(nodes=2, gpus=1, scripts=ps_never_ends)
+    job_id = world.submit(a_ps_spec(ps=1, workers=2))
+    bound = world.run_to_phase(job_id, Phase.RUNNING).replicas["ps/0"].binding
+    assert bound is not None
+    node = world.cluster.nodes[bound.node]
+    world.engine.lose_node(node.name)
+    world.tick(3)
+    assert not world.events(job_id, ev.ReplicasUnbound)
+    world.engine.put_node(node)
+    assert world.run_to_phase(job_id, Phase.SUCCEEDED).attempt == 2
+
+
+def test_the_last_worker_that_stays_restarts_the_job_when_it_is_lost() -> None:
+    """The others have ended or are leaving: nothing would go on until it is bound anew, which nobody would do."""
+    def script(launch: Launch) -> Script:
+        return Script() if "/ps/" in launch.key else runs(60_000, save_ms=20_000)
+
+    world = World(nodes=3, gpus=1, scripts=script)
+    worker = {"command": "w", "gpu": "any:1", "replicas": {"min": 1, "max": 3, "prefer": 3}}
+    job_id = world.submit(a_spec(roles={"ps": {"command": "p", "cpu": 40}, "worker": worker}))
+    job = world.run_to_phase(job_id, Phase.RUNNING)
+    first = next(r for r in job.replicas.values() if r.role == "worker")
+    world.engine.end_at(world.key(job_id, "worker", first.index), world.clock.now_ms() + 10)
+    world.tick(3)
+    world.wish(ev.JobScaled(world.clock.now_ms(), job_id, "me", {"worker": 1}))
+    world.tick(3)
+    states = [r.state for r in world.job(job_id).replicas.values() if r.role == "worker"]
+    assert sorted(states) == [ReplicaState.EXITED, ReplicaState.RUNNING, ReplicaState.STOPPING]
+    stays = next(r for r in world.job(job_id).replicas.values() if r.role == "worker" and r.state.desired)
+    assert stays.binding is not None
+    world.engine.lose_node(stays.binding.node)
+    world.tick(3)
+    assert not world.events(job_id, ev.ReplicasUnbound)
+    assert world.run_to_phase(job_id, Phase.SUCCEEDED).attempt == 2
+
+
 def test_scaling_an_elastic_role_in_place() -> None:
     world = World(scripts=lambda launch: runs(60_000, step_ms=100, save_ms=50))
     job_id = world.submit(a_spec(roles=elastic()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -77,6 +78,22 @@ def test_whom_a_reservation_hindered_is_tried_again_once_it_is_taken_back() -> N
     run.reserved(promised, None)
     assert line in list(worth_a_try(cluster, policy))
     assert run.eased, "another pass comes at once"
+
+
+def test_a_reservation_that_is_due_is_not_put_off_by_the_time_that_passes() -> None:
+    """Its job fits once somebody has saved and left; until then there would be pass after pass, at once."""
+    world = World(1, 1, lambda launch: Script(run_ms=3_600_000))
+    world.boot(Policy(backfill=Backfill()))
+    promised = world.job(world.submit())
+    world.tick()
+    cluster = world.cluster
+    due, late = (Reservation(promised.id, at_ms, (), (0, 0, 0, "")) for at_ms in (10, 30))
+    cluster.reservations[promised.id] = due
+    run = Pass(cluster, 20, world.policy)
+    run.reserved(promised, replace(due, at_ms=20))
+    assert not run.eased
+    run.reserved(promised, late)
+    assert run.eased
 
 
 def test_a_pass_looks_at_no_line_when_nothing_came_free_and_nobody_came(monkeypatch: pytest.MonkeyPatch) -> None:
