@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from jobsched.sim.run import Result, Simulation
     from jobsched.sim.workload import Workload
 
-SYNTHETIC, SERVED = "synthetic", "served"
+SYNTHETIC, SERVED, MIXED = "synthetic", "served", "mixed"
 MOST_JOBS = 1_000_000
 FAULT_SPAN_MS = 30 * 86_400_000
 
@@ -42,14 +42,16 @@ def simulate(
     folder: Path | None, output: str,
 ) -> None:  # fmt: skip
     """Run a workload through the real scheduler in virtual time. FORMAT is synthetic (the default), served (jobs
-    with parameter servers; TRACE says how they are numbered: free, workers, 1:4 or 1:1), or that of a recorded trace:
-    philly, muri, pollux, gavel, shockwave, chronus, elasticflow, tiresias, openb.
+    with parameter servers; TRACE says how they are numbered: free, workers, 1:4 or 1:1), mixed (rigid, elastic, urgent
+    and shared jobs, quotas, nodes on demand), or that of a recorded trace: philly, muri, pollux, gavel, shockwave,
+    chronus, elasticflow, tiresias, openb.
 
     \b
     Examples:
       jobsched simulate
       jobsched simulate muri trace3 --policy srsf --compare las
       jobsched simulate synthetic --faults all --seed 7
+      jobsched simulate mixed --policy server --faults all
       jobsched simulate served free --policy elastic
     """
     from jobsched.sim.faults import parse_faults
@@ -88,6 +90,7 @@ def simulate(
 
 def _workload(fmt: str, trace: str, nodes: str, policy: str, jobs: int, seed: int) -> Workload:
     from jobsched.sim import traces
+    from jobsched.sim.mixed import mixed
     from jobsched.sim.workload import RATIOS, make_nodes, served, synthetic
 
     try:
@@ -102,10 +105,12 @@ def _workload(fmt: str, trace: str, nodes: str, policy: str, jobs: int, seed: in
         if trace and trace not in RATIOS:
             raise UsageError(f"servers cannot be numbered {trace!r}", hint=f"known ways: {', '.join(RATIOS)}")
         workload = served(jobs or 300, seed, trace or RATIOS[0])
+    elif fmt == MIXED:
+        workload = mixed(jobs or 300, seed, nodes or "8x8")
     elif fmt in traces.FORMATS:
         workload = traces.read(fmt, trace, policy)
     else:
-        known = ", ".join([SYNTHETIC, SERVED, *traces.FORMATS])
+        known = ", ".join([SYNTHETIC, SERVED, MIXED, *traces.FORMATS])
         raise UsageError(f"there is no trace format {fmt!r}", hint=f"known formats: {known}")
     if jobs:
         workload = replace(workload, arrivals=workload.arrivals[:jobs])
@@ -122,6 +127,7 @@ def _run(workload: Workload, policy: str, faults: dict[str, int], seed: int) -> 
     chaos = Chaos(simulation, faults, FAULT_SPAN_MS, replay=" ".join(["jobsched", *sys.argv[1:]]))
     chaos.run()
     chaos.verify()
+    render.talk(f"what happened under {policy}: {chaos.tally}")
     return simulation.result()
 
 

@@ -89,6 +89,8 @@ class SimBackend:
         self.unreachable = False
         self.keeps = False
         """Whether nodes that should go stay."""
+        self.withholds = False
+        """Whether nodes that are asked for now will never come."""
 
     @property
     def capabilities(self) -> Capabilities:
@@ -202,7 +204,8 @@ class SimBackend:
             coming = self._coming.setdefault(pool.name, [])
             del coming[max(0, demand.nodes - have):]
             while have + len(coming) < demand.nodes:
-                coming.append((min(now + self._takes_ms(pool), FOREVER_MS), pool.node(self._made)))
+                takes_ms = FOREVER_MS if self.withholds else self._takes_ms(pool)
+                coming.append((min(now + takes_ms, FOREVER_MS), pool.node(self._made)))
                 self._made += 1
 
     def close(self) -> None:
@@ -231,10 +234,11 @@ class SimBackend:
             heapq.heappush(self._due, (replica.ends_at_ms, key, True))
 
     def end_at(self, key: LaunchKey, at_ms: int) -> None:
-        """It will end by itself then."""
-        replica = self._replicas[key]
-        replica.ends_at_ms = at_ms
-        heapq.heappush(self._due, (at_ms, key, True))
+        """It will end by itself then, unless it is gone or made to end."""
+        replica = self._replicas.get(key)
+        if replica is not None and replica.signal is None and replica.ends_at_ms > self._clock.now_ms():
+            replica.ends_at_ms = at_ms
+            heapq.heappush(self._due, (at_ms, key, True))
 
     def tell(self, key: LaunchKey, progress: Progress) -> None:
         """It reports."""

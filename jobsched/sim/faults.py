@@ -17,33 +17,39 @@ from typing import Any
 from jobsched.controller.loop import Controller
 from jobsched.core import events as ev
 from jobsched.core import invariants
-from jobsched.core.job import Phase
+from jobsched.core.job import Job, Phase
 from jobsched.core.launch import LaunchKey
 from jobsched.core.lifecycle import evolve_job
 from jobsched.core.node import Node
 from jobsched.core.observation import Observation
+from jobsched.core.pools import Demand
 from jobsched.core.resources import WHOLE_GPU, GpuId, JobId, NodeName
 from jobsched.errors import StaleFence, StoreUnavailable, Unreachable
 from jobsched.sim.backend import SimBackend
 from jobsched.sim.run import NEVER_MS, START_MS, Simulation
+from jobsched.sim.tally import Tally
 from jobsched.spec.quantity import parse_duration_ms
 
-KINDS = ("replica", "gpu", "node", "rack", "outage", "slow", "clock", "store", "crash", "leaders")
+KINDS = ("replica", "gpu", "node", "rack", "outage", "slow", "clock", "store", "crash", "leaders", "pool")
 DEFAULT_MEAN_MS = {
     "replica": 3_600_000, "gpu": 7_200_000, "node": 5_400_000, "rack": 43_200_000, "outage": 14_400_000,
     "slow": 7_200_000, "clock": 43_200_000, "store": 14_400_000, "crash": 7_200_000, "leaders": 7_200_000,
+    "pool": 14_400_000,
 }  # fmt: skip
 LEAST_MEAN_MS = 60_000
 REPAIR_MS = 900_000
 OUTAGE_MS = 120_000
 LEASE_MS = 60_000
+RESTLESS_TICKS = 20
+LEMON = 0.25
+"""Part of the failures of nodes and GPUs that one node has on top of its share."""
 THOROUGH_EVERY = 50
 """Ticks between two checks of everything; in between, what changed is checked."""
 WATCHED_STORE = ("append", "read", "load", "lease", "add_samples", "keep_recall", "recall")
 RECALL_EVERY_MS = 1_800_000
 """How often servers note for the next one what they know; they may die doing that, too."""
-ACTS = ("start", "stop", "forget", "ask_stacks")
-WATCHED_BACKEND = ("observe", "start", "stop", "forget", "ask_stacks")
+ACTS = ("start", "stop", "forget", "ask_stacks", "provision")
+WATCHED_BACKEND = ("observe", *ACTS)
 
 
 class Broken(AssertionError):
@@ -161,6 +167,10 @@ class _Trap:
 
         return call
 
+    def provision(self, demands: Sequence[Demand]) -> None:
+        """Whether a port has this is asked of its class."""
+        self.__getattr__("provision")(demands)
+
 
 @dataclass(slots=True)
 class _Pending:
@@ -178,6 +188,7 @@ class Chaos:
         self.sim, self.faults, self.replay = sim, faults, replay
         self.random = Random(f"faults {sim.seed}")
         self.counts: dict[str, int] = dict.fromkeys(faults, 0)
+        self.tally = Tally()
         self._until_ms = START_MS + until_ms
         self._agenda: list[tuple[int, str]] = sorted(
             (self._next(kind, START_MS), kind) for kind in faults
@@ -188,10 +199,14 @@ class Chaos:
         """Nodes as they are after a repair."""
         self._store_down_until = 0
         self._paused = False
-        self._checked = 0
+        self._checked = self._checked_before = 0
+        """Events of the log that are checked, and how many were at the tick before."""
+        self._restless = 0
         self._launched = 0
         """How many replicas the engine had started at the last check of its GPUs."""
-        self._jobs: dict[JobId, Any] = {}
+        self._jobs: dict[JobId, Job] = {}
+        self._ended = 0
+        """How many of the workload's jobs are over; not of the checks of nodes."""
         self.servers: list[_Server] = []
         for name in ("first", "second") if "leaders" in faults else ("first",):
             self.servers.append(_Server(self, name))
@@ -212,15 +227,16 @@ class Chaos:
 
     def _run(self, limit_ticks: int) -> None:
         sim, ended, at_tick = self.sim, 0, 0
-        while sim.ended() < len(sim.arrivals):
-            if sim.ended() > ended:
-                ended, at_tick = sim.ended(), sim.ticks
+        while self._ended < len(sim.arrivals):
+            if self._ended > ended:
+                ended, at_tick = self._ended, sim.ticks
             now = sim.clock.now_ms()
             self._break_and_repair(now)
-            sim.submit(now)
+            sim.happen(now)
             pauses = [server.tick() for server in self.servers]
             sim.ticks += 1
             self._check()
+            self._check_rest(min(pauses))
             self._advance(now, min(pauses))
             if sim.ticks - at_tick > limit_ticks:
                 self._broken(f"no job ended within {limit_ticks} ticks: {dict(sim.store.count('phase'))}")
@@ -232,6 +248,8 @@ class Chaos:
         if wake is not None and not sim.engine.unreachable and now >= self._store_down_until:
             instants.append(max(wake, now + 1))
         instants += [at for at, _ in self._repairs]
+        if every := sim.workload.rules.report_every_ms:
+            instants.append(now - now % every + every)
         if now < self._until_ms and self._agenda:
             instants.append(self._agenda[0][0])
         coming = sim.next_arrival_ms()
@@ -258,9 +276,9 @@ class Chaos:
             case "replica" if alive:
                 engine.kill(random.choice(alive))
             case "gpu" if nodes:
-                self._break_gpu(engine.nodes()[random.choice(nodes)], now)
+                self._break_gpu(engine.nodes()[self._weak(nodes)], now)
             case "node" if len(nodes) > 1:
-                self._lose([random.choice(nodes)], now)
+                self._lose([self._weak(nodes)], now)
             case "rack" if len(nodes) > 1:
                 rack = engine.nodes()[random.choice(nodes)].label("rack")
                 self._lose([n for n in nodes if engine.nodes()[n].label("rack") == rack][: len(nodes) - 1], now)
@@ -272,6 +290,9 @@ class Chaos:
                 for key in alive:
                     if engine.alive()[key].node == name:
                         engine.stall(key, random.randrange(1_000, 600_000))
+            case "pool":
+                engine.withholds = True
+                self._repairs.append((now + REPAIR_MS, lambda: setattr(engine, "withholds", False)))
             case "clock":
                 self.sim.clock.advance_to(now + random.randrange(1_000, 600_000))
             case "store":
@@ -281,10 +302,17 @@ class Chaos:
             case _:
                 self.counts[kind] -= 1
 
+    def _weak(self, nodes: Sequence[NodeName]) -> NodeName:
+        """Failures are not spread evenly: one node has more of them than any other."""
+        lemon = next(iter(self._sound))
+        return lemon if self.random.random() < LEMON and lemon in nodes else self.random.choice(nodes)
+
     def _lose(self, names: list[NodeName], now: int) -> None:
         for name in names:
             self.sim.engine.lose_node(name)
-            node = self._sound[name]
+            node = self._sound.get(name)
+            if node is None:
+                continue  # it was had on demand, and whoever wants it asks for another
             back = now + self.random.randrange(1, 2 * REPAIR_MS)
             self._repairs.append((back, partial(self.sim.engine.put_node, node)))
 
@@ -328,18 +356,19 @@ class Chaos:
             for _ in range(self.random.randrange(2, 6)):
                 self.sim.clock.advance_to(self.sim.clock.now_ms() + LEASE_MS)
                 other.tick()
-                self._check()
+                self._check(paused=server)
         finally:
             self._paused = False
 
     # ---- what must hold ----
 
-    def _check(self) -> None:
+    def _check(self, paused: _Server | None = None) -> None:
+        """`paused`: in the middle of a tick, it holds what it has decided and not told yet."""
         fresh = self._read_log()
         thorough = self.sim.ticks % THOROUGH_EVERY == 0
         for server in self.servers:
             with server.controller.view() as (cluster, _):
-                if server.controller.leading:
+                if server.controller.leading and server is not paused:
                     part = self._touched(fresh)
                     for problem in invariants.check(cluster) if thorough else invariants.check_part(cluster, *part):
                         self._broken(problem)
@@ -354,6 +383,13 @@ class Chaos:
                     self._broken(f"GPU {share.gpu} of {launch.node} runs {other} and {key} at once")
                 held[launch.node, share.gpu] = (milli + share.milli, key)
 
+    def _check_rest(self, pause: int) -> None:
+        """A server that wants to go on at once has decided something, or soon has nothing more to do."""
+        self._restless = 0 if pause or self._checked > self._checked_before else self._restless + 1
+        self._checked_before = self._checked
+        if self._restless > RESTLESS_TICKS:
+            self._broken(f"{self._restless} ticks in a row wanted another one at once and decided nothing")
+
     def _read_log(self) -> list[ev.Event]:
         """What is new in the log, folded."""
         fresh = self.sim.store.read(self._checked, 1 << 30)
@@ -363,7 +399,9 @@ class Chaos:
                 self._broken(f"the log has a gap at {self._checked}")
             job_id = ev.job_id_of(stored.event)
             if job_id is not None:
-                self._jobs[job_id] = evolve_job(self._jobs.get(job_id), ev.of_job(stored.event))
+                job = self._jobs[job_id] = evolve_job(self._jobs.get(job_id), ev.of_job(stored.event))
+                self._ended += job.phase.terminal and job_id in self.sim.arrivals
+            self.tally.add(stored.event, self._jobs)
         return [stored.event for stored in fresh]
 
     def _touched(self, events: Iterable[ev.Event]) -> tuple[list[JobId], list[NodeName]]:

@@ -14,14 +14,17 @@ from dataclasses import dataclass, field
 from jobsched.controller.loop import Controller
 from jobsched.core import events as ev
 from jobsched.core.accounting import Accounts, Summary
-from jobsched.core.job import FailureClass, Job
+from jobsched.core.job import FailureClass, Job, Phase
 from jobsched.core.launch import Launch, LaunchKey, parse_key
 from jobsched.core.observation import Progress
 from jobsched.core.passes import Policy
 from jobsched.core.policies.backfill import Backfill
+from jobsched.core.policies.defragmentation import Defragmentation
 from jobsched.core.policies.elasticity import Elasticity
 from jobsched.core.policies.estimate import REPORT_AFTER_MS
+from jobsched.core.policies.fairness import FairShare
 from jobsched.core.policies.families import gpus_milli
+from jobsched.core.policies.health import Health
 from jobsched.core.policies.kinds import Speed, by_kind, learned_left, learned_speed
 from jobsched.core.policies.ordering import (
     LEASE_MS,
@@ -41,7 +44,9 @@ from jobsched.core.policies.ordering import (
     priority,
     shortest,
 )
+from jobsched.core.policies.placement import Score
 from jobsched.core.policies.preemption import Order, Replan, first
+from jobsched.core.policies.victims import Preemption
 from jobsched.core.resources import WHOLE_GPU, JobId, NodeName
 from jobsched.sim.backend import FOREVER_MS, Script, SimBackend
 from jobsched.sim.clock import SimClock
@@ -57,8 +62,11 @@ LOSING = (FailureClass.USER, FailureClass.OOM, FailureClass.HANG, FailureClass.I
 """Ends that nobody could save before."""
 REPORTS_MS = (1_000, *(1_000 + (REPORT_AFTER_MS << 2 * k) for k in range(9)))
 """When a job that runs steadily reports: more often would tell nothing new."""
+FAIR_HALF_LIFE_MS = 7 * 86_400_000
 MIN_RUN_MS = 60_000
 """How long a job stays on a kind of GPU at least."""
+CHECK = Script(run_ms=20_000)
+"""A pre-flight check finds nothing."""
 STUCK_TICKS = 10_000
 """So many ticks at one instant mean that the loop chases its own tail."""
 
@@ -80,6 +88,9 @@ class _Run:
     """When a pause was last looked at."""
     counted_ms: int = 0
     """Time with progress that the course knows of."""
+    saved_ms: int = 0
+    """Of that, when it last saved, and the step then."""
+    saved_step: int = -1
     ends_at_ms: int = 0
     """0: not known yet."""
     keys: list[LaunchKey] = field(default_factory=list)
@@ -102,10 +113,13 @@ class Player:
         self._kinds = {n.name: {g.id: g.kind for g in n.gpus} for n in workload.nodes}
         self._widest_milli = WHOLE_GPU * max(1, *(len(n.gpus) for n in workload.nodes))
         self._asking: dict[JobId, Seats] = {}
+        self._pooled = next((pool.gpu_kind for pool in workload.pools), "")
 
     def script(self, launch: Launch) -> Script:
         """Told to the engine when a replica starts."""
         job_id = JobId(launch.contract.job_id)
+        if job_id not in self._arrivals:  # a check of a node, by the scheduler itself
+            return CHECK
         run = self._runs.get(job_id)
         job = self._store.job(job_id)
         assert job is not None
@@ -121,7 +135,7 @@ class Player:
         course, rules = self.course(job_id), self.workload.rules
         if launch.contract.role in SERVING_ROLES:  # never ends by itself
             return Script(run_ms=FOREVER_MS, kill_ms=rules.kill_ms)
-        left = run.pause_ms + course.left_ms(run.seats) - run.ran_ms(self._clock.now_ms())
+        left = run.pause_ms + course.left_ms(run.seats) - run.ran_ms(self._clock.now_ms()) + run.counted_ms
         run_ms = max(1, round(left)) if left < FOREVER_MS else FOREVER_MS
         if not (self._reports and isinstance(course, SteadyCourse) and course.work.steps and len(run.keys) == 1):
             return Script(run_ms=run_ms, kill_ms=rules.kill_ms)
@@ -134,16 +148,26 @@ class Player:
         instants = tuple(pause + after_ms for after_ms in REPORTS_MS if pause + after_ms < run_ms)
         return Script(run_ms=run_ms, kill_ms=rules.kill_ms, progress=progress, reports_ms=instants)
 
+    @property
+    def plays(self) -> bool:
+        """Whether some attempt was still running when that was last looked at."""
+        return bool(self._runs)
+
     def report(self, engine: SimBackend) -> None:
         """Elastic jobs tell how fast they are, and those that end before their next report get their end."""
         now = self._clock.now_ms()
         for job_id, run in self._runs.items():
             course, ran = self.course(job_id), run.ran_ms(now)
             if isinstance(course, ServedCourse) and ran:
-                step, workers, told = course.told(run.seats, ran)
+                self._resize(engine, job_id, run, course)
+                step, workers, told = course.told(run.seats, ran - run.counted_ms)
+                saves = self.workload.rules.save_every_ms
+                if saves and ran >= run.saved_ms + saves:
+                    run.saved_ms, run.saved_step = ran, step
                 for key in run.keys:
                     if parse_key(key).role not in SERVING_ROLES:
-                        engine.tell(key, Progress(step, course.work.steps, workers, metrics=told))
+                        progress = Progress(step, course.work.steps, 0, 0, run.saved_step, "", workers, told)
+                        engine.tell(key, progress)
             if not isinstance(course, AdaptiveCourse) or run.ends_at_ms or not ran:
                 continue
             course.advance(run.seats, ran - run.counted_ms)
@@ -156,6 +180,19 @@ class Player:
             if course.report is not None:
                 replicas, metrics = course.report.replicas, course.report.metrics()
                 engine.tell(run.keys[0], Progress(round(course.progress), world_size=replicas, metrics=metrics))
+
+    def _resize(self, engine: SimBackend, job_id: JobId, run: _Run, course: ServedCourse) -> None:
+        """Replicas that came or went in place since the last report make a job faster or slower from now on."""
+        job, now = self._store.job(job_id), self._clock.now_ms()
+        seats = self._seats(job) if job is not None and job.phase is Phase.RUNNING else run.seats
+        if seats == run.seats:
+            return
+        ran = run.ran_ms(now)
+        course.advance(run.seats, ran - run.counted_ms)
+        run.counted_ms, run.seats = ran, seats
+        for key in run.keys:
+            if parse_key(key).role not in SERVING_ROLES:
+                engine.end_at(key, now + max(1, round(course.left_ms(seats))))
 
     def course(self, job_id: JobId) -> Course:
         course = self._courses.get(job_id)
@@ -225,7 +262,8 @@ class Player:
             if replica.binding is not None and replica.binding.gpus:
                 node, gpus = replica.binding.node, replica.binding.gpus
                 milli = seats.get(node, ("", 0))[1] + sum(share.milli for share in gpus)
-                seats[node] = (self._kinds[node][gpus[0].gpu], milli)
+                kinds = self._kinds.get(node)
+                seats[node] = (kinds[gpus[0].gpu] if kinds is not None else self._pooled, milli)
         servers = sum(r.role == "ps" and r.binding is not None for r in job.replicas.values())
         return (*seats.values(), *(SERVER,) * servers) if seats else self._asked(job)
 
@@ -312,15 +350,7 @@ class Simulation:
     def step(self) -> bool:
         """Submit what is due, tick once, move on to the next instant; False when nothing will ever happen again."""
         now, rules = self.clock.now_ms(), self.workload.rules
-        submitted = self.submit(now)
-        if rules.pause_everyone and (submitted or self._turns_at == now or self.engine.ends_now()):
-            self.player.catch_up()
-            self.player.pause_everyone(self.engine)
-        every = rules.report_every_ms
-        if every and now % every == 0 and self._reported_ms != now:
-            self._reported_ms = now
-            self.player.catch_up()
-            self.player.report(self.engine)
+        self.happen(now)
         pause = self.controller.tick()
         self.ticks += 1
         if rules.pause_everyone:
@@ -333,6 +363,8 @@ class Simulation:
         coming = self.next_arrival_ms()
         if coming is not None:
             instants.append(coming)
+        if (every := rules.report_every_ms) and not rules.pass_every_ms and self.player.plays:
+            instants.append(now - now % every + every)
         if not instants:
             return False
         instant = max(now, min(instants))
@@ -341,6 +373,18 @@ class Simulation:
             raise Stuck(f"{STUCK_TICKS} ticks at {now}")
         self.clock.advance_to(instant)
         return True
+
+    def happen(self, now: int) -> None:
+        """Submit what is due; jobs pause and report as the rules have it."""
+        rules, submitted = self.workload.rules, self.submit(now)
+        if rules.pause_everyone and (submitted or self._turns_at == now or self.engine.ends_now()):
+            self.player.catch_up()
+            self.player.pause_everyone(self.engine)
+        every = rules.report_every_ms
+        if every and now % every == 0 and self._reported_ms != now:
+            self._reported_ms = now
+            self.player.catch_up()
+            self.player.report(self.engine)
 
     def next_arrival_ms(self) -> int | None:
         """When the next job comes; None after the last."""
@@ -456,6 +500,14 @@ def _elastic(sim: Simulation) -> Policy:
     return _policy(sim, ordering=fifo, elastic=Elasticity(sim.workload.rules.report_every_ms or Elasticity().every_ms))
 
 
+def _server(sim: Simulation) -> Policy:
+    """All that a server does unless it is told otherwise (`spec.server.PolicyConfig`)."""
+    return _policy(
+        sim, fair=FairShare(FAIR_HALF_LIFE_MS), backfill=Backfill(1), preemption=Preemption(), elastic=Elasticity(),
+        defragmentation=Defragmentation(), health=Health(), score=Score.AUTO, node_pools=sim.workload.pools,
+    )  # fmt: skip
+
+
 POLICIES: dict[str, PolicyMaker] = {
     "priority": lambda sim: _policy(sim, ordering=priority),
     "fifo": lambda sim: _policy(sim, ordering=fifo),
@@ -479,8 +531,10 @@ POLICIES: dict[str, PolicyMaker] = {
     "easy": lambda sim: _policy(sim, ordering=fifo, backfill=Backfill(1)),
     "conservative": lambda sim: _policy(sim, ordering=fifo, backfill=Backfill(64)),
     "elastic": _elastic,
+    "server": _server,
 }
 """Policies by the name that `jobsched simulate --policy` takes. Told true run times: sjf, qssf, srtf, srsf, knapsack,
-in-time, themis, kinds, blind. Told nothing: learned goes by the past and by the progress that jobs report where the
-trace knows their steps; silent by the past alone; guessed besides by what users expect; service, easy and conservative
-by the past, las by what a job had; edf (which lets running jobs run) and edf-preempting only the deadlines."""
+in-time, themis, kinds, blind. Told nothing: server is all that a server does by default; learned goes by the past and
+by the progress that jobs report where the trace knows their steps; silent by the past alone; guessed besides by what
+users expect; service, easy and conservative by the past, las by what a job had; edf (which lets running jobs run) and
+edf-preempting only the deadlines."""

@@ -82,7 +82,7 @@ class SteadyCourse:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """So many steps by asynchronous workers of one GPU each, whose time follows Optimus (EuroSys'18): computing, the
+    """So many steps by asynchronous workers of like GPUs, whose time follows Optimus (EuroSys'18): computing, the
     servers' load, an exchange, and what each further worker and server adds. Reports are off by `noise`."""
 
     steps: int
@@ -91,9 +91,16 @@ class Served:
     noise: float = 0.03
     seed: int = 0
     start_ms: int = 30_000
+    worker_milli: int = WHOLE_GPU
+    """GPUs of a worker, in thousandths."""
 
     def begin(self) -> ServedCourse:
         return ServedCourse(self, float(self.steps), Random(self.seed))
+
+    def counted(self, seats: Seats) -> tuple[int, int]:
+        """(workers, servers)."""
+        workers = sum(milli for _, milli in seats) // self.worker_milli
+        return workers, max(1, sum(seat == SERVER for seat in seats))
 
     def step_s(self, workers: int, servers: int) -> tuple[float, float]:
         """(seconds of a worker's step, seconds of it with the servers)."""
@@ -116,20 +123,15 @@ class ServedCourse:
 
     def told(self, seats: Seats, ran_ms: float) -> tuple[int, int, tuple[tuple[str, float], ...]]:
         """(step, workers, what a worker reports) when it has run so long since it was last advanced."""
-        workers, servers = _counted(seats)
+        workers, servers = self.work.counted(seats)
         step_s, sync_s = self.work.step_s(workers, servers)
         off = self.random.lognormvariate(0.0, self.work.noise)
         step = self.work.steps - self.left + ran_ms * self._per_ms(seats)
         return int(step), workers, (("asynchronous", 1.0), ("step_s", off * step_s), ("sync_s", off * sync_s))
 
     def _per_ms(self, seats: Seats) -> float:
-        workers, servers = _counted(seats)
+        workers, servers = self.work.counted(seats)
         return workers / (1_000.0 * self.work.step_s(workers, servers)[0])
-
-
-def _counted(seats: Seats) -> tuple[int, int]:
-    """(workers, servers)."""
-    return sum(milli for _, milli in seats) // WHOLE_GPU, max(1, sum(seat == SERVER for seat in seats))
 
 
 @dataclass(frozen=True, slots=True)

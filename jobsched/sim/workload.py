@@ -18,6 +18,7 @@ from jobsched.core.explain import could_ever_fit
 from jobsched.core.node import Gpu, Node
 from jobsched.core.policies.ordering import TIRESIAS_GPU_S
 from jobsched.core.policies.placement import Score
+from jobsched.core.pools import NodePool
 from jobsched.core.resources import GpuId, JobId, NodeName
 from jobsched.errors import Unplaceable
 from jobsched.sim.throughput import Served, Steady, Work
@@ -87,6 +88,8 @@ class Workload:
     nodes: tuple[Node, ...]
     queues: tuple[QueueSpec, ...] = (QueueSpec(),)
     rules: Rules = Rules()
+    pools: tuple[NodePool, ...] = ()
+    """Nodes on demand; policies that know of none never ask for them."""
 
 
 def placeable(workload: Workload) -> tuple[Workload, str]:

@@ -108,7 +108,7 @@ def test_only_figures_go_to_stdout_whatever_the_simulated_server_warns_of(capsys
     assert run(["simulate", "synthetic", "40", "--nodes", "4x8", "--faults", "outage=10m", "-o", "json"]) == 0
     told = capsys.readouterr()
     assert json.loads(told.out)["jobs"] == 40
-    assert not told.err
+    assert told.err.splitlines() == ["what happened under learned: starts 40"]
 
 
 def test_processor_time_is_counted_with_faults_too(capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,12 +87,12 @@ def test_a_reservation_that_is_due_is_not_put_off_by_the_time_that_passes() -> N
     promised = world.job(world.submit())
     world.tick()
     cluster = world.cluster
-    due, late = (Reservation(promised.id, at_ms, (), (0, 0, 0, "")) for at_ms in (10, 30))
-    cluster.reservations[promised.id] = due
+    due = cluster.reservations[promised.id] = Reservation(promised.id, 10, (), (0, 0, 0, ""))
     run = Pass(cluster, 20, world.policy)
-    run.reserved(promised, replace(due, at_ms=20))
-    assert not run.eased
-    run.reserved(promised, late)
+    for soon_ms in (20, 21):  # who should have ended is expected to end at any moment
+        run.reserved(promised, replace(due, at_ms=soon_ms))
+        assert not run.eased
+    run.reserved(promised, replace(due, at_ms=60_000))
     assert run.eased
 
 
