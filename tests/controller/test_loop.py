@@ -149,7 +149,7 @@ def test_a_worker_that_is_lost_with_its_server_restarts_the_job() -> None:
     job_id = world.submit(a_ps_spec(ps=1, workers=2))
     bound = world.run_to_phase(job_id, Phase.RUNNING).replicas["ps/0"].binding
     assert bound is not None
-    node = world.cluster.nodes[bound.node]
+    node = world.cluster.fleet.nodes[bound.node]
     world.engine.lose_node(node.name)
     world.tick(3)
     assert not world.events(job_id, ev.ReplicasUnbound)
