@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+from random import Random
+
 import pytest
 
 from jobsched.core.job import Job, Phase
@@ -9,7 +12,7 @@ from jobsched.core.launch import parse_key
 from jobsched.core.lines import Line, LineKey, Place
 from jobsched.core.observation import Progress
 from jobsched.core.policies.estimate import REPORT_AFTER_MS
-from jobsched.core.policies.ordering import in_time, in_time_heads
+from jobsched.core.policies.ordering import _add_alike, in_time, in_time_heads
 from jobsched.core.resources import JobId
 from jobsched.sim.backend import Script
 from jobsched.spec.job import JobSpec
@@ -148,3 +151,17 @@ def test_live_a_deadline_that_comes_near_goes_before_what_is_shorter() -> None:
     assert phases(world, short, due) == [Phase.RUNNING, Phase.QUEUED]  # there is time
     world.tick(300, step_ms=1_000)
     assert phases(world, short, due) == [Phase.QUEUED, Phase.RUNNING]  # 20 of the 40 minutes left are its own
+
+
+def test_what_the_knapsack_holds_is_the_best_of_all_numbers_of_each_size() -> None:
+    random = Random(4)
+    for _ in range(200):
+        room = random.randint(0, 40)
+        value = [0.0] * (room + 1)
+        for size in random.sample((1, 2, 3, 4, 8, 16), 4):
+            lefts = sorted(random.choice((1, 2, 2, 5, 30, 700)) for _ in range(random.randint(0, 12)))
+            gains = [0.0, *accumulate(1 / left for left in lefts)][: room // size + 1]
+            before, (value, counts) = value, _add_alike(value, gains, size)
+            for held, count in enumerate(counts):
+                tried = [before[held - n * size] + gains[n] for n in range(min(len(gains) - 1, held // size) + 1)]
+                assert value[held] == tried[count] == pytest.approx(max(tried), rel=1e-12)

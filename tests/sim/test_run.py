@@ -139,6 +139,16 @@ def test_knapsack_fills_the_cluster_where_the_greedy_order_leaves_a_hole() -> No
     assert ends(run(a_workload(*jobs), "knapsack")) == pytest.approx([260, 160, 160], abs=0.1)
 
 
+def test_knapsack_counts_the_gpus_that_its_jobs_may_use() -> None:
+    """The same beside a node that takes other jobs only."""
+    nodes = tuple(replace(node, labels=(("pool", name),)) for node, name in zip(make_nodes("2x4"), "ab", strict=True))
+    arrivals = tuple(
+        replace(arrival, spec=gang_spec(arrival.spec.roles["worker"].gpu.milli // 1_000, 4, node_label=("pool", "a")))
+        for arrival in a_workload((0, 100, 3), (0, 160, 2), (0, 160, 2)).arrivals
+    )
+    assert ends(run(Workload("test", arrivals, nodes), "knapsack")) == pytest.approx([260, 160, 160], abs=0.1)
+
+
 def test_learned_lets_a_newcomer_pass_and_keeps_the_seats_of_who_runs() -> None:
     result = run(a_workload((0, 5_000, 1), (0, 5_000, 3), (3_000, 50, 2)), "learned")
     assert ends(result)[2] == pytest.approx(3_050, abs=0.1)

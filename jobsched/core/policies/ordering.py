@@ -330,37 +330,62 @@ def outlook(job: Job, estimates: Estimates) -> tuple[int, ...]:
 
 
 def knapsack(told: Told) -> Order:
-    """Of all sets of jobs that hold no more GPUs than there are, first the one that ends most jobs per second: the
-    knapsack of which SRSF is the greedy answer. Then the rest, smallest remaining service first.
+    """Of all sets of jobs that hold no more GPUs than there are for them, first the one that ends most jobs per second:
+    the knapsack of which SRSF is the greedy answer. Then the rest, smallest remaining service first.
 
-    O(distinct sizes * GPUs^2 / size) a pass."""
+    O(distinct sizes * GPUs * log GPUs) a pass."""
 
     def order(cluster: Cluster, runnable: Sequence[Job], now_ms: int) -> list[Turn]:
+        if not runnable:
+            return []
         sizes: dict[int, list[tuple[int, int, str, Job]]] = {}
         for job in runnable:
             left = max(1, told(job))
             sizes.setdefault(max(1, ceil(gpus_milli(job) / WHOLE_GPU)), []).append(
                 (left, job.submitted_at_ms, job.id, job)
             )
-        room = cluster.fleet.capacity()[GPUS] // WHOLE_GPU
+        room = cluster.parts.gpu_milli(cluster.shape(runnable[0])) // WHOLE_GPU
+        room = min(room, sum(size * len(rows) for size, rows in sizes.items()))
         value = [0.0] * (room + 1)
-        chosen: list[tuple[tuple[int, int], ...]] = [()] * (room + 1)
+        counts: dict[int, list[int]] = {}
         for size in sorted(sizes, reverse=True):
-            best = sorted(sizes[size])[: room // size]
-            gains = [0.0]
-            for left, *_ in best:
-                gains.append(gains[-1] + 1 / left)
-            values, choices = list(value), list(chosen)
-            for held in range(size, room + 1):
-                for count in range(1, min(len(best), held // size) + 1):
-                    found = value[held - count * size] + gains[count]
-                    if found > values[held]:
-                        values[held], choices[held] = found, (*chosen[held - count * size], (size, count))
-            value, chosen = values, choices
             sizes[size].sort()
-        first = [row[3] for size, count in chosen[room] for row in sizes[size][:count]]
+            gains = [0.0]
+            for left, *_ in sizes[size][: room // size]:
+                gains.append(gains[-1] + 1 / left)
+            value, counts[size] = _add_alike(value, gains, size)
+        chosen: list[list[Job]] = []
+        for size in reversed(counts):
+            count = counts[size][room]
+            room -= size * count
+            chosen.append([row[3] for row in sizes[size][:count]])
+        first = [job for jobs in reversed(chosen) for job in jobs]
         taken = {job.id for job in first}
         rest = [(row[0] * size, *row[1:]) for size, rows in sizes.items() for row in rows if row[2] not in taken]
         return [Turn(job, 0) for job in first] + [Turn(row[3], 0) for row in sorted(rest)]
 
     return order
+
+
+def _add_alike(value: Sequence[float], gains: Sequence[float], size: int) -> tuple[list[float], list[int]]:
+    """Room -> the best value when jobs of one size may be added, and the fewest of them with which it is reached.
+    `value`: room -> the best without them; `gains`: number of them -> what they add, each less than the one before. So
+    of more room, what is left to the others is never less: each half is searched within the bounds of its middle."""
+    values, counts, most = list(value), [0] * len(value), len(gains) - 1
+    for start in range(min(size, len(value))):
+        column = value[start::size]
+        halves = [(0, len(column) - 1, 0, len(column) - 1)]
+        while halves:
+            low, high, fewest, widest = halves.pop()
+            middle = (low + high) // 2
+            best, others = -1.0, 0
+            for left in range(min(middle, widest), max(fewest, middle - most) - 1, -1):
+                found = column[left] + gains[middle - left]
+                if found > best:
+                    best, others = found, left
+            values[start + middle * size], counts[start + middle * size] = best, middle - others
+            if low < middle:
+                halves.append((low, middle - 1, fewest, others))
+            if middle < high:
+                halves.append((middle + 1, high, others, widest))
+    return values, counts

@@ -43,6 +43,10 @@ class Parts:
     """Part -> GPUs of its nodes, in thousandths: no more of like jobs can run there at once."""
     _made_for: tuple[object, ...] = ()
 
+    def gpu_milli(self, shape: Shape) -> int:
+        """GPUs for a shape and all that compete with it, in thousandths."""
+        return self.gpus[self.part_of[pool_key(shape)]]
+
     def renew(
         self,
         state: tuple[int, ...],
