@@ -169,6 +169,56 @@ def test_a_job_that_does_not_scale_stays_small_and_does_not_thrash(scope: str) -
     assert not changes
 
 
+class Apart(Training):
+    """Its workers step each for itself, for a second; an exchange takes them 0.1 s on one node, and 1 s on two."""
+
+    def report(self) -> None:
+        bound = [r for r in self.world.job(self.job_id).replicas.values() if r.binding is not None]
+        sync_s = 0.1 if len({r.binding.node for r in bound if r.binding is not None}) == 1 else 1.0
+        metrics = (("asynchronous", 1.0), ("step_s", 1.0 + sync_s), ("sync_s", sync_s))
+        self.step += 1
+        for key in self.world.engine.alive():
+            if key.startswith(f"{self.job_id}/"):
+                self.world.engine.tell(key, Progress(self.step, world_size=len(bound), metrics=metrics))
+
+
+@pytest.mark.parametrize("scope", ["replica", "job"])
+def test_a_job_does_not_move_for_ever_towards_a_node_on_which_there_is_no_room(scope: str) -> None:
+    """Others hold half of every node: three replicas would be faster on one, but only two are to be had there."""
+    world = a_world()
+    halves = [world.submit(a_spec(roles={"worker": {"command": "x", "gpu": "any:2"}})) for _ in range(4)]
+    world.tick(3)
+    on = {world.job(job_id).replicas["worker/0"].binding.node: job_id for job_id in halves}  # type: ignore[union-attr]
+    first, second = on.values()
+    world.wish(ev.JobCancelRequested(world.clock.now_ms(), first, "me"))
+    world.tick(10)
+    job_id = world.submit(elastic(scope, low=2, prefer=2))
+    training = Apart(world, job_id)
+    run(world, training)
+    assert replicas(world, job_id) == 2
+    world.wish(ev.JobCancelRequested(world.clock.now_ms(), second, "me"))
+    run(world, training)
+    assert replicas(world, job_id) == 4
+    before = world.store.last_seq()
+    run(world, training)
+    changes = [s.event for s in world.store.read(before) if not isinstance(s.event, ev.CheckpointSaved)]
+    assert not changes
+
+
+def test_nobody_is_asked_again_before_it_has_shown_what_the_last_change_brought() -> None:
+    """By what it was believed to do, it would be asked again at once when others come and go."""
+    world = a_world()
+    job_id = world.submit(elastic("job"))
+    training = Training(world, job_id)
+    while world.job(job_id).attempt < 2:
+        run(world, training, seconds=1)
+    world.run_to_phase(job_id, Phase.RUNNING)
+    assert replicas(world, job_id) == 4, "four times what it was measured with"
+    gang = world.submit(a_spec(roles={"worker": {"command": "x", "gpu": "any:1", "replicas": 6}}))
+    run(world, seconds=10)
+    assert (world.job(job_id).attempt, world.job(gang).phase) == (2, Phase.QUEUED)
+
+
 @pytest.mark.parametrize("scope", ["replica", "job"])
 def test_room_is_made_for_a_second_elastic_job_and_taken_back(scope: str) -> None:
     world = a_world()

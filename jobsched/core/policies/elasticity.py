@@ -12,10 +12,12 @@ jobs that have had little, because most jobs are short (least attained service; 
 with a price per GPU, found by bisection, at which each job chooses for itself: O(jobs * sizes * log), where Pollux
 evolves populations of whole schedules and Sia solves an integer program.
 
-Nobody moves for little: a job that changes counts as slower by `doubt`, and by what the change costs (`pauses`),
-spread over `horizon_ms`, or over what is left of the job where it reports that. A job is not trusted with more than
-`growth` times the replicas that it was measured with. Minima are never touched, and a job that its user has scaled, or
-that reports no speed, is left as it is. Higher priorities choose first.
+Nobody moves for little: a job that changes counts as slower by `doubt`, and by what the change costs (`pauses`), spread
+over `horizon_ms`, or over what is left of the job where it reports that; it has to pay in the places that are found,
+which may be on more nodes than were reckoned with, and nobody is asked again before it has reported how fast the last
+change made it. A job is not trusted with more than `growth` times the replicas that it was measured with. Minima are
+never touched, and a job that its user has scaled, or that reports no speed, is left as it is. Higher priorities choose
+first.
 
 The number of parameter servers is decided together with that of the workers. Servers need CPUs and memory, seldom GPUs,
 so where these are short, too, a size is priced by its dominant share of what is there (Optimus, EuroSys'18).
@@ -35,7 +37,19 @@ from typing import NamedTuple
 
 from jobsched.core import events as ev
 from jobsched.core.cluster import Cluster, Target
-from jobsched.core.job import Cause, FailureClass, Job, Outcome, Phase, Reason, Replica, ReplicaState, RoleShape, Shape
+from jobsched.core.job import (
+    Binding,
+    Cause,
+    FailureClass,
+    Job,
+    Outcome,
+    Phase,
+    Reason,
+    Replica,
+    ReplicaState,
+    RoleShape,
+    Shape,
+)
 from jobsched.core.ledger import ANY, GpuClass, Short
 from jobsched.core.plan import Decision
 from jobsched.core.policies.admission import admit, more
@@ -112,6 +126,8 @@ class Mover:
     model: SpeedModel | None
     nodes: int
     """Nodes that its replicas are on."""
+    kept: tuple[float, float] = (1.0, 1.0)
+    """What is left of its speed after a change in place, and after one by a restart."""
 
     @property
     def shares(self) -> bool:
@@ -164,10 +180,10 @@ def rebalance(cluster: Cluster, now_ms: int, how: Elasticity, waiting: Sequence[
     free = _free(cluster, movers)
     for _ in range(REVISIONS):
         sizes = _sizes(movers, free)
-        found = _places(cluster, movers, sizes)
-        if isinstance(found, dict):
+        found, unplaced = _places(cluster, movers, sizes)
+        if not unplaced:
             return _decisions(cluster, movers, sizes, found, now_ms)
-        movers = [m if m.job.id != found else replace(m, options=_as_it_is(m)) for m in movers]
+        movers = [replace(m, options=_as_it_is(m)) if m.job.id in unplaced else m for m in movers]
     return []
 
 
@@ -235,6 +251,8 @@ def _mover(cluster: Cluster, job: Job, now_ms: int, how: Elasticity) -> Mover | 
         return None
     trains = [r.binding for r in bound if r.role == name and r.binding is not None]
     have = len(trains), len(bound) - len(trains)
+    if not model.shown(job.attempt, have):
+        return None
     if any(r.state is not ReplicaState.RUNNING for r in bound) or have[0] < job.spec.roles[name].replicas.min:
         return None
     first, nodes = trains[0], len({binding.node for binding in trains})
@@ -250,9 +268,10 @@ def _mover(cluster: Cluster, job: Job, now_ms: int, how: Elasticity) -> Mover | 
             most = have[place] + more(cluster, job, each, most - have[place], pool[0] if place == 0 else "", now_ms)
             limits[place] = bounds.min, most
     in_place = resizes_in_place(job.spec, name)
-    mover = Mover(job, shape, role, servers, pool, have, (limits[0][0], limits[1][0]), (), in_place, model, nodes)
     kept = _kept_after_change(cluster, job, model, True, how), _kept_after_change(cluster, job, model, False, how)
-    return replace(mover, options=_options(cluster, mover, limits, kept, now_ms))
+    low = limits[0][0], limits[1][0]
+    mover = Mover(job, shape, role, servers, pool, have, low, (), in_place, model, nodes, kept)
+    return replace(mover, options=_options(cluster, mover, limits, now_ms))
 
 
 def _newcomer(cluster: Cluster, job: Job, now_ms: int, how: Elasticity) -> Mover | None:
@@ -281,7 +300,7 @@ def _newcomer(cluster: Cluster, job: Job, now_ms: int, how: Elasticity) -> Mover
             limits[place] = bounds.min, high
     low = limits[0][0], limits[1][0]
     mover = Mover(job, shape, role, servers, pools[0], NOBODY, low, (), False, model, 0)
-    found = _options(cluster, mover, limits, (1.0, 1.0), now_ms)
+    found = _options(cluster, mover, limits, now_ms)
     options = (Option(NOBODY, NOTHING, 0.0), *(option._replace(value=option.value + FIRST) for option in found))
     return replace(mover, options=options)
 
@@ -306,11 +325,10 @@ def _kept_after_change(cluster: Cluster, job: Job, model: SpeedModel, in_place: 
 
 
 def _options(
-    cluster: Cluster, mover: Mover, limits: Sequence[tuple[int, int]], kept: tuple[float, float], now_ms: int
+    cluster: Cluster, mover: Mover, limits: Sequence[tuple[int, int]], now_ms: int
 ) -> tuple[Option, ...]:
     """Sizes within limits, each with its value; left out are those on which the job makes no progress, and
-    those with more servers that bring next to nothing. `kept`: of the speed, after a change in place and after one by a
-    restart."""
+    those with more servers that bring next to nothing."""
     weight = (mover.job.gpu_time(now_ms) / (1_000 * WHOLE_GPU) + LITTLE_GPU_S) ** -FAVOUR
     per_node = mover.per_node(cluster)
     numbers = _candidate_sizes(*limits[1], SERVERS_CLOSE, mover.have[1]) if limits[1][1] else [0]
@@ -322,7 +340,7 @@ def _options(
             speed = _speed(mover, size, per_node)
             if speed <= 0.0:
                 continue
-            speed *= mover.gpus * (1.0 if size == mover.have else kept[not mover.stays(size)])
+            speed *= mover.gpus * (1.0 if size == mover.have else mover.kept[not mover.stays(size)])
             if speed > best * (1.0 + WORTH * (servers - least)) or size == mover.have:
                 best, least = (speed, servers) if speed > best else (best, least)
                 found.append(Option(size, mover.takes(size), weight * log(1.0 + speed)))
@@ -513,9 +531,13 @@ def _fill(
 # ---- places ----
 
 
-def _places(cluster: Cluster, movers: Sequence[Mover], sizes: Mapping[JobId, Size]) -> dict[JobId, Gang] | JobId:
-    """Places of the gangs that start anew, the largest first, while everything else stays where it is; or the first job
-    for which there are none. Leaves the ledger as it was."""
+def _places(
+    cluster: Cluster, movers: Sequence[Mover], sizes: Mapping[JobId, Size]
+) -> tuple[dict[JobId, Gang], set[JobId]]:
+    """Places of the gangs that start anew, the largest first, while everything else stays where it is; and the jobs
+    for which there are none, or none in which the change pays. Leaves the ledger as it was."""
+    found: dict[JobId, Gang] = {}
+    unplaced: set[JobId] = set()
     mark = cluster.mark()
     try:
         for mover in movers:
@@ -524,27 +546,44 @@ def _places(cluster: Cluster, movers: Sequence[Mover], sizes: Mapping[JobId, Siz
                 cluster.lend(mover.job, [r for r in mover.job.replicas.values() if r.binding is not None])
             elif mover.in_place and size[0] < mover.have[0]:
                 cluster.lend(mover.job, surplus(mover.job, mover.role.role, mover.have[0] - size[0]))
-        found: dict[JobId, Gang] = {}
         fresh = [m for m in movers if any(sizes[m.job.id]) and not m.stays(sizes[m.job.id])]
         for mover in sorted(fresh, key=lambda m: -sizes[m.job.id][0] * m.gpus):
-            gang = place_gang(cluster, sized(mover.shape, _named(mover, sizes[mover.job.id])), score=COMPACT)
-            if not isinstance(gang, Gang):
-                return mover.job.id
-            found[mover.job.id] = gang
+            size, here = sizes[mover.job.id], cluster.mark()
+            gang = place_gang(cluster, sized(mover.shape, _named(mover, size)), score=COMPACT)
+            if isinstance(gang, Gang) and _pays(cluster, mover, size, gang.bindings):
+                found[mover.job.id] = gang
+            else:
+                cluster.rollback(here)
+                unplaced.add(mover.job.id)
         for mover in movers:
             size = sizes[mover.job.id]
-            by = size[0] - mover.have[0]
-            if any(mover.have) and mover.stays(size) and by > 0 and not _grows(cluster, mover, by):
-                return mover.job.id
-        return found
+            if any(mover.have) and mover.stays(size) and size != mover.have and not _resizes(cluster, mover, size):
+                unplaced.add(mover.job.id)
+        return found, unplaced
     finally:
         cluster.rollback(mark)
 
 
-def _grows(cluster: Cluster, mover: Mover, by: int) -> bool:
-    taken = [r.binding for r in mover.job.replicas.values() if r.binding is not None]
-    indices = range(mover.have[0], mover.have[0] + by)
-    return bool(place_more(cluster, mover.shape, mover.role, indices, taken))
+def _resizes(cluster: Cluster, mover: Mover, size: Size) -> bool:
+    """Whether there are places for a change of size in place, and it pays there."""
+    job, by = mover.job, size[0] - mover.have[0]
+    taken = [r.binding for r in job.replicas.values() if r.binding is not None]
+    if by > 0:
+        more = place_more(cluster, mover.shape, mover.role, range(mover.have[0], size[0]), taken)
+        return bool(more) and _pays(cluster, mover, size, [*taken, *more])
+    leaves = [r.id for r in surplus(job, mover.role.role, -by)]
+    return _pays(cluster, mover, size, [binding for binding in taken if binding.id not in leaves])
+
+
+def _pays(cluster: Cluster, mover: Mover, size: Size, seats: Iterable[Binding]) -> bool:
+    """Whether a change that is to make a job faster does so there. What it gives to others it gives wherever it is."""
+    if mover.model is None or not any(mover.have):
+        return True
+    per_node, nodes = mover.per_node(cluster), len({b.node for b in seats if b.role == mover.role.role})
+    now = _speed(mover, mover.have, per_node)
+    if nodes <= -(-size[0] // per_node) or _speed(mover, size, per_node) <= now:
+        return True
+    return mover.model.speedup(nodes, *size) * mover.kept[not mover.stays(size)] > now
 
 
 def _named(mover: Mover, size: Size) -> dict[str, int]:

@@ -412,6 +412,10 @@ class SpeedModel:
         before, self._before = self._before, Stretch()
         return _pause(before, now) if before.attempt else None
 
+    def shown(self, attempt: int, size: Size) -> bool:
+        """Whether the job has reported since it has had so many replicas."""
+        return (self._stretch.attempt, self._stretch.size) == (attempt, size)
+
     def rate(self, nodes: int, replicas: int, servers: int = 0) -> float:
         """Units of progress a second at the best batch; 0 where no batch is possible."""
         return self.choose(nodes, replicas, servers)[0]
