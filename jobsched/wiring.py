@@ -34,7 +34,7 @@ from jobsched.core.policies.defragmentation import Defragmentation
 from jobsched.core.policies.elasticity import Elasticity
 from jobsched.core.policies.fairness import FairShare
 from jobsched.core.policies.health import Health
-from jobsched.core.policies.kinds import by_kind, learned_left, learned_speed
+from jobsched.core.policies.kinds import by_kind, learned_left, learned_speed, where_alike
 from jobsched.core.policies.ordering import (
     TIRESIAS_GPU_S,
     Factors,
@@ -270,7 +270,7 @@ def _replan(config: PolicyConfig) -> Replan | None:
         case "fairness":
             return Replan(patient(urgent(estimated(finish_time_fairness)), min_run_ms), heads=first)
         case "kinds":
-            return Replan(by_kind(learned_left, learned_speed, min_run_ms))
+            return Replan(by_kind(learned_left, learned_speed, min_run_ms), heads=where_alike(learned_heads))
         case "in-time":
             return Replan(patient(urgent(estimated(in_time)), min_run_ms), heads=in_time_heads)
         case "attained":

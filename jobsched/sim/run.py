@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -25,7 +26,7 @@ from jobsched.core.policies.estimate import REPORT_AFTER_MS
 from jobsched.core.policies.fairness import FairShare
 from jobsched.core.policies.families import gpus_milli
 from jobsched.core.policies.health import Health
-from jobsched.core.policies.kinds import Speed, by_kind, learned_left, learned_speed
+from jobsched.core.policies.kinds import Speed, by_kind, learned_left, learned_speed, where_alike
 from jobsched.core.policies.ordering import (
     LEASE_MS,
     expected_service,
@@ -318,6 +319,11 @@ class Simulation:
         self.engine = SimBackend(self.clock, workload.nodes, self.player.script)
         self.arrivals: dict[JobId, Arrival] = {a.job_id: a for a in workload.arrivals}
         self._coming = sorted(workload.arrivals, key=lambda a: (a.at_ms, a.job_id), reverse=True)
+        self._widest: dict[str, int] = {}
+        """Kind -> how many GPUs of it one node has at most."""
+        for node in workload.nodes:
+            for kind, count in Counter(gpu.kind for gpu in node.gpus).items():
+                self._widest[kind] = max(count, self._widest.get(kind, 0))
         self.policy = make_policy(self)
         self.ticks = 0
         self.cpu_s = 0.0
@@ -343,8 +349,7 @@ class Simulation:
 
     def speed_on(self, job: Job, kind: str) -> float:
         """The job's true speed when all its GPUs are of that kind, on as few nodes as there can be."""
-        widest = max(sum(gpu.kind == kind for gpu in node.gpus) for node in self.workload.nodes)
-        nodes = -(-gpus_milli(job) // (WHOLE_GPU * max(1, widest)))
+        nodes = -(-gpus_milli(job) // (WHOLE_GPU * self._widest.get(kind, 1)))
         return self.player.speed(job, ((kind, WHOLE_GPU),) * nodes)
 
     def step(self) -> bool:
@@ -475,8 +480,15 @@ def _learned(sim: Simulation) -> Policy:
 
 def _by_kind(sim: Simulation, speed: Speed) -> Policy:
     """Told the work that is left of each job, and its speed on each kind of GPU."""
+    told = sim.player.left_ms
     order = by_kind(lambda cluster, job, now_ms: (max(1.0, sim.player.work_left_ms(job)), 0), speed, MIN_RUN_MS)
-    return _policy(sim, replan=Replan(order, settle=sim.workload.rules.settle))
+    how = Replan(order, settle=sim.workload.rules.settle, heads=where_alike(first))
+    return _policy(sim, replan=how, rank=lambda job, estimates: told(job))
+
+
+def _kinds_learned(sim: Simulation) -> Policy:
+    how = Replan(by_kind(learned_left, learned_speed, MIN_RUN_MS), heads=where_alike(learned_heads))
+    return _policy(sim, replan=how, rank=left_told, alike=outlook)
 
 
 def _policy(sim: Simulation, **fields: object) -> Policy:
@@ -526,7 +538,7 @@ POLICIES: dict[str, PolicyMaker] = {
     "themis": _preempting(lambda sim: patient(finish_time_fairness(sim.player.left_ms), LEASE_MS)),
     "kinds": lambda sim: _by_kind(sim, lambda cluster, job, kind: sim.speed_on(job, kind)),
     "blind": lambda sim: _by_kind(sim, lambda cluster, job, kind: 1.0),
-    "kinds-learned": lambda sim: _policy(sim, replan=Replan(by_kind(learned_left, learned_speed, MIN_RUN_MS))),
+    "kinds-learned": _kinds_learned,
     "service": lambda sim: _policy(sim, ordering=fifo, rank=expected_service),
     "easy": lambda sim: _policy(sim, ordering=fifo, backfill=Backfill(1)),
     "conservative": lambda sim: _policy(sim, ordering=fifo, backfill=Backfill(64)),

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from random import Random
 
 import pytest
 
+from jobsched.core.cluster import Cluster
 from jobsched.core.events import EVENT, AttemptPlaced, AttemptStopping, JobSubmitted
-from jobsched.core.job import Phase, Reason
+from jobsched.core.job import Job, Phase, Reason
+from jobsched.core.policies.kinds import where_alike
 from jobsched.core.policies.ordering import LEASE_MS
+from jobsched.core.policies.preemption import Heads, Turn, first
 from jobsched.core.resources import JobId
+from jobsched.core.schedule import Policy
 from jobsched.sim import traces
 from jobsched.sim.run import POLICIES, START_MS, Result, Simulation
 from jobsched.sim.throughput import Seats, Steady
@@ -130,6 +136,29 @@ def test_a_turn_that_ends_by_itself_needs_no_other_event() -> None:
     result = run(a_workload((0, 5_000, 4), (1, 5_000, 4)), "las")
     placed = [s.event.at_ms for s in result.store.history(JobId("001")) if isinstance(s.event, AttemptPlaced)]
     assert placed[0] - START_MS == pytest.approx(812_500, abs=100)
+
+
+def test_where_all_gpus_are_alike_kinds_need_not_look_at_everybody() -> None:
+    looked: list[int] = []
+
+    def asked(sim: Simulation, heads: Heads | None) -> Policy:
+        policy = POLICIES["kinds"](sim)
+        assert policy.replan is not None
+        how = policy.replan.order
+
+        def order(cluster: Cluster, runnable: Sequence[Job], now_ms: int) -> list[Turn]:
+            looked.append(len(runnable))
+            return how(cluster, runnable, now_ms)
+
+        return replace(policy, replan=replace(policy.replan, order=order, heads=heads))
+
+    workload = synthetic(120, seed=2, nodes="1x8", load=3.0)
+    found = []
+    for heads in (where_alike(first), None):
+        looked.clear()
+        found.append((ends(Simulation(workload, partial(asked, heads=heads)).run()), max(looked)))
+    assert found[0][0] == found[1][0]
+    assert found[0][1] < found[1][1]
 
 
 def test_knapsack_fills_the_cluster_where_the_greedy_order_leaves_a_hole() -> None:

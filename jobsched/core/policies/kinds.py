@@ -11,18 +11,20 @@ of Gavel (OSDI'20) and Sia (SOSP'23) have it, without a linear program in betwee
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import itemgetter
 from typing import NamedTuple
 
 from jobsched.core.cluster import Cluster
 from jobsched.core.job import Job, Phase, Shape
+from jobsched.core.lines import Line
 from jobsched.core.policies.estimate import ran_ms
 from jobsched.core.policies.families import gpus_milli
 from jobsched.core.policies.ordering import cost_of
 from jobsched.core.policies.parts import pool_key
-from jobsched.core.policies.preemption import Order, Turn
-from jobsched.core.resources import WHOLE_GPU
+from jobsched.core.policies.preemption import Heads, Order, Turn
+from jobsched.core.resources import WHOLE_GPU, JobId
+from jobsched.spec.queue import CPU, GPUS, MEMORY
 
 Speed = Callable[[Cluster, Job, str], float]
 """(cluster, job, GPU kind) -> how fast it goes there, relative to other kinds; 0: not at all."""
@@ -175,6 +177,18 @@ def by_kind(left: Left, speed: Speed, min_run_ms: int | None = 0) -> Order:
         return [turn for _, turn in rows]
 
     return order
+
+
+def where_alike(heads: Heads) -> Heads:
+    """Whom of like lines `by_kind` needs to see: where all GPUs are of one kind, those of `heads`; else all, as each
+    that waits behind another makes a kind dearer."""
+
+    def find(cluster: Cluster, lines: Sequence[Line], most: int, now_ms: int) -> Iterable[JobId]:
+        if sum(name not in (GPUS, CPU, MEMORY) for name in cluster.fleet.capacity()) <= 1:
+            return heads(cluster, lines, most, now_ms)
+        return [place.job_id for line in lines for place in line.places]
+
+    return find
 
 
 def learned_left(cluster: Cluster, job: Job, now_ms: int) -> tuple[float, int]:

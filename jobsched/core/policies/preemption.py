@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 from jobsched.core import events as ev
@@ -321,8 +322,9 @@ def _seat(cluster: Cluster, job: Job, want: _Wanted, score: Score) -> Gang | Non
     return placed if isinstance(placed, Gang) else None
 
 
+@lru_cache(maxsize=4_096)
 def of_kind(shape: Shape, kind: str) -> Shape:
-    """The same gang on GPUs of one kind; "": as it is."""
+    """The same gang on GPUs of one kind; "": as it is. Like jobs share one, asked for in each pass."""
     if not kind:
         return shape
     roles = [replace(role, gpu_kinds=(kind,)) if role.gpu_milli else role for role in shape.roles]
