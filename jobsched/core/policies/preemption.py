@@ -7,7 +7,7 @@ what a victim holds is free only once its replicas are gone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -36,14 +36,16 @@ class Turn(NamedTuple):
     gather: bool = False
 
 
+FEW, DEEPER = 2, 4
+"""Of each kind of jobs that wait so many are looked at first, so many times more whenever all of these would run."""
 FOR_ANOTHER = "a job that goes first needs the place"
 Heads = Callable[[Cluster, Sequence[Line], int, int], Iterable[JobId]]
-"""(cluster, lines that differ in nothing but their outlook, how many of their jobs could run at once if nobody else
-did, now) -> those worth looking at."""
+"""(cluster, lines that differ in nothing but their outlook, how many, now) -> the first so many, of each sort that the
+order tells apart, and whoever else it has to see."""
 
 
 def first(cluster: Cluster, lines: Sequence[Line], most: int, now_ms: int) -> Iterable[JobId]:
-    """Of each line as many as could run."""
+    """The first of each line."""
     return [place.job_id for line in lines for place in line.places[:most]]
 
 
@@ -79,8 +81,8 @@ def replan(
     cluster: Cluster, now_ms: int, how: Replan, score: Score, admit: Admit, booked: Booked
 ) -> tuple[list[Decision], int]:
     """Decisions that bring the cluster nearer to the wanted set of running jobs, and how many jobs were looked at. Must
-    run inside `ledger.trial()`. O(n log n) in the runnable jobs of those parts of the cluster where something changed
-    or comes due."""
+    run inside `cluster.trial()`. O(n log n) in the running jobs of those parts of the cluster where something changed
+    or comes due, the kinds of jobs that wait there (all of these, without `Replan.heads`), and those that start."""
     parts = cluster.parts
     everything = parts.renew(
         (cluster.fleet.moved, cluster.ledger.unblocked), cluster.queues.values(), cluster.crowds, cluster.fleet.pool,
@@ -89,46 +91,98 @@ def replan(
     dirty = {parts.part_of[key]: None for key in cluster.stirred if key in parts.part_of}
     dirty |= {part: None for part, due in parts.due_ms.items() if due <= now_ms}
     cluster.stirred.clear()
-    groups: dict[int, list[Job]] = {}
-    for key, crowd in cluster.crowds.items():
+    crowds: dict[int, list[PoolKey]] = {}
+    for key in cluster.crowds:
         part = parts.part_of[key]
         if everything or part in dirty:
-            ids = crowd.jobs if how.heads is None else [
-                *crowd.active, *_heads(cluster, key, parts.gpus[part], how.heads, now_ms)
-            ]  # fmt: skip
-            groups.setdefault(part, []).extend([cluster.jobs[job_id] for job_id in ids])
+            crowds.setdefault(part, []).append(key)
     decisions: list[Decision] = []
-    for part, jobs in groups.items():
-        found, until_ms = _replan_part(cluster, jobs, now_ms, how, score, admit, booked)
+    examined = 0
+    for part, keys in crowds.items():
+        contest = _Contest(cluster, keys, parts.gpus[part], now_ms, how)
+        found, until_ms = _replan_part(cluster, contest, now_ms, how, score, admit, booked)
         decisions += found
+        examined += contest.examined
         parts.due_ms.pop(part, None)
         if until_ms:
             parts.due_ms[part] = until_ms
     cluster.next_pass_ms = min(parts.due_ms.values(), default=0)
-    return decisions, sum(map(len, groups.values()))
+    return decisions, examined
 
 
-def _heads(cluster: Cluster, pool: PoolKey, gpu_milli: int, heads: Heads, now_ms: int) -> Iterator[JobId]:
-    for key, lines in cluster.lines.of_pool.get(pool, {}).items():
-        least = sum([role.min * role.gpu_milli for role in key.shape.roles])
-        most = gpu_milli // least if least else len(cluster.jobs)
-        yield from heads(cluster, tuple(lines.values()), most, now_ms)
+class _Contest:
+    """Who competes for one part of the cluster: all that hold something there, and of each kind of jobs that wait the
+    first few; more of those kinds of which all that were looked at would run."""
+
+    def __init__(self, cluster: Cluster, keys: Sequence[PoolKey], gpu_milli: int, now_ms: int, how: Replan) -> None:
+        self._cluster, self._now_ms, self._heads = cluster, now_ms, how.heads
+        crowds = [cluster.crowds[key] for key in keys]
+        ids = [job_id for crowd in crowds for job_id in (crowd.jobs if how.heads is None else crowd.active)]
+        self.known = [cluster.jobs[job_id] for job_id in ids]
+        self.examined = len(ids)
+        self._kinds: list[_Kind] = []
+        for key in keys if how.heads is not None else ():
+            for akin, lines in cluster.lines.of_pool.get(key, {}).items():
+                least = sum([role.min * role.gpu_milli for role in akin.shape.roles])
+                most = gpu_milli // least if least else len(cluster.jobs)
+                self._kinds.append(_Kind(tuple(lines.values()), most))
+
+    def jobs(self) -> list[Job]:
+        """Those to put in order."""
+        found = list(self.known)
+        for kind in self._kinds:
+            if kind.seen is None:
+                assert self._heads is not None
+                kind.seen = list(self._heads(self._cluster, kind.lines, min(kind.few, kind.most), self._now_ms))
+                self.examined += len(kind.seen)
+            found += [self._cluster.jobs[job_id] for job_id in kind.seen]
+        return found
+
+    def deepen(self, wanted: Container[JobId]) -> bool:
+        """Whether there are others that might run too: jobs of a kind go in their order, so that behind one that would
+        not run nobody would."""
+        deeper = False
+        for kind in self._kinds:
+            seen = kind.seen or ()
+            if kind.few < kind.most and len(seen) < kind.waiting and sum([i in wanted for i in seen]) >= kind.few:
+                kind.few, kind.seen, deeper = DEEPER * kind.few, None, True
+        return deeper
+
+
+@dataclass(slots=True)
+class _Kind:
+    """Jobs that wait and differ in nothing but their outlook."""
+
+    lines: tuple[Line, ...]
+    most: int
+    """No more of them could run at once if nobody else did."""
+    few: int = FEW
+    """So many are looked at, of each outlook or urgency."""
+    seen: list[JobId] | None = None
+
+    @property
+    def waiting(self) -> int:
+        return sum([len(line.places) for line in self.lines])
 
 
 def _replan_part(
-    cluster: Cluster, jobs: Sequence[Job], now_ms: int, how: Replan, score: Score, admit: Admit, booked: Booked
+    cluster: Cluster, contest: _Contest, now_ms: int, how: Replan, score: Score, admit: Admit, booked: Booked
 ) -> tuple[list[Decision], int]:
     """The same for jobs that compete with each other and with nobody else; and when their order changes by itself."""
-    runnable = [
-        job
-        for job in jobs
-        if (job.phase is Phase.QUEUED and cluster.waits(job.id))
-        or (job.phase in (Phase.STARTING, Phase.RUNNING) and not job.cancel_by and not job.stop_wish)
-    ]
-    turns = how.order(cluster, runnable, now_ms)
-    held = {job.id: _held(cluster, job) for job in jobs if job.replicas}
-    choose = _choose if how.repack else _choose_beside
-    wanted = choose(cluster, turns, held, score, admit, booked)
+    held = {job.id: _held(cluster, job) for job in contest.known if job.replicas}
+    choose, mark = _choose if how.repack else _choose_beside, cluster.quotas.mark()
+    while True:
+        runnable = [
+            job
+            for job in contest.jobs()
+            if (job.phase is Phase.QUEUED and cluster.waits(job.id))
+            or (job.phase in (Phase.STARTING, Phase.RUNNING) and not job.cancel_by and not job.stop_wish)
+        ]
+        turns = how.order(cluster, runnable, now_ms)
+        wanted = choose(cluster, turns, held, score, admit, booked)
+        if not contest.deepen(wanted):
+            break
+        cluster.quotas.rollback(mark)
     stays = {job_id for job_id in wanted if job_id in held}
     moves: set[JobId] = set()
     fresh = [turn.job for turn in turns if turn.job.id in wanted and turn.job.id not in held]
@@ -144,7 +198,7 @@ def _replan_part(
             cause = Cause(reason, FailureClass.PREEMPTED, text)
             outcome = Outcome(Phase.QUEUED, reason, cause)
             decisions.append(ev.AttemptStopping(now_ms, job.id, job.attempt, outcome))
-    leaving = bool(decisions) or any(job.phase is Phase.STOPPING for job in jobs)
+    leaving = bool(decisions) or any(job.phase is Phase.STOPPING for job in contest.known)
     running = set(stays)
     if not (how.settle and leaving):
         for job in fresh:
