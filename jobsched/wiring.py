@@ -264,9 +264,10 @@ def _replan(config: PolicyConfig) -> Replan | None:
     min_run_ms = config.preemption.min_runtime if config.preemption is not None else None
     match config.ordering:
         case "learned":
-            return Replan(patient(learned, min_run_ms), heads=learned_heads)
+            return Replan(patient(learned, min_run_ms), heads=learned_heads, frugal=True)
         case "shortest":
-            return Replan(patient(urgent(estimated(lambda told: shortest(gpu_time(told)))), min_run_ms), heads=first)
+            order = patient(urgent(estimated(lambda told: shortest(gpu_time(told)))), min_run_ms)
+            return Replan(order, heads=first, frugal=True)
         case "fairness":
             return Replan(patient(urgent(estimated(finish_time_fairness)), min_run_ms), heads=first)
         case "kinds":

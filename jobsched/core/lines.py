@@ -29,6 +29,11 @@ class LineKey(NamedTuple):
     owner: str = ""
     outlook: tuple[int, ...] = ()
 
+    @property
+    def has_run(self) -> bool:
+        """Whether its jobs ran before, each for its own time: the last of an outlook says for how long, roughly."""
+        return bool(self.outlook) and self.outlook[-1] > 0
+
     def akin(self) -> LineKey:
         """The same for all lines that differ in nothing but their outlook."""
         return self._replace(outlook=()) if self.outlook else self

@@ -474,7 +474,7 @@ def _in_time(sim: Simulation) -> Policy:
 
 def _learned(sim: Simulation) -> Policy:
     rules = sim.workload.rules
-    how = Replan(learned, rules.repack, settle=rules.settle, heads=learned_heads)
+    how = Replan(learned, rules.repack, settle=rules.settle, heads=learned_heads, frugal=True)
     return _policy(sim, replan=how, rank=left_told, alike=outlook)
 
 

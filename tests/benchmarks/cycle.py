@@ -1,12 +1,13 @@
 """The scheduling cycle at size: must-show row 8 of the brain.
 
-`python -m tests.benchmarks.cycle [easy|server] …`: N nodes of 8 GPUs, W waiting gangs of 1-64 GPUs (half in replicas of
-one GPU, half in whole nodes and a rest) of 4 queues and 3 priorities. Measured on a `Cluster` that folds events as the
-controller's does, with EASY backfill alone (`easy`) or with all that a server does by default (`server`: fair turns,
-preemption, elasticity, defragmentation too): the cold passes that fill the empty cluster, in bindings per second of
-`schedule`; then ticks in each of which 1 % of the running jobs end, 1 % of the waiting ones are cancelled and as many
-are submitted anew: the time to fold these events (about 2 % of the jobs change), the pass with the folding of its
-decisions, and both. Times are CPU time. One JSON line a figure; the ratio is to the smallest size, 1 is no growth.
+`python -m tests.benchmarks.cycle [easy|server|learned|shortest] …`: N nodes of 8 GPUs, W waiting gangs of 1-64 GPUs
+(half in replicas of one GPU, half in whole nodes and a rest) of 4 queues and 3 priorities. Measured on a `Cluster` that
+folds events as the controller's does, with EASY backfill alone (`easy`) or with all that a server does by default
+(`server`: fair turns, preemption, elasticity, defragmentation too): the cold passes that fill the empty cluster, in
+bindings per second of `schedule`; then ticks in each of which 1 % of the running jobs end, 1 % of the waiting ones are
+cancelled and as many are submitted anew: the time to fold these events (about 2 % of the jobs change), the pass with
+the folding of its decisions, and both. Times are CPU time. One JSON line a figure; the ratio is to the smallest size, 1
+is no growth.
 BENCH=full: all sizes. ONE_IN=200: half as many come and go, so that 1 % of the jobs change.
 """
 
@@ -39,8 +40,11 @@ NODES = (1_000, 5_000, 10_000)
 WAITING = (10_000, 100_000)
 QUEUES = 4
 TICKS = 200
+FRUGAL = ("learned", "shortest")
+"""Orderings that place everybody anew and look at the first of each kind of jobs that waits."""
 ONE_IN = int(os.environ.get("ONE_IN", 100))
-POLICIES = {"easy": Policy(backfill=Backfill()), "server": server_policy(PolicyConfig(), ())}
+POLICIES = {"easy": Policy(backfill=Backfill()), "server": server_policy(PolicyConfig(), ()),
+            **{by: server_policy(PolicyConfig.model_validate({"ordering": by}), ()) for by in FRUGAL}}
 COMPLETED = Outcome(Phase.SUCCEEDED, Reason.COMPLETED)
 CANCELLED = Cause(Reason.CANCELLED)
 
@@ -83,7 +87,7 @@ class Bench:
     def __init__(self, nodes: int, waiting: int, policy: str = "easy") -> None:
         self.policy = POLICIES[policy]
         self.random = Random(7)
-        self.cluster = Cluster()
+        self.cluster = Cluster(rank=self.policy.rank, alike=self.policy.alike)
         self.now_ms = 1_000
         self.serial = 0
         for queue in range(QUEUES):
@@ -186,7 +190,7 @@ def main() -> None:
     full = os.environ.get("BENCH") == "full"
     first: dict[str, Figures] = {}
     sizes = [(n, w) for n in (NODES if full else NODES[:1]) for w in (WAITING if full else WAITING[:1])]
-    for policy in sys.argv[1:] or POLICIES:
+    for policy in sys.argv[1:] or ("easy", "server"):
         for nodes, waiting in sizes:
             found = Bench(nodes, waiting, policy).measure()
             base = first.setdefault(policy, found)

@@ -195,8 +195,6 @@ def learned_left(cluster: Cluster, job: Job, now_ms: int) -> tuple[float, int]:
     """What stands for a job's time to its end where nobody tells it: the Gittins index of `ordering.learned`, or what
     it reports, at its speed on the average kind."""
     estimates, ran = cluster.estimates, ran_ms(job, now_ms)
-    if job.phase is not Phase.QUEUED:
-        estimates.ran(job, ran)
     cost, until_ran = cost_of(estimates, job, ran, now_ms)
     left = cost / max(1, gpus_milli(job))
     if estimates.reported_left_ms(job, now_ms) is not None and (kind := cluster.paces.last(job.id)):

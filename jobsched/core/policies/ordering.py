@@ -221,9 +221,6 @@ def learned(cluster: Cluster, runnable: Sequence[Job], now_ms: int) -> list[Turn
     """Highest Gittins index per GPU first, with run times learned per family (`estimate`), or reported progress where
     there is some: what SRSF does when run times are known, and least attained service when nothing is."""
     estimates = cluster.estimates
-    for job in runnable:
-        if job.phase is not Phase.QUEUED:
-            estimates.ran(job, ran_ms(job, now_ms))
     rows: list[tuple[int, float, bool, int, str, Turn]] = []
     for job in runnable:
         running, until_ms, ran = job.phase is not Phase.QUEUED, 0, ran_ms(job, now_ms)
@@ -274,9 +271,6 @@ def estimated(order_of: Callable[[Told], Order]) -> Order:
 
     def order(cluster: Cluster, runnable: Sequence[Job], now_ms: int) -> list[Turn]:
         estimates = cluster.estimates
-        for job in runnable:
-            if job.phase is not Phase.QUEUED:
-                estimates.ran(job, ran_ms(job, now_ms))
         turns = order_of(lambda job: estimates.left_ms(job, now_ms))(cluster, runnable, now_ms)
         return [turn if turn.job.phase is Phase.QUEUED else _until_next_bucket(turn, now_ms) for turn in turns]
 

@@ -17,6 +17,7 @@ from jobsched.core.cluster import Cluster, Standing
 from jobsched.core.job import Binding, Cause, FailureClass, Job, Outcome, Phase, Reason, RoleShape, Shape
 from jobsched.core.lines import Line
 from jobsched.core.plan import Decision
+from jobsched.core.policies.estimate import ran_ms
 from jobsched.core.policies.gathering import exchange, gather, lend
 from jobsched.core.policies.parts import PoolKey
 from jobsched.core.policies.placement import Gang, Score, place_gang
@@ -36,8 +37,9 @@ class Turn(NamedTuple):
     gather: bool = False
 
 
-FEW, DEEPER = 2, 4
-"""Of each kind of jobs that wait so many are looked at first, so many times more whenever all of these would run."""
+FEW, DEEPER = 4, 16
+"""With `Replan.frugal`: of each kind of jobs that wait so many are looked at first, so many times more whenever all of
+these would run."""
 FOR_ANOTHER = "a job that goes first needs the place"
 Heads = Callable[[Cluster, Sequence[Line], int, int], Iterable[JobId]]
 """(cluster, lines that differ in nothing but their outlook, how many, now) -> the first so many, of each sort that the
@@ -45,8 +47,8 @@ order tells apart, and whoever else it has to see."""
 
 
 def first(cluster: Cluster, lines: Sequence[Line], most: int, now_ms: int) -> Iterable[JobId]:
-    """The first of each line."""
-    return [place.job_id for line in lines for place in line.places[:most]]
+    """The first of each line, and everybody who has run before: of them not the same is left."""
+    return [place.job_id for line in lines for place in line.places[: None if line.key.has_run else most]]
 
 
 Order = Callable[[Cluster, Sequence[Job], int], list[Turn]]
@@ -70,6 +72,9 @@ class Replan:
     heads: Heads | None = None
     """Which jobs of a line the order needs to be asked about; None: all. Where it never puts a later job of a line
     before an earlier one (`Policy.rank` and `Policy.alike` make such lines), `first` are enough."""
+    frugal: bool = False
+    """Whether `heads` may be asked for fewer than could run: the order ranks each job by itself, so that behind one
+    that does not fit nobody of its kind does."""
 
 
 Admit = Callable[[Job], Shape | Refused]
@@ -82,7 +87,8 @@ def replan(
 ) -> tuple[list[Decision], int]:
     """Decisions that bring the cluster nearer to the wanted set of running jobs, and how many jobs were looked at. Must
     run inside `cluster.trial()`. O(n log n) in the running jobs of those parts of the cluster where something changed
-    or comes due, the kinds of jobs that wait there (all of these, without `Replan.heads`), and those that start."""
+    or comes due and in the jobs that wait there: with `Replan.heads` in as many of each kind as could run, where it is
+    frugal in their kinds and in those that start."""
     parts = cluster.parts
     everything = parts.renew(
         (cluster.fleet.moved, cluster.ledger.unblocked), cluster.queues.values(), cluster.crowds, cluster.fleet.pool,
@@ -125,7 +131,7 @@ class _Contest:
             for akin, lines in cluster.lines.of_pool.get(key, {}).items():
                 least = sum([role.min * role.gpu_milli for role in akin.shape.roles])
                 most = gpu_milli // least if least else len(cluster.jobs)
-                self._kinds.append(_Kind(tuple(lines.values()), most))
+                self._kinds.append(_Kind(tuple(lines.values()), most, min(FEW, most) if how.frugal else most))
 
     def jobs(self) -> list[Job]:
         """Those to put in order."""
@@ -133,7 +139,7 @@ class _Contest:
         for kind in self._kinds:
             if kind.seen is None:
                 assert self._heads is not None
-                kind.seen = list(self._heads(self._cluster, kind.lines, min(kind.few, kind.most), self._now_ms))
+                kind.seen = list(self._heads(self._cluster, kind.lines, kind.few, self._now_ms))
                 self.examined += len(kind.seen)
             found += [self._cluster.jobs[job_id] for job_id in kind.seen]
         return found
@@ -145,7 +151,7 @@ class _Contest:
         for kind in self._kinds:
             seen = kind.seen or ()
             if kind.few < kind.most and len(seen) < kind.waiting and sum([i in wanted for i in seen]) >= kind.few:
-                kind.few, kind.seen, deeper = DEEPER * kind.few, None, True
+                kind.few, kind.seen, deeper = min(DEEPER * kind.few, kind.most), None, True
         return deeper
 
 
@@ -156,7 +162,7 @@ class _Kind:
     lines: tuple[Line, ...]
     most: int
     """No more of them could run at once if nobody else did."""
-    few: int = FEW
+    few: int
     """So many are looked at, of each outlook or urgency."""
     seen: list[JobId] | None = None
 
@@ -170,6 +176,8 @@ def _replan_part(
 ) -> tuple[list[Decision], int]:
     """The same for jobs that compete with each other and with nobody else; and when their order changes by itself."""
     held = {job.id: _held(cluster, job) for job in contest.known if job.replicas}
+    for job_id in held:  # whoever has run so long teaches what to expect of its like
+        cluster.estimates.ran(job := cluster.jobs[job_id], ran_ms(job, now_ms))
     choose, mark = _choose if how.repack else _choose_beside, cluster.quotas.mark()
     while True:
         runnable = [
