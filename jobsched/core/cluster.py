@@ -157,7 +157,7 @@ class Cluster:
     paces: Paces = field(default_factory=Paces)
     """How fast jobs go on each kind of GPU, learned from what they report."""
     elastic: dict[JobId, None] = field(default_factory=dict)
-    """Active jobs whose size `policies.elasticity` may decide."""
+    """Active jobs whose size `policies.elasticity` may decide, in the order in which it does when they are many."""
     speeds: dict[JobId, SpeedModel] = field(default_factory=dict)
     """What live jobs have shown of their speed; fed by `controller.telemetry`."""
     pauses: Pauses = field(default_factory=Pauses)

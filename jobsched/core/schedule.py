@@ -7,8 +7,10 @@ Cost follows what may have changed: a line whose head did not fit is not looked 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
+from operator import itemgetter
 
 from jobsched.core import events as ev
 from jobsched.core.clearing import ripe, start_nominated
@@ -21,12 +23,13 @@ from jobsched.core.plan import Decision, Plan
 from jobsched.core.policies.admission import admit, more
 from jobsched.core.policies.backfill import drop_stale
 from jobsched.core.policies.defragmentation import Defragmentation, decisions_of, find_way
-from jobsched.core.policies.elasticity import WAITING, Elasticity, rebalance
-from jobsched.core.policies.ordering import multifactor
+from jobsched.core.policies.elasticity import WAITING, Elasticity, in_motion, rebalance
+from jobsched.core.policies.ordering import OrderKey, multifactor
 from jobsched.core.policies.placement import place_more
 from jobsched.core.policies.preemption import Replan, replan
 from jobsched.core.policies.quota import Books
 from jobsched.core.policies.victims import evictions
+from jobsched.core.resources import JobId
 from jobsched.core.waiting import overdue, start_waiting
 from jobsched.spec.job import resizes_in_place
 
@@ -193,16 +196,14 @@ def defragment(run: Pass, how: Defragmentation) -> list[Decision]:
 def resize(run: Pass, how: Elasticity) -> list[Decision]:
     """Changes of size; the best of the jobs that wait are thought of too. O(lines), when it is time."""
     cluster, ordering = run.cluster, run.policy.ordering
-    if run.now_ms < cluster.resize_ms or not cluster.elastic:
+    if run.now_ms < cluster.resize_ms or not cluster.elastic or in_motion(cluster):
         return []
-    waiting = [
-        (ordering(line.key, place), cluster.jobs[place.job_id])
-        for line in cluster.lines.values()
-        for place in line.places[: len(run.settled) + WAITING]
-        if place.job_id not in run.settled
-    ]
-    best = heapq.nsmallest(WAITING, waiting, key=lambda entry: entry[0])
-    return rebalance(cluster, run.now_ms, how, [job for _, job in best])
+
+    def heads(line: Line) -> Iterator[tuple[OrderKey, JobId]]:
+        return ((ordering(line.key, place), place.job_id) for place in line.places if place.job_id not in run.settled)
+
+    best = islice(heapq.merge(*map(heads, cluster.lines.values()), key=itemgetter(0)), WAITING)
+    return rebalance(cluster, run.now_ms, how, [cluster.jobs[job_id] for _, job_id in best])
 
 
 def grow(run: Pass, job: Job) -> None:

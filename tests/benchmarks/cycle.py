@@ -1,14 +1,15 @@
 """The scheduling cycle at size: must-show row 8 of the brain.
 
-`python -m tests.benchmarks.cycle [easy|server|learned|shortest] …`: N nodes of 8 GPUs, W waiting gangs of 1-64 GPUs
-(half in replicas of one GPU, half in whole nodes and a rest) of 4 queues and 3 priorities. Measured on a `Cluster` that
-folds events as the controller's does, with EASY backfill alone (`easy`) or with all that a server does by default
-(`server`: fair turns, preemption, elasticity, defragmentation too): the cold passes that fill the empty cluster, in
-bindings per second of `schedule`; then ticks in each of which 1 % of the running jobs end, 1 % of the waiting ones are
-cancelled and as many are submitted anew: the time to fold these events (about 2 % of the jobs change), the pass with
-the folding of its decisions, and both. Times are CPU time. One JSON line a figure; the ratio is to the smallest size, 1
-is no growth.
-BENCH=full: all sizes. ONE_IN=200: half as many come and go, so that 1 % of the jobs change.
+`python -m tests.benchmarks.cycle [easy|server|elastic|learned|shortest] …`: N nodes of 8 GPUs, W waiting gangs of 1-64
+GPUs (half in replicas of one GPU, half in whole nodes and a rest) of 4 queues and 3 priorities. Measured on a
+`Cluster` that folds events as the controller's does, with EASY backfill alone (`easy`) or with all that a server does
+by default (`server`: fair turns, preemption, elasticity, defragmentation too), then with a tenth of the jobs elastic,
+of which half grow and shrink in place, and which report their speed (`elastic`): the cold passes that fill the empty
+cluster, in bindings per second of `schedule`; then ticks in each of which 1 % of the running jobs end, 1 % of the
+waiting ones are cancelled and as many are submitted anew: the time to fold these events (about 2 % of the jobs
+change), the pass with the folding of its decisions, and both. Times are CPU time. One JSON line a figure; the ratio is
+to the smallest size, 1 is no growth. BENCH=full: all sizes. ONE_IN=200: half as many come and go, so that 1 % of the
+jobs change.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from random import Random
@@ -24,10 +26,11 @@ from random import Random
 from jobsched.controller.longevity import prepare, settle
 from jobsched.core import events as ev
 from jobsched.core.cluster import Cluster
-from jobsched.core.job import Cause, Outcome, Phase, Reason
+from jobsched.core.job import Cause, Outcome, Phase, Reason, ReplicaState
 from jobsched.core.node import Node
 from jobsched.core.passes import Policy
 from jobsched.core.policies.backfill import Backfill
+from jobsched.core.policies.goodput import Report, SpeedModel
 from jobsched.core.resources import JobId
 from jobsched.core.schedule import schedule
 from jobsched.sim.workload import gang_spec, make_node
@@ -43,8 +46,11 @@ TICKS = 200
 FRUGAL = ("learned", "shortest")
 """Orderings that place everybody anew and look at the first of each kind of jobs that waits."""
 ONE_IN = int(os.environ.get("ONE_IN", 100))
-POLICIES = {"easy": Policy(backfill=Backfill()), "server": server_policy(PolicyConfig(), ()),
+SERVER = server_policy(PolicyConfig(), ())
+POLICIES = {"easy": Policy(backfill=Backfill()), "server": SERVER, "elastic": SERVER,
             **{by: server_policy(PolicyConfig.model_validate({"ordering": by}), ()) for by in FRUGAL}}
+ELASTIC_IN = 10
+"""One job in so many is elastic, where some are."""
 COMPLETED = Outcome(Phase.SUCCEEDED, Reason.COMPLETED)
 CANCELLED = Cause(Reason.CANCELLED)
 
@@ -55,9 +61,21 @@ def spec(gpus: int, single: bool, queue: int, priority: int) -> JobSpec:
     return made.model_copy(update={"priority": priority})
 
 
-def any_spec(random: Random) -> JobSpec:
+@cache
+def elastic_spec(gpus: int, in_place: bool, queue: int, priority: int) -> JobSpec:
+    """Half to twice as many workers of one GPU."""
+    replicas = {"min": max(1, gpus // 2), "max": 2 * gpus, "prefer": gpus}
+    role = {"command": "train", "cpu": "1m", "gpu": "any:1", "replicas": replicas,
+            "restart": {"scope": "replica" if in_place else "job"}}  # fmt: skip
+    return JobSpec.model_validate({"roles": {"worker": role}, "queue": f"q{queue}", "priority": priority})
+
+
+def any_spec(random: Random, elastic: bool = False) -> JobSpec:
     """Mostly small, up to 64 GPUs."""
     gpus = min(64, int(random.paretovariate(0.7)))
+    if elastic and random.randrange(ELASTIC_IN) == 0:
+        gpus = 1 << gpus.bit_length() - 1
+        return elastic_spec(gpus, random.random() < 0.5, random.randrange(QUEUES), random.randrange(3))
     return spec(gpus, random.random() < 0.5, random.randrange(QUEUES), random.randrange(3))
 
 
@@ -85,7 +103,7 @@ class Figures:
 
 class Bench:
     def __init__(self, nodes: int, waiting: int, policy: str = "easy") -> None:
-        self.policy = POLICIES[policy]
+        self.policy, self.elastic = POLICIES[policy], policy == "elastic"
         self.random = Random(7)
         self.cluster = Cluster(rank=self.policy.rank, alike=self.policy.alike)
         self.now_ms = 1_000
@@ -97,6 +115,9 @@ class Bench:
         self.waiting: list[JobId] = []
         self.running: list[JobId] = []
         self.stopping: list[ev.AttemptStopping] = []
+        self.moving: dict[JobId, None] = {}
+        """Jobs some of whose replicas come or go."""
+        self.resized = 0
         self.target = waiting
 
     @staticmethod
@@ -108,7 +129,7 @@ class Bench:
         for _ in range(count):
             self.serial += 1
             job_id = JobId(f"j{self.serial:07}")
-            found.append(ev.JobSubmitted(self.now_ms, job_id, job_id, "me", any_spec(self.random)))
+            found.append(ev.JobSubmitted(self.now_ms, job_id, job_id, "me", any_spec(self.random, self.elastic)))
             self.waiting.append(job_id)
         return found
 
@@ -124,6 +145,11 @@ class Bench:
             self.cluster.evolve(decision)
             if isinstance(decision, ev.AttemptStopping):
                 self.stopping.append(decision)
+                self.resized += decision.outcome.reason is Reason.RESCALED
+                continue
+            if isinstance(decision, ev.ReplicasBound | ev.ReplicasReleased):
+                self.moving[decision.job_id] = None
+                self.resized += 1
                 continue
             assert isinstance(decision, ev.AttemptPlaced)
             bindings += len(decision.bindings)
@@ -142,6 +168,9 @@ class Bench:
             self.waiting.append(event.job_id)
             self.running.remove(event.job_id)
         self.stopping.clear()
+        for job_id in self.moving:
+            found += self.moved(job_id)
+        self.moving.clear()
         for _ in range(max(1, len(self.running) // ONE_IN)):
             job = self.cluster.jobs[drawn(self.running, self.random)]
             found.append(ev.AttemptStopping(self.now_ms, job.id, job.attempt, COMPLETED))
@@ -153,6 +182,34 @@ class Bench:
                 found.append(ev.JobEnded(self.now_ms, waiter.id, Phase.CANCELLED, CANCELLED))
                 cancelled[waiter.id] = None
         return found + self.arrivals(self.target + len(cancelled) - self.cluster.waiting_count())
+
+    def moved(self, job_id: JobId) -> Iterator[ev.JobEvent]:
+        """Replicas that were to come run, and those that were to leave have left."""
+        job = self.cluster.jobs.get(job_id)
+        if job is None or job.phase is not Phase.RUNNING:
+            return
+        at = (self.now_ms, job_id, job.attempt)
+        states = {state: tuple(r.id for r in job.replicas.values() if r.state is state) for state in ReplicaState}
+        if came := states[ReplicaState.BOUND]:
+            yield ev.ReplicasStarted(*at, came)
+        if left := states[ReplicaState.STOPPING]:
+            yield ev.ReplicasGone(*at, left)
+
+    def report(self) -> None:
+        """Of the elastic jobs, those that have not since their size changed tell their speed, and of the others as many
+        as change."""
+        cluster = self.cluster
+        for job_id in cluster.elastic:
+            job, model = cluster.jobs[job_id], cluster.speeds.setdefault(job_id, SpeedModel())
+            bound = [r for r in job.replicas.values() if r.binding is not None]
+            size = len(bound), 0
+            if job.phase is not Phase.RUNNING or (model.shown(job.attempt, size) and self.random.randrange(ONE_IN)):
+                continue
+            compute_s = 0.1 + 0.001 * (int(job_id[1:]) % 100)
+            step_s = compute_s * (1.0 + 0.02 * len(bound))
+            nodes = len({r.binding.node for r in bound if r.binding is not None})
+            model.note(Report(nodes, len(bound), 1.0, step_s, step_s - compute_s))
+            model.passed(job.attempt, size, self.now_ms, -1, self.now_ms)
 
     def measure(self) -> Figures:
         prepare()
@@ -169,6 +226,8 @@ class Bench:
             events = self.changes()
             begin = time.process_time()
             self.fold(events)
+            if self.elastic:
+                self.report()
             changed = time.process_time()
             before = len(self.running)
             self.run_pass()

@@ -9,7 +9,7 @@ that does not pay any more, and where it says so itself. It maximises the sum of
 over the GPUs that are free or held by elastic jobs. The logarithm is proportional fairness: it gives a small job its
 second GPU before a big one its tenth, as the power means of Pollux (OSDI'21) and Sia (SOSP'23) do. The divisor favours
 jobs that have had little, because most jobs are short (least attained service; Tiresias, NSDI'19). The sum is maximised
-with a price per GPU, found by bisection, at which each job chooses for itself: O(jobs * sizes * log), where Pollux
+with a price per GPU at which each job chooses for itself: O(jobs * sizes * log), where Pollux
 evolves populations of whole schedules and Sia solves an integer program.
 
 Nobody moves for little: a job that changes counts as slower by `doubt`, and by what the change costs (`pauses`), spread
@@ -32,7 +32,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from heapq import heapify, heappop, heappush
+from itertools import groupby, islice, pairwise
 from math import log
+from operator import attrgetter, itemgetter, le, lt
 from typing import NamedTuple
 
 from jobsched.core import events as ev
@@ -70,9 +73,10 @@ WAITING = 64
 """Most waiting jobs for which room is made at a time."""
 REVISIONS = 4
 """How often the sizes are worked out again because a gang found no place."""
-BISECTIONS = 40
-TOO_DEAR = 1e12
-"""A price at which everybody takes the least."""
+AT_ONCE = 128
+"""Most running jobs whose sizes are reconsidered in one pass."""
+MANY = 64
+"""With more jobs than that, what a price leaves is little, and divided in one way only."""
 SERVERS_CLOSE = 8
 """Numbers of parameter servers up to which each is looked at; further apart beyond."""
 WORTH = 0.01
@@ -166,15 +170,10 @@ class Mover:
 
 def rebalance(cluster: Cluster, now_ms: int, how: Elasticity, waiting: Sequence[Job]) -> list[Decision]:
     """Stops and releases that bring running jobs nearer to their best sizes; sets `cluster.targets`. `waiting`: jobs,
-    elastic or not, that found no place. Must run inside `cluster.trial()`. O(nodes + jobs * sizes)."""
-    if in_motion(cluster):
-        return []
-    cluster.resize_ms = now_ms + how.every_ms
-    movers = [
-        mover
-        for job in (*(cluster.jobs[job_id] for job_id in cluster.elastic), *waiting)
-        if (mover := _mover(cluster, job, now_ms, how)) is not None
-    ]
+    elastic or not, that found no place. Must run inside `cluster.trial()`, while nothing is in motion. O(nodes +
+    jobs * sizes), of `AT_ONCE` jobs at most."""
+    jobs = [cluster.jobs[job_id] for job_id in _in_turn(cluster, now_ms, how)]
+    movers = [mover for job in (*jobs, *waiting) if (mover := _mover(cluster, job, now_ms, how)) is not None]
     for mover in movers:
         cluster.targets.pop(mover.job.id, None)
     free = _free(cluster, movers)
@@ -185,6 +184,18 @@ def rebalance(cluster: Cluster, now_ms: int, how: Elasticity, waiting: Sequence[
             return _decisions(cluster, movers, sizes, found, now_ms)
         movers = [replace(m, options=_as_it_is(m)) if m.job.id in unplaced else m for m in movers]
     return []
+
+
+def _in_turn(cluster: Cluster, now_ms: int, how: Elasticity) -> list[JobId]:
+    """The running jobs whose sizes are reconsidered now: all, or, where they are many, those that waited longest for
+    it, and the next the sooner."""
+    elastic = cluster.elastic
+    found = list(islice(elastic, AT_ONCE))
+    cluster.resize_ms = now_ms + how.every_ms * len(found) // max(1, len(elastic))
+    if len(found) < len(elastic):
+        for job_id in found:
+            elastic[job_id] = elastic.pop(job_id)
+    return found
 
 
 def in_motion(cluster: Cluster) -> bool:
@@ -200,6 +211,7 @@ class Supply:
     """An amount of everything: CPUs and memory, which all jobs take, and GPUs of each class."""
 
     hosts: Resources = NOTHING
+    """Its GPUs mean nothing."""
     gpus: dict[GpuClass, int] = field(default_factory=dict)
 
     def copy(self) -> Supply:
@@ -207,14 +219,15 @@ class Supply:
 
     def of(self, pool: GpuClass) -> Resources:
         """What is there for the jobs of a pool."""
-        return replace(self.hosts, gpu_milli=self.gpus.get(pool, 0))
+        return Resources(self.hosts.cpu_milli, self.hosts.memory_bytes, self.gpus.get(pool, 0))
 
     def give(self, pool: GpuClass, amount: Resources) -> None:
-        self.hosts += replace(amount, gpu_milli=0)
+        self.hosts += amount
         self.gpus[pool] = self.gpus.get(pool, 0) + amount.gpu_milli
 
     def take(self, pool: GpuClass, amount: Resources) -> None:
-        self.give(pool, NOTHING - amount)
+        self.hosts -= amount
+        self.gpus[pool] = self.gpus.get(pool, 0) - amount.gpu_milli
 
 
 def _free(cluster: Cluster, movers: Iterable[Mover]) -> Supply:
@@ -226,52 +239,80 @@ def _free(cluster: Cluster, movers: Iterable[Mover]) -> Supply:
     for mover in movers:
         if mover.shares:
             parts[mover.pool] = min(mover.role.gpu_milli, parts.get(mover.pool, WHOLE_GPU))
+    closed = [name for name in cluster.fleet.cordoned if not cluster.fleet.usable(name)]
     for name, space in cluster.ledger.spaces.items():
-        if cluster.fleet.usable(name):
-            cpu, memory = cpu + space.cpu_milli, memory + space.memory_bytes
-            for gpu_class, count in space.whole.items():
-                free[gpu_class] = free.get(gpu_class, 0) + count * WHOLE_GPU
-            for gpu_class, part in parts.items():
-                left = sum(level - level % part for level in space.levels(gpu_class) if level < WHOLE_GPU)
-                free[gpu_class] = free.get(gpu_class, 0) + left
+        if not space.node.ready or name in closed:
+            continue
+        cpu, memory = cpu + space.cpu_milli, memory + space.memory_bytes
+        for gpu_class, count in space.whole.items():
+            free[gpu_class] = free.get(gpu_class, 0) + count * WHOLE_GPU
+        for gpu_class, part in parts.items():
+            left = sum(level - level % part for level in space.levels(gpu_class) if level < WHOLE_GPU)
+            free[gpu_class] = free.get(gpu_class, 0) + left
     return Supply(Resources(cpu, memory), free)
 
 
 def _mover(cluster: Cluster, job: Job, now_ms: int, how: Elasticity) -> Mover | None:
     if job.phase is Phase.QUEUED:
         return _newcomer(cluster, job, now_ms, how)
-    (name, serves), model, shape = sized_roles(job.spec), cluster.speeds.get(job.id), cluster.shape(job)
+    model = cluster.speeds.get(job.id)
+    if job.phase is not Phase.RUNNING or model is None or not model.seen:
+        return None
+    known = model.known
+    if not isinstance(known, _Known) or known.job is not job or known.moved != cluster.fleet.moved:
+        known = model.known = _Known(job, cluster.fleet.moved, _standing(cluster, job, model))
+    here = known.here
+    if here is None or not model.shown(job.attempt, here.have):
+        return None
+    have, limits, low = here.have, [(n, n) for n in here.have], list(here.have)
+    for place, (each, tried) in enumerate(zip((here.role, here.servers), model.most_tried, strict=True)):
+        if each is not None and _elastic(job, each.role) and each.role not in job.wanted:
+            bounds = job.spec.roles[each.role].replicas
+            most = min(bounds.max, max(have[place], how.growth * tried))
+            kind = here.pool[0] if place == 0 else ""
+            limits[place] = bounds.min, have[place] + more(cluster, job, each, most - have[place], kind, now_ms)
+            low[place] = bounds.min
+    kept = _kept_after_change(cluster, job, model, True, how), _kept_after_change(cluster, job, model, False, how)
+    asked, per_node = (*limits, kept), here.per_node(cluster)
+    if known.asked != (asked, per_node):
+        here = known.here = replace(here, low=(low[0], low[1]), kept=kept)
+        known.asked, known.gains = (asked, per_node), _gains(here, limits, per_node)
+    weight = _weight(job, now_ms)
+    return replace(here, options=tuple([Option(size, takes, weight * gain) for size, takes, gain in known.gains]))
+
+
+@dataclass(slots=True)
+class _Known:
+    """What was found out about a job, as it is, the last time; kept in its `SpeedModel` until that learns more."""
+
+    job: Job
+    moved: int
+    """`Fleet.moved` then."""
+    here: Mover | None
+    """Without its options; None: its size cannot be changed as it is."""
+    asked: tuple[object, ...] = ()
+    """What its options depend on beside the job and its model."""
+    gains: Sequence[tuple[Size, Resources, float]] = ()
+
+
+def _standing(cluster: Cluster, job: Job, model: SpeedModel) -> Mover | None:
+    """A running job as it is, if it may be changed. O(its replicas)."""
+    (name, serves), shape = sized_roles(job.spec), cluster.shape(job)
     if all(role in job.wanted for role in (name, serves) if _elastic(job, role)):
         return None
-    if job.cancel_by or job.stop_wish is not Reason.NONE:
+    if job.cancel_by or job.stop_wish is not Reason.NONE or job.suspected_since_ms:
         return None
-    role, servers = _role(shape, name), _role(shape, serves) if serves else None
     bound = [r for r in job.replicas.values() if r.role in (name, serves) and r.binding is not None]
-    if job.phase is not Phase.RUNNING or job.suspected_since_ms or model is None or not model.seen:
-        return None
     trains = [r.binding for r in bound if r.role == name and r.binding is not None]
-    have = len(trains), len(bound) - len(trains)
-    if not model.shown(job.attempt, have):
-        return None
-    if any(r.state is not ReplicaState.RUNNING for r in bound) or have[0] < job.spec.roles[name].replicas.min:
+    if any(r.state is not ReplicaState.RUNNING for r in bound) or len(trains) < job.spec.roles[name].replicas.min:
         return None
     first, nodes = trains[0], len({binding.node for binding in trains})
     space = cluster.ledger.spaces.get(first.node)
     if space is None or any(share.gpu not in space.gpu_class for share in first.gpus):
         return None
-    pool = space.gpu_class[first.gpus[0].gpu] if first.gpus else ANY
-    limits = [(have[0], have[0]), (have[1], have[1])]
-    for place, (each, tried) in enumerate(zip((role, servers), model.most_tried, strict=True)):
-        if each is not None and _elastic(job, each.role) and each.role not in job.wanted:
-            bounds = job.spec.roles[each.role].replicas
-            most = min(bounds.max, max(have[place], how.growth * tried))
-            most = have[place] + more(cluster, job, each, most - have[place], pool[0] if place == 0 else "", now_ms)
-            limits[place] = bounds.min, most
-    in_place = resizes_in_place(job.spec, name)
-    kept = _kept_after_change(cluster, job, model, True, how), _kept_after_change(cluster, job, model, False, how)
-    low = limits[0][0], limits[1][0]
-    mover = Mover(job, shape, role, servers, pool, have, low, (), in_place, model, nodes, kept)
-    return replace(mover, options=_options(cluster, mover, limits, now_ms))
+    role, servers = _role(shape, name), _role(shape, serves) if serves else None
+    pool, have = space.gpu_class[first.gpus[0].gpu] if first.gpus else ANY, (len(trains), len(bound) - len(trains))
+    return Mover(job, shape, role, servers, pool, have, have, (), resizes_in_place(job.spec, name), model, nodes)
 
 
 def _newcomer(cluster: Cluster, job: Job, now_ms: int, how: Elasticity) -> Mover | None:
@@ -300,9 +341,9 @@ def _newcomer(cluster: Cluster, job: Job, now_ms: int, how: Elasticity) -> Mover
             limits[place] = bounds.min, high
     low = limits[0][0], limits[1][0]
     mover = Mover(job, shape, role, servers, pools[0], NOBODY, low, (), False, model, 0)
-    found = _options(cluster, mover, limits, now_ms)
-    options = (Option(NOBODY, NOTHING, 0.0), *(option._replace(value=option.value + FIRST) for option in found))
-    return replace(mover, options=options)
+    weight, gains = _weight(job, now_ms), _gains(mover, limits, mover.per_node(cluster))
+    found = [Option(size, takes, weight * gain + FIRST) for size, takes, gain in gains]
+    return replace(mover, options=(Option(NOBODY, NOTHING, 0.0), *found))
 
 
 def _role(shape: Shape, name: str) -> RoleShape:
@@ -324,15 +365,16 @@ def _kept_after_change(cluster: Cluster, job: Job, model: SpeedModel, in_place: 
     return (1.0 - how.doubt) * (1.0 - cost_ms / horizon_ms) if horizon_ms > cost_ms else 0.0
 
 
-def _options(
-    cluster: Cluster, mover: Mover, limits: Sequence[tuple[int, int]], now_ms: int
-) -> tuple[Option, ...]:
-    """Sizes within limits, each with its value; left out are those on which the job makes no progress, and
-    those with more servers that bring next to nothing."""
-    weight = (mover.job.gpu_time(now_ms) / (1_000 * WHOLE_GPU) + LITTLE_GPU_S) ** -FAVOUR
-    per_node = mover.per_node(cluster)
+def _weight(job: Job, now_ms: int) -> float:
+    """How much its gains count."""
+    return float((job.gpu_time(now_ms) / (1_000 * WHOLE_GPU) + LITTLE_GPU_S) ** -FAVOUR)
+
+
+def _gains(mover: Mover, limits: Sequence[tuple[int, int]], per_node: int) -> list[tuple[Size, Resources, float]]:
+    """(size, what it takes, the logarithm of what the job then does) within limits; left out are those on which the job
+    makes no progress, and those with more servers that bring next to nothing."""
     numbers = _candidate_sizes(*limits[1], SERVERS_CLOSE, mover.have[1]) if limits[1][1] else [0]
-    found: list[Option] = []
+    found: list[tuple[Size, Resources, float]] = []
     for count in _candidate_sizes(*limits[0], per_node, mover.have[0]):
         best, least = 0.0, numbers[0]
         for servers in numbers:
@@ -343,8 +385,8 @@ def _options(
             speed *= mover.gpus * (1.0 if size == mover.have else mover.kept[not mover.stays(size)])
             if speed > best * (1.0 + WORTH * (servers - least)) or size == mover.have:
                 best, least = (speed, servers) if speed > best else (best, least)
-                found.append(Option(size, mover.takes(size), weight * log(1.0 + speed)))
-    return tuple(found)
+                found.append((size, mover.takes(size), log(1.0 + speed)))
+    return found
 
 
 def _speed(mover: Mover, size: Size, per_node: int) -> float:
@@ -419,27 +461,27 @@ def share(bidders: Sequence[Sequence[Option]], free: Resources) -> list[Option]:
 
     At the lowest price at which all choices fit; then what is left goes to the best further steps. Priced is the
     dominant share that an option takes of what there is too little of for everybody's largest: marginal gain per
-    dominant resource share, as in Optimus; usually these are the GPUs. The smallest options are always granted."""
-    scarce = [i for i, most in enumerate(_amounts(free))
-              if sum(max(_amounts(option.takes)[i] for option in options) for options in bidders) > most]  # fmt: skip
-    most = [_amounts(free)[i] for i in scarce]
-    offers = [[_offer(option, scarce, most) for option in options] for options in bidders]
-    chosen = [options[0] for options in offers]
-    if not _fit(cheap := _bids(offers, 0.0), most):
-        low, high, hulls = 0.0, 1.0, [_hull(options) for options in offers]
-        while high < TOO_DEAR and not _fit(_bids(hulls, high), most):
-            low, high = high, 4.0 * high
-        for _ in range(BISECTIONS):
-            price = (low + high) / 2
-            bids = _bids(hulls, price)
-            if _fit(bids, most):
-                high, chosen = price, bids
-            else:
-                low = price
+    dominant resource share, as in Optimus; usually these are the GPUs. The smallest options are always granted.
+    O(options log)."""
+    amounts, limits, wanted = [[_amounts(o.takes) for o in options] for options in bidders], _amounts(free), [0, 0, 0]
+    for rows in amounts:
+        wanted = [total + max(column) for total, column in zip(wanted, zip(*rows, strict=True), strict=True)]
+    scarce = [i for i, most in enumerate(limits) if wanted[i] > most]
+    if not scarce:
+        return [max(options, key=_value) for options in bidders]
+    most = [limits[i] for i in scarce]
+    offers = [
+        [_offer(option, row, scarce, most) for option, row in zip(options, rows, strict=True)]
+        for options, rows in zip(bidders, amounts, strict=True)
+    ]
+    chosen = [max(options, key=_dearest) for options in offers]
+    if not _fit(chosen, most):
         least = [options[0] for options in offers]
-        filled = [_fill(offers, *how, most) for how in ((chosen, True), (chosen, False), (least, False))]
-        cheap = max(filled, key=lambda offers: sum(offer.value for offer in offers))
-    return [offer.option for offer in cheap]
+        priced = _priced(offers, most)
+        ways = ((priced, True), (priced, False), (least, False))[: 1 if len(offers) > MANY else 3]
+        filled = [_fill(offers, *how, most) for how in ways]
+        chosen = max(filled, key=lambda offers: sum([offer.value for offer in offers]))
+    return [offer.option for offer in chosen]
 
 
 class Offer(NamedTuple):
@@ -453,11 +495,18 @@ class Offer(NamedTuple):
     option: Option
 
 
-def _offer(option: Option, scarce: Sequence[int], most: Sequence[int]) -> Offer:
-    amounts = _amounts(option.takes)
+def _offer(option: Option, amounts: Sequence[int], scarce: Sequence[int], most: Sequence[int]) -> Offer:
     takes = tuple([amounts[i] for i in scarce])
-    part = max([amount / max(1, whole) for amount, whole in zip(takes, most, strict=True)], default=0.0)
+    part = max([amount / max(1, whole) for amount, whole in zip(takes, most, strict=True)])
     return Offer(option.value, part, takes, option)
+
+
+_value = attrgetter("value")
+
+
+def _dearest(offer: Offer) -> tuple[float, float]:
+    """What is best while nothing has a price; of equals, what takes least."""
+    return offer.value, -offer.part
 
 
 def _amounts(resources: Resources) -> tuple[int, int, int]:
@@ -483,48 +532,63 @@ def _hull(offers: Sequence[Offer]) -> list[Offer]:
     return found
 
 
-def _bids(offers: Sequence[Sequence[Offer]], price: float) -> list[Offer]:
-    return [max(options, key=lambda o: (o[0] - price * o[1], -o[1])) for options in offers]
-
-
-Step = tuple[float, int, int]
-"""(gain, minus the bidder's place, minus the option's place)."""
+def _priced(offers: Sequence[Sequence[Offer]], most: Sequence[int]) -> list[Offer]:
+    """What each chooses at the lowest price at which all choices fit: along their hulls, the steps that bring most for
+    their share go first."""
+    hulls = [_hull(options) for options in offers]
+    chosen = [hull[0] for hull in hulls]
+    if not _fit(chosen, most):
+        return [options[0] for options in offers]
+    steps = [
+        ((old.value - new.value) / (new.part - old.part), i, place)
+        for i, hull in enumerate(hulls) for place, (old, new) in enumerate(pairwise(hull), 1)
+    ]  # fmt: skip
+    left = [limit - sum([offer.takes[j] for offer in chosen]) for j, limit in enumerate(most)]
+    for _, group in groupby(sorted(steps), itemgetter(0)):
+        fitted = {}
+        for _, i, place in group:
+            fitted[i] = hulls[i][place]
+            old, new = hulls[i][place - 1], hulls[i][place]
+            left = [room - more + less for room, more, less in zip(left, new.takes, old.takes, strict=True)]
+        if min(left) < 0:
+            break
+        for i, offer in fitted.items():
+            chosen[i] = offer
+    return chosen
 
 
 def _fill(
     offers: Sequence[Sequence[Offer]], chosen: Sequence[Offer], per_part: bool, most: Sequence[int]
 ) -> list[Offer]:
     """Further steps into what is left: those of the greatest gain per share, or of the greatest gain, first."""
-    chosen = list(chosen)
-    left = [limit - sum(offer.takes[i] for offer in chosen) for i, limit in enumerate(most)]
+    chosen, tops = list(chosen), [max([offer.value for offer in options]) for options in offers]
+    left = [limit - sum([offer.takes[i] for offer in chosen]) for i, limit in enumerate(most)]
 
-    def fits(offer: Offer, now: Offer) -> bool:
-        return all(new - old <= room for new, old, room in zip(offer.takes, now.takes, left, strict=True))
-
-    def best(i: int) -> Step | None:
-        """The step of one bidder from where it is."""
-        now = chosen[i]
-        return max([
-            ((offer.value - now.value) / (max(TINY, offer.part - now.part) if per_part else 1.0), -i, -place)
-            for place, offer in enumerate(offers[i]) if offer.value > now.value and fits(offer, now)
+    def best(i: int) -> tuple[float, int, int] | None:
+        """(Minus the gain, the bidder's place, the option's) of one bidder's best step from where it is."""
+        value, part, takes, _ = chosen[i]
+        if value >= tops[i]:
+            return None
+        room = [more + had for more, had in zip(left, takes, strict=True)]
+        return min([
+            (-(offer[0] - value) / (max(TINY, offer[1] - part) if per_part else 1.0), i, place)
+            for place, offer in enumerate(offers[i]) if offer[0] > value and all(map(le, offer[2], room))
         ], default=None)  # fmt: skip
 
-    steps = {i: step for i in range(len(offers)) if (step := best(i)) is not None}
+    steps = [step for i in range(len(offers)) if (step := best(i)) is not None]
+    heapify(steps)
     while steps:
-        _, minus_i, minus_place = max(steps.values())
-        i, again = -minus_i, [-minus_i]
-        new, now = offers[i][-minus_place], chosen[i]
-        if fits(new, now):
-            left = [room - more + less for room, more, less in zip(left, new.takes, now.takes, strict=True)]
-            chosen[i] = new
-            if any(more < less for more, less in zip(new.takes, now.takes, strict=True)):
-                again = list(range(len(offers)))  # what it gave back may do for others
-        for j in again:
-            found = best(j)
-            if found is None:
-                steps.pop(j, None)
-            else:
-                steps[j] = found
+        _, i, place = heappop(steps)
+        new, now = offers[i][place], chosen[i]
+        after = [room - more + less for room, more, less in zip(left, new.takes, now.takes, strict=True)]
+        if min(after) >= 0:
+            left, chosen[i] = after, new
+            if any(map(lt, new.takes, now.takes)):  # what it gave back may do for others
+                steps = [step for j in range(len(offers)) if (step := best(j)) is not None]
+                heapify(steps)
+                continue
+        if (found := best(i)) is not None:
+            heappush(steps, found)
     return chosen
 
 

@@ -371,6 +371,8 @@ class SpeedModel:
     """The one before that; none once it is known what the change took."""
     _curve: Curve | None = None
     _choices: dict[tuple[int, int, int], tuple[float, float, int]] = field(default_factory=dict)
+    known: object = None
+    """What was last found out by it; scratch of `policies.elasticity`, forgotten with the curve."""
 
     def copy(self) -> SpeedModel:
         """One that learns on its own."""
@@ -394,6 +396,7 @@ class SpeedModel:
             del self.seen[oldest], self._times[oldest]
         if report.noise != self.noise or report.batches != self.batches or self._curve is None:
             self._choices.clear()
+            self.known = None
         self.noise, self.batches = report.noise, report.batches
         self.most_tried = max(self.most_tried[0], report.replicas), max(self.most_tried[1], report.servers)
 

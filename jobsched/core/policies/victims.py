@@ -150,6 +150,8 @@ class Candidates:
     """Who starts anew with fewer replicas -> for whom; nobody else takes from it in the same pass."""
     _ripe: dict[tuple[str, int], tuple[list[Job], int]] = field(default_factory=dict)
     """(Queue, priority) -> who is not protected, and when the first of those that are will no longer be."""
+    _shrunk: dict[tuple[JobId, bool], list[Victim]] = field(default_factory=dict)
+    """(Job, whether it is reclaimed) -> its surplus that may leave in place, while all of that is still there."""
     _stops: dict[tuple[JobId, bool], Victim | None] = field(default_factory=dict)
     """(Job, whether it is reclaimed) -> all it has; None: it cannot afford that."""
 
@@ -228,12 +230,21 @@ class Candidates:
             return None
         return Victim.of(job, bound, True, reclaimed, lost_ms + self._restart_ms(job))
 
-    def _shrinks(self, job: Job, claim: Claim) -> Iterator[Victim]:
+    def _shrinks(self, job: Job, claim: Claim) -> Iterable[Victim]:
+        if not claim.surplus_of(job):
+            return ()
+        lent, key = self.lent.get(job.id), (job.id, claim.reclaims)
+        if lent is not None:
+            return self._surplus_of(job, claim.reclaims, [r for r in _bound(job) if r.id not in lent])
+        if key not in self._shrunk:
+            self._shrunk[key] = self._surplus_of(job, claim.reclaims, _bound(job))
+        return self._shrunk[key]
+
+    def _surplus_of(self, job: Job, reclaimed: bool, bound: Sequence[Replica]) -> list[Victim]:
         if job.cancel_by or job.stop_wish is not Reason.NONE or job.phase is not Phase.RUNNING:
-            return
-        lent = self.lent.get(job.id, ())
-        for replica in _surplus(job, [r for r in _bound(job) if r.id not in lent]) if claim.surplus_of(job) else ():
-            yield Victim.of(job, (replica,), False, claim.reclaims, self._restart_ms(job, in_place=True))
+            return []
+        cost_ms = self._restart_ms(job, in_place=True)
+        return [Victim.of(job, (replica,), False, reclaimed, cost_ms) for replica in _surplus(job, bound)]
 
     def _anew(self, whole: Victim) -> Iterator[Victim]:
         """The surplus of a job that would go on without it; `whole`: all it has, which it might be made to give."""
