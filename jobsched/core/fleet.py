@@ -5,7 +5,7 @@ A part of `Cluster`, which folds the events of nodes into it; it keeps the ledge
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import assert_never
 
@@ -43,6 +43,7 @@ class Fleet:
     moved: int = 0
     """Rises when what may be bound where changes."""
     _pools: dict[tuple[object, ...], tuple[Shape, Pool]] = field(default_factory=dict)
+    _stocks: dict[tuple[object, ...], dict[str, int]] = field(default_factory=dict)
     _capacity: dict[str, int] | None = None
     _widest: dict[GpuClass, int] = field(default_factory=dict)
 
@@ -119,6 +120,7 @@ class Fleet:
     def _repool(self, name: NodeName) -> None:
         """A node changed: it may belong to other pools now."""
         self.moved += 1
+        self._stocks.clear()
         for shape, pool in self._pools.values():
             if self._may_use(shape, name):
                 pool[name] = None
@@ -164,6 +166,19 @@ class Fleet:
                 self._pools.clear()
             found = self._pools[key] = (shape, Pool(name for name in self.nodes if self._may_use(shape, name)))
         return found[1]
+
+    def stock(self, shapes: Iterable[Shape]) -> Mapping[str, int]:
+        """Kind -> thousandths of GPUs on the nodes that any of these may use. Kept until a node changes."""
+        pools = {pool_key(shape): shape for shape in shapes}
+        found = self._stocks.get(tuple(pools))
+        if found is None:
+            if len(self._stocks) >= POOLS_KEPT:
+                self._stocks.clear()
+            found = self._stocks[tuple(pools)] = {}
+            for name in dict.fromkeys([name for shape in pools.values() for name in self.pool(shape)]):
+                for kind, _ in self.ledger.spaces[name].gpu_class.values():
+                    found[kind] = found.get(kind, 0) + WHOLE_GPU
+        return found
 
     def jobs_on(self, name: NodeName) -> Iterator[JobId]:
         """Jobs with a replica bound on the node, each once, in order of binding."""

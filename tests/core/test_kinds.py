@@ -53,6 +53,11 @@ def test_a_running_job_stays_for_little_and_moves_for_much() -> None:
     assert chosen(a_choice(0, here="slow", fast=1, slow=3), fast=1, slow=1) == ["fast"]
 
 
+def test_newcomers_go_where_most_is_left_when_all_kinds_are_the_same_to_them() -> None:
+    newcomers = [a_choice(n, few=9, many=9) for n in range(1, 5)]
+    assert chosen(a_choice(0, here="few", few=8, many=8), *newcomers, few=2, many=8)[0] == "few"
+
+
 def test_higher_priority_has_the_choice() -> None:
     low, high = a_choice(0, fast=1, slow=8), a_choice(1, priority=1, fast=4, slow=5)
     assert chosen(low, high, fast=1, slow=1) == ["slow", "fast"]

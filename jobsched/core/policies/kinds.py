@@ -21,9 +21,8 @@ from jobsched.core.lines import Line
 from jobsched.core.policies.estimate import ran_ms
 from jobsched.core.policies.families import gpus_milli
 from jobsched.core.policies.ordering import cost_of
-from jobsched.core.policies.parts import pool_key
 from jobsched.core.policies.preemption import Heads, Order, Turn
-from jobsched.core.resources import WHOLE_GPU, JobId
+from jobsched.core.resources import JobId
 from jobsched.spec.queue import CPU, GPUS, MEMORY
 
 Speed = Callable[[Cluster, Job, str], float]
@@ -87,8 +86,9 @@ def choose_kinds(choices: Sequence[Choice], capacity: Mapping[str, int]) -> dict
             line = ends.setdefault((choice.key[0], kind), [0])
             room = capacity[kind] - choice.gpu_milli  # for those that run beside it
             waiting = max(0, bisect_right(line, line[-1] - room) - 1)
-            costs.append((choice.on(kind) * (1.0 + waiting * choice.gpu_milli / capacity[kind]), line[-1], kind))
-        kind = min(costs)[2]
+            cost = choice.on(kind) * (1.0 + waiting * choice.gpu_milli / capacity[kind])
+            costs.append((cost, line[-1] / capacity[kind], kind))  # among equals, where most is left of it
+        kind = min(costs)[-1]
         line = ends[choice.key[0], kind]
         line.append(line[-1] + choice.gpu_milli)
         found[choice.key[2]] = kind
@@ -131,7 +131,7 @@ def by_kind(left: Left, speed: Speed, min_run_ms: int | None = 0) -> Order:
     `min_run_ms` after its start, times its attempts, as plans may swing; None: never. O(jobs * (kinds + log jobs))."""
 
     def order(cluster: Cluster, runnable: Sequence[Job], now_ms: int) -> list[Turn]:
-        capacity = _capacity(cluster, runnable)
+        capacity = cluster.fleet.stock({id(shape): shape for shape in map(cluster.shape, runnable)}.values())
         kinds: dict[int, tuple[str, ...]] = {}
         choices: list[Choice] = []
         rows: list[tuple[Row, Turn]] = []
@@ -205,16 +205,6 @@ def learned_left(cluster: Cluster, job: Job, now_ms: int) -> tuple[float, int]:
 def learned_speed(cluster: Cluster, job: Job, kind: str) -> float:
     """By what jobs report (`Paces`)."""
     return cluster.paces.speed(job, kind)
-
-
-def _capacity(cluster: Cluster, runnable: Sequence[Job]) -> dict[str, int]:
-    """Thousandths of GPUs of each kind on the nodes that any of these jobs may use."""
-    pools = {pool_key(shape): shape for shape in {id(s): s for s in map(cluster.shape, runnable)}.values()}
-    found: dict[str, int] = {}
-    for name in dict.fromkeys(name for shape in pools.values() for name in cluster.fleet.pool(shape)):
-        for kind, _ in cluster.ledger.spaces[name].gpu_class.values():
-            found[kind] = found.get(kind, 0) + WHOLE_GPU
-    return found
 
 
 def _kinds(cluster: Cluster, shape: Shape) -> tuple[str, ...]:
