@@ -45,8 +45,8 @@ class LiveView(Protocol):
         ...
 
     def caught_up(self, seq: int, timeout_s: float) -> bool:
-        """Wait until everything that the log holds up to this event has been decided on, at most so long. False: it has
-        not, or nobody here decides."""
+        """Wait until everything that the log holds up to this event has been decided on, or by a follower folded, at
+        most so long; whether it has."""
         ...
 
     def progress(self, job_id: JobId) -> JobProgress | None: ...

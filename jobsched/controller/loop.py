@@ -114,9 +114,9 @@ class Controller:
         self._idle_ms = idle_ms
         self._leader = Leader(store, holder, lease_ttl_ms)
         self._lock = threading.RLock()
-        self._decided = threading.Condition(self._lock)
-        self._weighed = 0
-        """Everything that the log held up to this event has been decided on."""
+        self._weighed = threading.Condition(self._lock)
+        self._weighed_seq = 0
+        """Everything that the log held up to this event has been decided on; by a follower, folded."""
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -194,14 +194,14 @@ class Controller:
             yield state.cluster if state is not None else Cluster(), self._sight
 
     def caught_up(self, seq: int, timeout_s: float) -> bool:
-        """Wait until everything that the log holds up to this event has been decided on, at most so long. False: it has
-        not, or nobody here decides."""
-        if not self._observer_runs or not self.leading:
+        """Wait until everything that the log holds up to this event has been decided on, or by a follower folded, at
+        most so long; whether it has."""
+        if not self._observer_runs:
             return False
-        with self._decided:
-            if self._weighed < seq:
+        with self._weighed:
+            if self._weighed_seq < seq:
                 self._wake.set()
-            return self._decided.wait_for(lambda: self._weighed >= seq, timeout_s)
+            return self._weighed.wait_for(lambda: self._weighed_seq >= seq, timeout_s)
 
     def progress(self, job_id: JobId) -> JobProgress | None:
         """Progress of an active job; None for others."""
@@ -286,6 +286,10 @@ class Controller:
             with self._lock:
                 for observation in self._observations():
                     self._sight.fold(observation, now)
+        if self._observer_runs and (fence is None or self._looks >= self._looks_wanted):
+            with self._weighed:
+                self._weighed_seq = state.cluster.seq
+                self._weighed.notify_all()
         self.health.ticks += 1
         self.health.last_tick_ms = self._clock.now_ms() - now
         if self._listeners and (news or progressed):
@@ -406,10 +410,6 @@ class Controller:
             now - self._noted[0] >= self._recall_every_ms or cluster.seq - self._noted[1] >= RECALL_EVENTS
         ):
             self._keep_recall(cluster, fence, now)
-        if self._observer_runs:
-            with self._decided:
-                self._weighed = cluster.seq
-                self._decided.notify_all()
         return frozenset(seen_jobs)
 
     def _demand(self, cluster: Cluster) -> None:

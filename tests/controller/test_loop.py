@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
+from jobsched.controller.loop import Controller
 from jobsched.core import events as ev
 from jobsched.core.job import FailureClass, Phase, Reason, ReplicaState
 from jobsched.core.launch import Launch, LaunchKey, launch_key
+from jobsched.core.observation import Observation
 from jobsched.core.resources import JobId
-from jobsched.sim.backend import Script
+from jobsched.sim.backend import Script, SimBackend
 from jobsched.spec.queue import QueueSpec
-from tests.world import World, a_ps_spec, a_spec
+from jobsched.store.memory import MemoryStore
+from jobsched.wiring import SystemClock
+from tests.world import World, a_ps_spec, a_spec, numbered_node
 
 
 def runs(ms: int, code: int = 0, **more: int) -> Script:
@@ -441,3 +446,35 @@ def test_a_queue_that_is_no_longer_configured_drains_and_gives_its_quota_back() 
     world.boot()
     world.tick(3)
     assert world.cluster.queues["gone"] == gone
+
+
+class Unhurried(SimBackend):
+    """Waits for news as engines do."""
+
+    def observe(self, timeout_ms: int = 0) -> Observation:
+        time.sleep(timeout_ms / 100_000)
+        return super().observe(timeout_ms)
+
+
+def test_whoever_asks_can_wait_until_what_it_wrote_is_known_to_leader_and_follower() -> None:
+    store, clock = MemoryStore(), SystemClock()
+    servers = [
+        Controller(store, Unhurried(clock, [numbered_node(0, 8)]), clock, queues=[QueueSpec()], holder=holder)
+        for holder in ("one", "two")
+    ]
+    assert not servers[0].caught_up(store.last_seq(), 0.01), "nothing runs yet"
+    try:
+        for server in servers:
+            server.start()
+        assert servers[0].caught_up(1, 20)
+        submitted = ev.JobSubmitted(clock.now_ms(), JobId("j1"), "j1", "me", a_spec())
+        (stored,) = store.append([submitted]).stored
+        for server in servers:
+            assert server.caught_up(stored.seq, 20)
+            with server.view() as (cluster, _):
+                assert cluster.jobs[JobId("j1")].phase is not Phase.QUEUED or not server.leading
+        assert [server.leading for server in servers].count(True) == 1
+        assert not servers[0].caught_up(store.last_seq() + 1_000, 0.05), "that has not happened yet"
+    finally:
+        for server in servers:
+            server.stop()
