@@ -98,8 +98,8 @@ class Cluster:
     """Queue -> priority -> jobs that are starting or running."""
     surplus: dict[str, dict[JobId, None]] = field(default_factory=dict)
     """Queue -> such jobs that hold more than their minimum of an elastic role."""
-    leaving: dict[JobId, JobId] = field(default_factory=dict)
-    """Jobs that stop, or some of whose replicas do -> the job for which they make room; "": none."""
+    leaving: dict[JobId, tuple[JobId, ...]] = field(default_factory=dict)
+    """Jobs that stop, or some of whose replicas do -> the jobs for which they make room."""
     nominated: dict[JobId, dict[JobId, None]] = field(default_factory=dict)
     """Waiting jobs for which room is being made -> who still leaves for them. Their places are kept; forgotten when
     they start, or when everybody has left and they do not fit all the same."""
@@ -248,6 +248,10 @@ class Cluster:
             cluster.fleet.lose(name)
         for job in jobs:
             cluster._add_job(job, job.running_since_ms or job.attempt_started_at_ms)
+        waiting = [(job_id, cluster.jobs.get(job_id)) for job_id in cluster.nominated]
+        for job_id, waits in waiting:
+            if waits is None or (waits.phase is not Phase.QUEUED and not shrinks_anew(waits)):
+                del cluster.nominated[job_id]
         return cluster
 
     def _put_queue(self, queue: QueueSpec) -> None:
@@ -404,7 +408,6 @@ class Cluster:
             ):  # fmt: skip
                 del self.targets[job_id]  # it has made its room, and may be asked for more
                 self.ledger.unblock()
-        leaves = after.outcome.for_job if phase is Phase.STOPPING and after.outcome is not None else None
         if runs and before is not None and before.replicas is after.replicas:
             return
         elastic = self._known[job_id].shape.elastic
@@ -414,18 +417,17 @@ class Cluster:
             self.surplus.setdefault(queue, {})[job_id] = None
         elif queue in self.surplus:
             self.surplus[queue].pop(job_id, None)
-        if runs:
-            stopping = [r.for_job for r in after.replicas.values() if r.state is ReplicaState.STOPPING]
-            leaves = max(stopping) if stopping else None
-        was = self.leaving.pop(job_id, None)
-        if leaves is not None:
-            self.leaving[job_id] = leaves
-            if leaves:
-                self.nominated.setdefault(leaves, {})[job_id] = None
-                if shrinks_anew(after):
-                    self.nominated.setdefault(job_id, {})  # what it does not give stays its own
-        if was and was != leaves and was in self.nominated:
-            self.nominated[was].pop(job_id, None)
+        was, now = self.leaving.pop(job_id, ()), _makes_room(after)
+        if now is not None:
+            self.leaving[job_id] = now
+            for claimant in now:
+                if before is None or ((waits := self.jobs.get(claimant)) is not None and waits.phase is Phase.QUEUED):
+                    self.nominated.setdefault(claimant, {})[job_id] = None
+            if now and shrinks_anew(after):
+                self.nominated.setdefault(job_id, {})  # what it does not give stays its own
+        for claimant in was:
+            if claimant not in (now or ()) and claimant in self.nominated:
+                self.nominated[claimant].pop(job_id, None)
 
     def _part(self, job: Job) -> None:
         """A job is no longer active in its queue at its priority."""
@@ -682,6 +684,17 @@ def _binding(replica: Replica | None) -> Binding | None:
 
 def _same_wishes(one: Job, other: Job) -> bool:
     return (one.stop_wish, one.cancel_by, one.wanted) == (other.stop_wish, other.cancel_by, other.wanted)
+
+
+def _makes_room(job: Job) -> tuple[JobId, ...] | None:
+    """The jobs for which it, or some of it, is leaving; None: nothing leaves."""
+    if job.phase is Phase.STOPPING and job.outcome is not None:
+        found = [job.outcome.for_job, *job.outcome.also_for]
+    elif job.phase.runs and (leaving := [r for r in job.replicas.values() if r.state is ReplicaState.STOPPING]):
+        found = [replica.for_job for replica in leaving]
+    else:
+        return None
+    return tuple([claimant for claimant in dict.fromkeys(found) if claimant])
 
 
 def shrinks_anew(job: Job) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from jobsched.core.cluster import Cluster
+from jobsched.core.cluster import Cluster, shrinks_anew
 from jobsched.core.job import Job, Phase
 from jobsched.core.resources import WHOLE_GPU, GpuId, JobId, NodeName
 from jobsched.core.shape import role_resources
@@ -95,6 +95,12 @@ def _problems(cluster: Cluster) -> Iterator[str]:
         if stock.free_milli != sum(sum(space.gpu_free.values()) for space in there):
             yield f"the ledger says {stock.free_milli} thousandths of GPUs are free on nodes with {stock.labels}"
     yield from _quota_problems(cluster, queue_gpu)
+    for job_id, leavers in cluster.nominated.items():
+        claimant = cluster.jobs.get(job_id)
+        if claimant is None or not (claimant.phase is Phase.QUEUED or shrinks_anew(claimant)):
+            yield f"room is made for job {job_id}, which does not wait"
+        if not leavers.keys() <= cluster.leaving.keys():
+            yield f"who makes room for job {job_id} is not leaving"
     waiting = [place.job_id for line in cluster.lines.values() for place in line.places]
     if len(waiting) != len(set(waiting)):
         yield "a job waits in two lines"

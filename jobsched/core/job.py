@@ -190,6 +190,8 @@ class Outcome:
     """For QUEUED: earliest next attempt (backoff)."""
     for_job: JobId = NO_JOB
     """The job for which it makes room; its places are kept for it meanwhile. Empty: none."""
+    also_for: tuple[JobId, ...] = ()
+    """Further ones, where it goes on with fewer replicas."""
 
 
 @dataclass(frozen=True, slots=True)

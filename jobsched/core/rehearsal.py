@@ -137,7 +137,7 @@ def _victims(twin: Cluster, decisions: Iterable[Decision], now_ms: int) -> Itera
     """Who leaves for the probe."""
     for decision in decisions:
         match decision:
-            case ev.AttemptStopping(job_id=job_id, outcome=outcome) if outcome.for_job == PROBE:
+            case ev.AttemptStopping(job_id=job_id, outcome=outcome) if PROBE in (outcome.for_job, *outcome.also_for):
                 job, how = twin.jobs[job_id], "stops"
                 if outcome.reason is Reason.RESCALED:
                     left = len(twin.stays(job))

@@ -66,6 +66,7 @@ class Tally:
                 if not outcome.for_job:
                     return "changes its size by a restart"
                 replicas = jobs[job_id].replicas.values()
+                self.counts["gives way to a second job"] += len(outcome.also_for)
                 self._smaller[job_id] = set(_gpus(r.binding for r in replicas if r.binding is not None))
                 return f"shrinks by a restart {self._right(job_id, outcome.for_job, jobs)}"
             case ev.AttemptStopping(job_id=job_id, outcome=outcome) if outcome.reason is Reason.PREEMPTED:

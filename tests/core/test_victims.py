@@ -422,6 +422,28 @@ def test_who_can_only_shrink_by_a_new_attempt_does_and_goes_on_at_once() -> None
     assert not world.cluster.nominated
 
 
+def test_two_that_come_together_take_from_one_job_by_one_restart() -> None:
+    world = a_world(QueueSpec(), scripts=lambda launch: Script(run_ms=LONG, save_ms=5_000))
+    (elastic,) = submit(world, "default", **a_gang_of_range())
+    world.tick(3, step_ms=30_000)
+    fixed = submit(world, "default", 4)
+    world.tick(4)
+    urgent = submit(world, "default", 2, **gang(1, priority=5))
+    world.tick(2)
+    assert world.cluster.nominated.keys() == {*urgent, elastic}
+    assert world.cluster.leaving == {elastic: tuple(urgent)}
+    world.run_until(lambda: all(world.job(job_id).phase is Phase.RUNNING for job_id in (*urgent, elastic)))
+    (stop,) = stops(world)
+    assert (stop.job_id, stop.outcome.reason) == (elastic, Reason.RESCALED)
+    assert (stop.outcome.for_job, *stop.outcome.also_for) == tuple(urgent)
+    assert len(placed(world.job(elastic))) == 2
+    assert all(world.job(j).attempt == 1 and world.job(j).phase is Phase.RUNNING for j in fixed)
+    told = "\n".join(story(world.store.history(elastic)))
+    assert "shrinks from 4 to 2 workers to make room; " in told
+    assert all(f"job {job_id} of queue default goes first" in told for job_id in urgent)
+    assert not world.cluster.nominated
+
+
 def test_nobody_sits_down_where_it_will_go_on_and_its_minimum_is_its_own() -> None:
     """An elastic claimant, which would take more than its minimum, and a job that waits longer, get no place of its."""
     world = a_world(QueueSpec(), gpus=4, scripts=lambda launch: Script(run_ms=LONG, save_ms=20_000))

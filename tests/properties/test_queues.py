@@ -210,10 +210,11 @@ def step(room: Room, taken: list[tuple[JobId, JobId]], saved: bool) -> bool:
                 cluster.lend(victim, [victim.replicas[rid] for rid in leaves.replicas])
                 continue
             assert of_lower_claim(cluster, victim, winner)
+            assert all(cluster.jobs[job_id].phase is Phase.QUEUED for job_id in leaves.outcome.also_for)
             stays = cluster.stays(victim) if leaves.outcome.reason is Reason.RESCALED else ()
             assert shrinks_by(victim, stays)
             cluster.lend(victim, [r for r in victim.replicas.values() if r.binding is not None and r.id not in stays])
-            taken.append((victim.id, winner.id))
+            taken += [(victim.id, job_id) for job_id in (winner.id, *leaves.outcome.also_for)]
     room.commit(decisions)
     smaller = {j.id: n for j in cluster.jobs.values() if j.phase is Phase.STOPPING and (n := len(cluster.stays(j)))}
     room.happen(lambda job: saved)

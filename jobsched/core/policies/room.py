@@ -234,8 +234,8 @@ class Hunt:
     def _lend(self, job: Job, victim: Victim) -> Given | None:
         """As if the victim had left; None when the claim on it no longer holds, or it has given that way already."""
         rest = self._rest(victim)
-        if self.candidates.anew.get(victim.job.id, job.id) != job.id:
-            return None
+        if victim.stops and self.candidates.anew.get(victim.job.id, job.id) != job.id:
+            return None  # it goes on, smaller, for whom it gave way to
         claim = self.candidates.claim(job, self.cluster.quotas.account(victim.job.spec.queue))
         if not rest or claim is None or not claim.covers(victim):
             return None
@@ -244,7 +244,7 @@ class Hunt:
         ):  # fmt: skip
             return None  # what is not wholly borrowed goes only where the quota itself is needed back
         if victim.anew:
-            self.candidates.anew[victim.job.id] = job.id
+            self.candidates.anew.setdefault(victim.job.id, job.id)
         return self._give(victim, rest)
 
     def _rest(self, victim: Victim) -> tuple[Replica, ...]:

@@ -147,7 +147,7 @@ class Candidates:
     lent: Lent
     """Replicas that were made to leave in this pass already, or leave anyhow."""
     anew: dict[JobId, JobId] = field(default_factory=dict)
-    """Who starts anew with fewer replicas -> for whom; nobody else takes from it in the same pass."""
+    """Who starts anew with fewer replicas -> for whom first; nobody else stops it in the same pass."""
     _ripe: dict[tuple[str, int], tuple[list[Job], int]] = field(default_factory=dict)
     """(Queue, priority) -> who is not protected, and when the first of those that are will no longer be."""
     _shrunk: dict[tuple[JobId, bool], list[Victim]] = field(default_factory=dict)
@@ -471,12 +471,15 @@ def evictions(cluster: Cluster, victims: Sequence[tuple[Job, Victim]], now_ms: i
     for _, victim in victims:
         gives.setdefault(victim.job.id, {}).update((r.id, None) for r in victim.replicas)
     ends = {victim.job.id: None for _, victim in victims if victim.stops}
-    anew = {victim.job.id: job.id for job, victim in victims if victim.anew}
+    anew = {victim.job.id: list[tuple[Job, Victim]]() for _, victim in victims if victim.anew}
     for job, victim in victims:
-        if victim.anew or (anew.get(victim.job.id) == job.id and not victim.stops):
+        if victim.job.id in anew:
+            anew[victim.job.id].append((job, victim))
+    for job, victim in victims:
+        if victim.job.id in anew and not victim.stops:
             if victim.job.id not in stopped and victim.job.id not in ends:
                 stopped.add(victim.job.id)
-                found.append(_smaller(cluster, job, victim, gives[victim.job.id], now_ms))
+                found.append(_smaller(cluster, anew[victim.job.id], gives[victim.job.id], now_ms))
             continue
         assert victim.job.id not in stopped, "it leaves as a whole already"
         last = found[-1] if found else None
@@ -509,10 +512,11 @@ def _stop(job: Job, victim: Victim, now_ms: int) -> ev.AttemptStopping:
 
 
 def _smaller(
-    cluster: Cluster, job: Job, victim: Victim, gives: Mapping[ReplicaId, None], now_ms: int
+    cluster: Cluster, claims: Sequence[tuple[Job, Victim]], gives: Mapping[ReplicaId, None], now_ms: int
 ) -> ev.AttemptStopping:
-    """It is to start anew where it is, without these replicas."""
-    shrinks, bound = victim.job, _bound(victim.job)
+    """It is to start anew where it is, without these replicas, for one job or several."""
+    shrinks = claims[0][1].job
+    bound = _bound(shrinks)
     seats: list[Binding] = []
     had: dict[str, int] = {}
     have: dict[str, int] = {}
@@ -525,11 +529,14 @@ def _smaller(
         f"from {had[name]} to {count} {name if count == 1 or name.endswith('s') else name + 's'}"
         for name, count in have.items() if count != had[name]
     ]  # fmt: skip
-    why = f"shrinks {' and '.join(changes)} to make room; {_claim(job, victim)}"
+    rights = dict.fromkeys([_claim(job, victim) for job, victim in claims])
+    why = f"shrinks {' and '.join(changes)} to make room; {'; '.join(rights)}"
+    first, *others = dict.fromkeys([job.id for job, _ in claims])
     sizes = tuple([(name, have.get(name, 0)) for name in sized_roles(shrinks.spec) if name])
     stays = tuple([r.id for r in bound if r.id not in gives])
     cluster.targets[shrinks.id] = Target(sizes, why, tuple(seats), shrinks.coordinator_port, stays)
     outcome = Outcome(
-        Phase.QUEUED, Reason.RESCALED, Cause(Reason.RESCALED, FailureClass.PREEMPTED, why), for_job=job.id
+        Phase.QUEUED, Reason.RESCALED, Cause(Reason.RESCALED, FailureClass.PREEMPTED, why), for_job=first,
+        also_for=tuple(others),
     )  # fmt: skip
     return ev.AttemptStopping(now_ms, shrinks.id, shrinks.attempt, outcome)
