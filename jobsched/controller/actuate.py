@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import assert_never
 
@@ -14,14 +14,20 @@ from jobsched.core.resources import JobId
 from jobsched.ports import Backend
 
 
-def actuate(backend: Backend, actions: Iterable[Action], sight: Sight, now_ms: int, secret: bytes) -> None:
+def actuate(
+    backend: Backend, actions: Iterable[Action], sight: Sight, now_ms: int, secret: bytes,
+    assert_leading: Callable[[], None],
+) -> None:  # fmt: skip
     """Stops first, so that what they free is free when the starts arrive. Raises BackendUnreachable: the rest is done
-    by the next tick."""
+    by the next tick; and what `assert_leading` raises, which is asked before each call, as the one before may have
+    taken longer than a lease lasts."""
     starts: list[Launch] = []
     for action in actions:
+        if isinstance(action, Start):
+            starts += action.launches
+            continue
+        assert_leading()
         match action:
-            case Start():
-                starts += action.launches
             case Forget():
                 backend.forget(action.keys)
                 sight.forget(action.keys)
@@ -32,6 +38,7 @@ def actuate(backend: Backend, actions: Iterable[Action], sight: Sight, now_ms: i
             case _:
                 assert_never(action)
     if starts:
+        assert_leading()
         for launch in starts:
             sight.ordered_at_ms[launch.key] = now_ms
             sight.by_job.setdefault(JobId(launch.contract.job_id), set()).add(launch.key)

@@ -391,11 +391,10 @@ class Controller:
         everyone |= cluster.touched
         cluster.touched.clear()
         actions = converge(cluster, sight, everyone, now, self._addresses)
-        if not self._leader.holds(self._clock.now_ms()):
-            raise StaleFence("the lease ran out between deciding and acting", hint="another server may lead by now")
+        self._assert_leading()
         try:
             if actions:
-                actuate(self._backend, actions, sight, now, self._secret)
+                actuate(self._backend, actions, sight, now, self._secret, self._assert_leading)
             self._demand(cluster)
         except Unreachable as error:
             self.health.backend_error = error.message
@@ -412,6 +411,10 @@ class Controller:
             self._keep_recall(cluster, fence, now)
         return frozenset(seen_jobs)
 
+    def _assert_leading(self) -> None:
+        if not self._leader.holds(self._clock.now_ms()):
+            raise StaleFence("the lease ran out between deciding and acting", hint="another server may lead by now")
+
     def _demand(self, cluster: Cluster) -> None:
         """Tell the backend which nodes should exist, whenever that changes."""
         if self._provisioner is None:
@@ -419,6 +422,7 @@ class Controller:
         with self._lock:
             demands = provisioning.demands(cluster)
         if demands != self._demanded:
+            self._assert_leading()
             self._provisioner.provision(demands)
             self._demanded = demands
 

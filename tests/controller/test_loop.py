@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
+from jobsched.controller.leader import DEFAULT_TTL_MS
 from jobsched.controller.loop import Controller
 from jobsched.core import events as ev
 from jobsched.core.job import FailureClass, Phase, Reason, ReplicaState
 from jobsched.core.launch import Launch, LaunchKey, launch_key
 from jobsched.core.observation import Observation
 from jobsched.core.resources import JobId
+from jobsched.errors import StaleFence
 from jobsched.sim.backend import Script, SimBackend
 from jobsched.spec.queue import QueueSpec
 from jobsched.store.memory import MemoryStore
@@ -478,3 +481,24 @@ def test_whoever_asks_can_wait_until_what_it_wrote_is_known_to_leader_and_follow
     finally:
         for server in servers:
             server.stop()
+
+
+def test_a_leader_whose_engine_took_too_long_to_stop_somebody_starts_nobody_any_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another may lead by then, and have given away the places."""
+    world = World()
+    ends = world.submit()
+    world.run_to_phase(ends, Phase.RUNNING)
+    world.wish(ev.JobCancelRequested(world.clock.now_ms(), ends, "me"))
+    starts, stop = world.submit(), world.engine.stop
+
+    def slowly(keys: Sequence[LaunchKey], grace_ms: int) -> None:
+        stop(keys, grace_ms)
+        world.clock.advance_to(world.clock.now_ms() + DEFAULT_TTL_MS)
+
+    monkeypatch.setattr(world.engine, "stop", slowly)
+    with pytest.raises(StaleFence):
+        world.controller.tick()
+    assert world.job(starts).phase is Phase.STARTING
+    assert not [key for key in world.engine.alive() if key.startswith(starts)]
