@@ -540,8 +540,8 @@ POLICIES: dict[str, PolicyMaker] = {
     "blind": lambda sim: _by_kind(sim, lambda cluster, job, kind: 1.0),
     "kinds-learned": _kinds_learned,
     "service": lambda sim: _policy(sim, ordering=fifo, rank=expected_service),
-    "easy": lambda sim: _policy(sim, ordering=fifo, backfill=Backfill(1)),
-    "conservative": lambda sim: _policy(sim, ordering=fifo, backfill=Backfill(64)),
+    "easy": lambda sim: _policy(sim, ordering=fifo, backfill=Backfill(1), strict=False),
+    "conservative": lambda sim: _policy(sim, ordering=fifo, backfill=Backfill(64), strict=False),
     "elastic": _elastic,
     "server": _server,
 }

@@ -210,6 +210,17 @@ def test_a_change_in_one_pool_leaves_the_others_alone() -> None:
         assert both.summary.ended == 40
 
 
+def test_backfill_fills_what_a_strict_queue_leaves_idle() -> None:
+    """Small jobs have shown how short their kind is; another may run while the whole node is waited for."""
+    known = ((0, 20, 1), (30, 20, 1), (60, 20, 1), (90, 20, 1))
+    workload = replace(a_workload(*known, (200, 1_000, 3), (201, 50, 4), (202, 20, 1)), rules=Rules(strict=True))
+    assert ends(run(workload, "fifo"))[4:] == pytest.approx([1_200, 1_250, 1_270], abs=0.1)
+    for policy in ("easy", "conservative"):
+        whole_node, small = ends(run(workload, policy))[5:]
+        assert whole_node == pytest.approx(1_250, abs=0.1)
+        assert small < 400
+
+
 def test_deadlines_first() -> None:
     late, urgent = a_workload((0, 50, 4), (1, 10, 4), (2, 10, 4)).arrivals[1:]
     first = a_workload((0, 50, 4)).arrivals[0]
