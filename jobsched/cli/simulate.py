@@ -31,7 +31,7 @@ FAULT_SPAN_MS = 30 * 86_400_000
 @click.option("--policy", metavar="NAME", default="learned", show_default=True, help="Who goes first.")
 @click.option("--compare", metavar="NAME", multiple=True, help="Run this policy too; may be repeated.")
 @click.option("--faults", metavar="SPEC", default="", help="What breaks: all, or node=6h,replica=30m,crash=1h …")
-@click.option("--jobs", type=click.IntRange(0, MOST_JOBS), default=0, help="Only so many jobs; 0: all.")
+@click.option("--jobs", type=click.IntRange(0, MOST_JOBS), default=0, help="Only the first so many; 0: all.")
 @click.option("--seed", type=int, default=0, show_default=True, help="All randomness.")
 @click.option("--report", "folder", metavar="DIR", type=click.Path(file_okay=False, path_type=Path),
               help="Write report.html and its plots there.")  # fmt: skip
@@ -113,7 +113,8 @@ def _workload(fmt: str, trace: str, nodes: str, policy: str, jobs: int, seed: in
         known = ", ".join([SYNTHETIC, SERVED, MIXED, *traces.FORMATS])
         raise UsageError(f"there is no trace format {fmt!r}", hint=f"known formats: {known}")
     if jobs:
-        workload = replace(workload, arrivals=workload.arrivals[:jobs])
+        first = sorted(workload.arrivals, key=lambda arrival: arrival.at_ms)[:jobs]  # some lists are in no order
+        workload = replace(workload, arrivals=tuple(first))
     return replace(workload, nodes=cluster) if cluster else workload
 
 

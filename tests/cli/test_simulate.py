@@ -104,6 +104,19 @@ def test_a_cluster_for_none_of_the_jobs_is_told(
     assert not told.out
 
 
+def test_the_first_jobs_are_those_that_come_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("JOBSCHED_TRACES", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    jobs = "".join(f"{at},{run_s},1,resnet\n" for at, run_s in ((900, 70), (0, 10), (600, 50), (300, 30)))
+    (tmp_path / "mine.csv").write_text(f"submit_time,duration,num_gpu,model_name\n{jobs}")
+    assert run(["simulate", "tiresias", "mine", "--jobs", "2", "--policy", "fifo", "-o", "json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["jobs"] == 2
+    assert (row["avg_jct_s"], row["makespan_s"]) == pytest.approx((20, 330), abs=0.1)
+
+
 def test_only_figures_go_to_stdout_whatever_the_simulated_server_warns_of(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["simulate", "synthetic", "40", "--nodes", "4x8", "--faults", "outage=10m", "-o", "json"]) == 0
     told = capsys.readouterr()
