@@ -115,15 +115,13 @@ def _quota_problems(cluster: Cluster, queue_gpu: Mapping[str, int]) -> Iterator[
     accounts = cluster.quotas.accounts
     for name, account in accounts.items():
         members = [a for a in accounts.values() if a.parent is account]
-        holds = queue_gpu.get(name, 0) + sum(a.held.get(GPUS, 0) for a in members)
-        if account.held.get(GPUS, 0) != holds:
-            yield f"queue {name} is booked with {account.held.get(GPUS, 0)} milli-GPUs but holds {holds}"
+        gpus = queue_gpu.get(name, 0) + sum(a.held.get(GPUS, 0) for a in members)
+        if account.held.get(GPUS, 0) != gpus:
+            yield f"queue {name} is booked with {account.held.get(GPUS, 0)} milli-GPUs but holds {gpus}"
+        holds = cluster.quotas.holds(name)
         for key in account.root.nominal:
             above = sum(max(0, a.used.get(key, 0) - a.kept.get(key, 0)) for a in members)
-            own = sum(
-                sum(held.get(r, 0) for r in held if key in cluster.quotas.limits(account.root, r))
-                for held in cluster.quotas.holders(name)
-            )
+            own = sum(amount for r, amount in holds.items() if key in cluster.quotas.limits(account.root, r))
             if account.used.get(key, 0) != above + own:
                 yield f"cohort sum of {key} in {name} is {account.used.get(key, 0)}, it should be {above + own}"
 

@@ -185,8 +185,9 @@ class Quotas:
         self.accounts: dict[str, Account] = {}
         self.arrays: dict[str, int] = {}
         """Active members per array."""
-        self._booked: dict[str, dict[str, dict[str, int]]] = {}
-        """Queue -> user -> what its jobs hold; what accounts are made of when the tree changes."""
+        self._booked: dict[str, dict[str, dict[Amounts, int]]] = {}
+        """Queue -> user -> what its replicas take, and how many take as much; what accounts are made of when the tree
+        changes."""
         self._undo: list[tuple[str, str, Amounts, int]] | None = None
         self._windows: tuple[int, ...] = ()
         """Lengths of the budgets' windows."""
@@ -233,8 +234,8 @@ class Quotas:
             account.past, account.past_at_ms = old.past, old.past_at_ms
         for queue, users in self._booked.items():
             for owner, held in users.items():
-                amounts = sorted(held.items(), key=lambda item: item[0] != GPUS)
-                self._add(self._known(queue), owner, tuple(amounts), 1)
+                for amounts, replicas in held.items():
+                    self._add(self._known(queue), owner, amounts, replicas)
 
     def account(self, queue: str) -> Account:
         """The account of a queue, also of one that is not defined (jobs outlive queues)."""
@@ -302,8 +303,11 @@ class Quotas:
             held = users.get(owner)
             if held is None:
                 held = users[owner] = {}
-            for resource, amount in amounts:
-                held[resource] = held.get(resource, 0) + sign * amount
+            replicas = held.get(amounts, 0) + sign
+            if replicas:
+                held[amounts] = replicas
+            else:
+                del held[amounts]
         self._add(account, owner, amounts, sign)
 
     def age(self, now_ms: int, half_life_ms: int, entry_ms: int) -> None:
@@ -348,9 +352,14 @@ class Quotas:
             )  # fmt: skip
         return found
 
-    def holders(self, queue: str) -> list[dict[str, int]]:
-        """What each user's jobs hold in a queue itself, resource -> amount."""
-        return [dict(held) for held in self._booked.get(queue, {}).values()]
+    def holds(self, queue: str) -> dict[str, int]:
+        """What the jobs of a queue itself hold, resource -> amount: added up anew. O(its users)."""
+        found: dict[str, int] = {}
+        for held in self._booked.get(queue, {}).values():
+            for amounts, replicas in held.items():
+                for resource, amount in amounts:
+                    found[resource] = found.get(resource, 0) + replicas * amount
+        return found
 
     def start(self, array_id: str, change: int) -> None:
         """Count a member of an array that starts (+1) or ends (-1)."""
