@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from jobsched.core import events as ev
 from jobsched.core.job import Binding, Phase, Reason
 from jobsched.core.node import Node
-from jobsched.core.resources import WHOLE_GPU, JobId
+from jobsched.core.resources import WHOLE_GPU, JobId, NodeName
 
 
 @dataclass(slots=True)
@@ -82,6 +83,21 @@ class Summary:
         }
 
 
+class Point(NamedTuple):
+    """How things stood from an instant on."""
+
+    at_ms: int
+    milli: int
+    """Thousandths of GPUs held."""
+    waiting: int
+    """Jobs."""
+    capacity_milli: int
+
+
+def _gpu_milli(node: Node) -> int:
+    return WHOLE_GPU * len(node.gpus)
+
+
 def gpus_of(bindings: Iterable[Binding]) -> int:
     """GPUs held, in thousandths."""
     return sum(share.milli for binding in bindings for share in binding.gpus)
@@ -94,8 +110,11 @@ class Accounts:
     start_ms: int
     capacity_milli: int
     jobs: dict[JobId, JobAccount] = field(default_factory=dict)
-    points: list[tuple[int, int, int]] = field(default_factory=list)
-    """(instant, GPU thousandths held, jobs waiting) whenever one of them changed."""
+    points: list[Point] = field(default_factory=list)
+    """Whenever something changed."""
+    _on_demand: dict[NodeName, int] = field(default_factory=dict)
+    """Thousandths of GPUs of the nodes that are there besides; None of `of`'s nodes are."""
+    _listed: frozenset[NodeName] = frozenset()
     _held: dict[JobId, dict[str, int]] = field(default_factory=dict)
     """Job -> replica -> thousandths."""
     _since: dict[JobId, int] = field(default_factory=dict)
@@ -104,7 +123,8 @@ class Accounts:
 
     @classmethod
     def of(cls, nodes: Sequence[Node], events: Iterable[ev.Event], start_ms: int) -> Accounts:
-        accounts = cls(start_ms, WHOLE_GPU * sum(len(node.gpus) for node in nodes))
+        """`nodes`: those that count as there all the time; others count while they are."""
+        accounts = cls(start_ms, sum(map(_gpu_milli, nodes)), _listed=frozenset(node.name for node in nodes))
         for event in events:
             accounts.add(event)
         return accounts
@@ -143,9 +163,17 @@ class Accounts:
             case ev.JobEnded(at_ms=at, job_id=job_id, phase=phase):
                 self._waiting -= 1
                 self._end(self.jobs[job_id], phase, at)
+            case ev.NodeSeen(node=node) if node.name not in self._listed:
+                self._there(node.name, _gpu_milli(node))
+            case ev.NodeLost(node=name) if name in self._on_demand:
+                self._there(name, 0)
             case _:
                 return
         self._note(event.at_ms)
+
+    def _there(self, name: NodeName, milli: int) -> None:
+        self.capacity_milli += milli - self._on_demand.get(name, 0)
+        self._on_demand[name] = milli
 
     def _end(self, job: JobAccount, phase: Phase, at_ms: int) -> None:
         job.phase = phase
@@ -165,7 +193,7 @@ class Accounts:
     def _note(self, at_ms: int) -> None:
         if self.points and self.points[-1][0] == at_ms:
             self.points.pop()
-        self.points.append((at_ms, self._milli, self._waiting))
+        self.points.append(Point(at_ms, self._milli, self._waiting, self.capacity_milli))
 
     @property
     def end_ms(self) -> int:
@@ -178,14 +206,14 @@ class Accounts:
         waits = sorted(job.queue_delay_ms for job in jobs if job.first_placed_ms)
         begin = min((job.submitted_ms for job in jobs), default=self.start_ms)
         end = max(begin, self.end_ms)
-        held = idle_while_waiting = 0
-        for (at, milli, waiting), (until, _, _) in zip(self.points, self.points[1:], strict=False):
-            if at >= end:  # what never ended
-                break
-            held += milli * (until - at)
-            if waiting:
-                idle_while_waiting += (self.capacity_milli - milli) * (until - at)
-        room = self.capacity_milli * max(1, end - begin)
+        held = idle_while_waiting = room = 0
+        for point, then in zip(self.points, self.points[1:], strict=False):
+            for_ms = max(0, min(end, then.at_ms) - max(begin, point.at_ms))  # some jobs never end
+            held += point.milli * for_ms
+            room += point.capacity_milli * for_ms
+            if point.waiting:
+                idle_while_waiting += (point.capacity_milli - point.milli) * for_ms
+        room = max(1, room)
         return Summary(
             jobs=len(jobs),
             ended=len(done),
