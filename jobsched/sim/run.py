@@ -456,11 +456,13 @@ def _left(sim: Simulation) -> Told:
     return sim.player.left_ms
 
 
-def _shortest(order: Callable[[Told], Order], told_by: Callable[[Simulation], Told] = _left) -> PolicyMaker:
+def _shortest(
+    order: Callable[[Told], Order], told_by: Callable[[Simulation], Told] = _left, frugal: bool = True
+) -> PolicyMaker:
     """Preempting, told what is left: like jobs go in that order, so that their line's first are enough to look at."""
     def make(sim: Simulation) -> Policy:
         rules, told = sim.workload.rules, told_by(sim)
-        how = Replan(order(told), rules.repack, settle=rules.settle, heads=first)
+        how = Replan(order(told), rules.repack, settle=rules.settle, heads=first, frugal=frugal)
         return _policy(sim, replan=how, rank=lambda job, estimates: told(job))
 
     return make
@@ -529,7 +531,7 @@ POLICIES: dict[str, PolicyMaker] = {
     "edf-preempting": _shortest(shortest, _deadline),
     "srtf": _shortest(shortest),
     "srsf": _shortest(lambda told: shortest(gpu_time(told))),
-    "knapsack": _shortest(knapsack),
+    "knapsack": _shortest(knapsack, frugal=False),
     "las": _preempting(_las, remember=True),
     "learned": _learned,
     "silent": _learned,
