@@ -48,7 +48,11 @@ def verdict(cluster: Cluster, job: Job, now_ms: int, order: Ordering | None = pr
             reasons.append(Why(Reason.PRIORITY, text))
     if job.asked is not None:
         reasons.insert(0, _provisioning(job.asked))
-    in_line = cluster.line_of(job.id) is not None
+    line = cluster.line_of(job.id)
+    if line is not None and (ready_ms := cluster.ripening.get(line.key, 0)) > now_ms:
+        text = f"who might make room for it has only just started; nobody is asked to before {moment(ready_ms, now_ms)}"
+        reasons.append(Why(Reason.RESOURCES, text))
+    in_line = line is not None
     return Verdict(job.id, tuple(reasons), ahead + 1 if in_line and order is not None else 0, nearest)
 
 

@@ -8,6 +8,7 @@ from math import log
 import pytest
 
 from jobsched.core import events as ev
+from jobsched.core.explain import verdict
 from jobsched.core.job import Binding, Job, Phase, Reason, RoleShape
 from jobsched.core.launch import Launch
 from jobsched.core.ledger import Ledger
@@ -228,6 +229,8 @@ def test_nobody_stops_before_its_minimum_run_time() -> None:
     mine = submit(world, "a", 1)
     world.tick(3)
     assert not stops(world)
+    said = verdict(world.cluster, world.job(mine[0]), world.clock.now_ms()).reasons[-1].message
+    assert said.startswith("who might make room for it has only just started; nobody is asked to before ")
     world.run_to_phase(mine[0], Phase.RUNNING)
     assert 60_000 <= stops(world)[0].at_ms - world.job(stops(world)[0].job_id).submitted_at_ms <= 61_000
 
