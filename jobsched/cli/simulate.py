@@ -91,7 +91,7 @@ def simulate(
 def _workload(fmt: str, trace: str, nodes: str, policy: str, jobs: int, seed: int) -> Workload:
     from jobsched.sim import traces
     from jobsched.sim.mixed import mixed
-    from jobsched.sim.workload import RATIOS, make_nodes, served, synthetic
+    from jobsched.sim.workload import RATIOS, elsewhere, make_nodes, served, synthetic
 
     try:
         cluster = make_nodes(nodes) if nodes else ()
@@ -115,7 +115,7 @@ def _workload(fmt: str, trace: str, nodes: str, policy: str, jobs: int, seed: in
     if jobs:
         first = sorted(workload.arrivals, key=lambda arrival: arrival.at_ms)[:jobs]  # some lists are in no order
         workload = replace(workload, arrivals=tuple(first))
-    return replace(workload, nodes=cluster) if cluster else workload
+    return elsewhere(workload, cluster) if cluster else workload
 
 
 def _run(workload: Workload, policy: str, faults: dict[str, int], seed: int) -> Result:

@@ -19,7 +19,7 @@ from jobsched.core.node import Gpu, Node
 from jobsched.core.policies.ordering import TIRESIAS_GPU_S
 from jobsched.core.policies.placement import Score
 from jobsched.core.pools import NodePool
-from jobsched.core.resources import GpuId, JobId, NodeName
+from jobsched.core.resources import WHOLE_GPU, GpuId, JobId, NodeName
 from jobsched.errors import Unplaceable
 from jobsched.sim.throughput import Served, Steady, Work
 from jobsched.spec.gpu import GPU_KIND
@@ -90,6 +90,32 @@ class Workload:
     rules: Rules = Rules()
     pools: tuple[NodePool, ...] = ()
     """Nodes on demand; policies that know of none never ask for them."""
+
+
+def elsewhere(workload: Workload, nodes: tuple[Node, ...]) -> Workload:
+    """The same jobs on other nodes: gangs that were cut to wider nodes are cut to these, and labels of the trace's own
+    nodes are not asked for. What asks for memory is a pod and stays whole."""
+    widest = max(len(node.gpus) for node in nodes)
+    cut: dict[int, JobSpec] = {}
+    for arrival in workload.arrivals:
+        if id(arrival.spec) not in cut:
+            cut[id(arrival.spec)] = _cut(arrival.spec, widest)
+    arrivals = tuple(replace(arrival, spec=cut[id(arrival.spec)]) for arrival in workload.arrivals)
+    return replace(workload, arrivals=arrivals, nodes=nodes)
+
+
+def _cut(spec: JobSpec, widest: int) -> JobSpec:
+    roles = spec.roles.values()
+    sizes = [(role.gpu.milli // WHOLE_GPU, role.replicas.prefer) for role in roles if role.gpu is not None]
+    if all(size <= widest for size, _ in sizes) or any(role.memory for role in roles):
+        placement = spec.placement.model_copy(update={"nodes": {}})
+        return spec.model_copy(update={"placement": placement}) if spec.placement.nodes else spec
+    first = next(iter(roles))
+    assert first.gpu is not None
+    assert isinstance(first.command, str)
+    total, kinds = sum(size * count for size, count in sizes), "|".join(first.gpu.kinds)
+    gang = gang_spec(total, widest, spec.queue, kinds=kinds, program=first.command)
+    return gang.model_copy(update={"deadline": spec.deadline, "expected": spec.expected})
 
 
 def placeable(workload: Workload) -> tuple[Workload, str]:

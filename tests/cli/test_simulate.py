@@ -88,6 +88,24 @@ def test_jobs_that_no_node_can_hold_are_refused_not_left_out(capsys: pytest.Capt
     assert json.loads(told.out)["jobs"] == 40 - refused
 
 
+def test_gangs_are_cut_to_the_nodes_that_were_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Muri's jobs ask for whole nodes of eight, philly's for nodes of their virtual cluster."""
+    monkeypatch.setenv("JOBSCHED_TRACES", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    columns = "num_gpu,submit_time,iterations,iteration_time,model_name,batch_size"
+    (tmp_path / "mine.csv").write_text(f"{columns}\n16,0,100,1000,bert,4\n3,0,100,1000,bert,4\n")
+    for policy in ("srsf", "las"):
+        assert run(["simulate", "muri", "mine", "--nodes", "6x3", "--policy", policy, "-o", "json"]) == 0
+        told = capsys.readouterr()
+        assert (json.loads(told.out)["jobs"], told.err) == (2, "")
+    (tmp_path / "theirs.csv").write_text("timestamp,cluster,duration,num_gpus\n2017-10-01 00:00:00,vc1,60,8\n")
+    (tmp_path / "philly_vc_nodes_load85.csv").write_text("vc,node num\nvc1,1\n")
+    assert run(["simulate", "philly", "theirs", "--nodes", "2x4", "--policy", "fifo", "-o", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["avg_jct_s"] == pytest.approx(60, abs=0.1)
+
+
 def test_a_cluster_for_none_of_the_jobs_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
