@@ -30,11 +30,11 @@ from jobsched.sim.run import NEVER_MS, START_MS, Simulation
 from jobsched.sim.tally import Tally
 from jobsched.spec.quantity import parse_duration_ms
 
-KINDS = ("replica", "gpu", "node", "rack", "outage", "slow", "clock", "store", "crash", "leaders", "pool")
+KINDS = ("replica", "gpu", "node", "rack", "outage", "slow", "clock", "store", "crash", "leaders", "pool", "wish")
 DEFAULT_MEAN_MS = {
     "replica": 3_600_000, "gpu": 7_200_000, "node": 5_400_000, "rack": 43_200_000, "outage": 14_400_000,
     "slow": 7_200_000, "clock": 43_200_000, "store": 14_400_000, "crash": 7_200_000, "leaders": 7_200_000,
-    "pool": 14_400_000,
+    "pool": 14_400_000, "wish": 3_600_000,
 }  # fmt: skip
 LEAST_MEAN_MS = 60_000
 REPAIR_MS = 900_000
@@ -43,6 +43,7 @@ LEASE_MS = 60_000
 RESTLESS_TICKS = 20
 LEMON = 0.25
 """Part of the failures of nodes and GPUs that one node has on top of its share."""
+WISHES = ("cancel", "hold", "suspend", "restart", "priority", "scale", "scale", "cordon", "drain")
 THOROUGH_EVERY = 50
 """Ticks between two checks of everything; in between, what changed is checked."""
 WATCHED_STORE = ("append", "read", "load", "lease", "add_samples", "keep_recall", "recall")
@@ -293,6 +294,8 @@ class Chaos:
             case "pool":
                 engine.withholds = True
                 self._repairs.append((now + REPAIR_MS, lambda: setattr(engine, "withholds", False)))
+            case "wish" if self._jobs:
+                self._wish(now)
             case "clock":
                 self.sim.clock.advance_to(now + random.randrange(1_000, 600_000))
             case "store":
@@ -301,6 +304,43 @@ class Chaos:
                 self._pending.append(_Pending(kind, random.randrange(1, 12), random.random() < 0.5))
             case _:
                 self.counts[kind] -= 1
+
+    def _wish(self, now: int) -> None:
+        """Users change their minds, and somebody drains a node: what is held or closed is opened again."""
+        random = self.random
+        live = [job for job_id, job in self._jobs.items() if not job.phase.terminal and job_id in self.sim.arrivals]
+        what = random.choice(WISHES)
+        if what in ("cordon", "drain"):
+            node = random.choice(list(self._sound))
+            self._tell(ev.NodeCordoned(now, node, "ops", drain=what == "drain"))
+            self._repairs.append((now + REPAIR_MS, lambda: self._tell(ev.NodeUncordoned(self._now(), node, "ops"))))
+            return
+        if not live:
+            return
+        job = random.choice(live)
+        ranges = {name: role.replicas for name, role in job.spec.roles.items() if role.replicas.elastic}
+        wanted = {name: random.randint(each.min, each.max) for name, each in ranges.items()}
+        match what:
+            case "cancel":
+                self._tell(ev.JobCancelRequested(now, job.id, "user"))
+            case "hold" | "suspend":
+                self._tell(ev.JobHeld(now, job.id, "user", stop=what == "suspend"))
+                self._repairs.append((now + REPAIR_MS, lambda: self._tell(ev.JobReleased(self._now(), job.id, "user"))))
+            case "restart":
+                self._tell(ev.JobRestartRequested(now, job.id, "user"))
+            case "priority":
+                self._tell(ev.JobPriorityChanged(now, job.id, "user", random.choice((-10, 0, 100))))
+            case "scale" if wanted:
+                self._tell(ev.JobScaled(now, job.id, "user", wanted))
+
+    def _tell(self, wish: ev.Wish) -> None:
+        """As the service does: nothing is asked of a job that is over."""
+        job_id = ev.job_id_of(wish)
+        if job_id is None or not self._jobs[job_id].phase.terminal:
+            self.sim.store.append([wish])
+
+    def _now(self) -> int:
+        return self.sim.clock.now_ms()
 
     def _weak(self, nodes: Sequence[NodeName]) -> NodeName:
         """Failures are not spread evenly: one node has more of them than any other."""

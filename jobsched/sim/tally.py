@@ -21,7 +21,8 @@ SORTS = (
     "shrinks in place for its lender", "shrinks by a restart for priority", "shrinks by a restart for its lender",
     "stops for priority", "stops for its lender", "gives way to a second job", "moves", "fails and starts anew",
     "replica starts anew in place", "replica loses its node", "saves", "nodes asked for", "nodes come late",
-    "node let go", "node on probation",
+    "node let go", "node on probation", "job held", "job scaled by its user", "job cancelled",
+    "node closed by an operator",
 )  # fmt: skip
 """What a run of a mixed workload with faults is to show."""
 
@@ -87,6 +88,14 @@ class Tally:
                 return "nodes come late"
             case ev.NodeCordoned(by=by) if by in (POOLS, TRUST):
                 return "node let go" if by == POOLS else "node on probation"
+            case ev.NodeCordoned():
+                return "node closed by an operator"
+            case ev.JobHeld():
+                return "job held"
+            case ev.JobScaled():
+                return "job scaled by its user"
+            case ev.JobCancelRequested():
+                return "job cancelled"
         return ""
 
     def _right(self, job_id: JobId, for_job: JobId, jobs: Mapping[JobId, Job]) -> str:

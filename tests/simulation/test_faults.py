@@ -28,7 +28,9 @@ from jobsched.sim.workload import Rules, Workload, make_nodes, synthetic
 
 SHOWN = (0, 1, 2, 4, 5, 6)
 SEEDS = 1_000 if os.environ.get("BENCH") == "full" else 8
-OFTEN = "replica=5m,gpu=10m,node=10m,rack=1h,outage=20m,slow=20m,clock=1h,store=15m,crash=2m,leaders=4m,pool=30m"
+OFTEN = (
+    "replica=5m,gpu=10m,node=10m,rack=1h,outage=20m,slow=20m,clock=1h,store=15m,crash=2m,leaders=4m,pool=30m,wish=5m"
+)
 DOUBTS = Health(threshold=1.5)
 """A node is put on probation sooner than by default, or a run of a few hours would hardly show it."""
 
