@@ -79,9 +79,11 @@ def _barred(cluster: Cluster, job: Job, others: Sequence[Reservation]) -> bool:
 def _start(run: Pass, line: Line, job: Job, shape: Shape, others: Sequence[Reservation]) -> bool:
     """Start a job that has to leave the seats of others alone: in those that were reserved for it, else in any. Where
     it may use reserved seats, it takes others if there are any."""
-    run.room.leave()
     guard, mine = run.guard, run.cluster.reservations.get(job.id)
     kept = [claim for claim in others if claim.seats]
+    if mine is None and run.room.too_full(shape, kept):
+        return False
+    run.room.leave()
     if mine is None and all(claim in guard.claims for claim in kept):
         if run.start(job, shape):
             return True

@@ -211,6 +211,8 @@ class Guard:
     """Whose seats are kept."""
     milli: int = 0
     """Thousandths of GPUs that are kept."""
+    last: tuple[list[Reservation], int, int] = field(default_factory=lambda: ([], 0, -1))
+    """Whose seats were kept last, how many thousandths of GPUs of them were free, and how many were in all."""
     _kept: list[tuple[Binding, RoleShape]] = field(default_factory=list)
 
     def keep(self, claims: Sequence[Reservation]) -> None:
@@ -218,10 +220,11 @@ class Guard:
         if list(claims) == self.claims:
             return
         self.let_go()
-        self.claims = list(claims)
+        self.claims, free = list(claims), self.cluster.ledger.free_gpu_milli
         for claim in claims:
             for binding, role in claim.seats:
                 self._book(binding, role)
+        self.last = self.claims, self.milli, free
 
     def _book(self, binding: Binding, role: RoleShape) -> None:
         ledger = self.cluster.ledger

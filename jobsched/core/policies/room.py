@@ -7,13 +7,14 @@ leave. That view is kept from one search of a pass to the next: a pass costs wha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from jobsched.core.cluster import Cluster
-from jobsched.core.job import Binding, Job, Phase, Replica, ReplicaState, RoleShape
+from jobsched.core.job import Binding, Job, Phase, Replica, ReplicaState, RoleShape, Shape
 from jobsched.core.ledger import Stock
+from jobsched.core.plan import Reservation
 from jobsched.core.policies.admission import admit, limited
 from jobsched.core.policies.backfill import Guard
 from jobsched.core.policies.placement import Gang, Score, place_gang
@@ -53,6 +54,13 @@ class Room:
     def free_milli(self, stock: Stock) -> int:
         """Thousandths of GPUs that are free there as things are, kept for reservations or not; or more than that."""
         return stock.free_milli + self.guard.milli if self._mark is None else self._free_milli
+
+    def too_full(self, shape: Shape, kept: Sequence[Reservation]) -> bool:
+        """Whether it is known without going back to things as they are that too few GPUs are free beside kept seats:
+        nothing has been taken since these were kept last."""
+        claims, milli, free = self.guard.last
+        same = self._mark is not None and free == self._free_milli and claims == kept
+        return same and shape.least_gpu_milli > free - milli
 
     def keep(self, job: Job, gang: Gang) -> None:
         """Keep places for a job that cannot start in them yet."""
