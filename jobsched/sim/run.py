@@ -358,7 +358,7 @@ class Simulation:
         self.happen(now)
         pause = self.controller.tick()
         self.ticks += 1
-        if rules.pause_everyone:
+        if rules.pause_everyone and self.policy.replan is not None:  # other passes come round as time goes by
             with self.controller.view() as (cluster, _):
                 self._turns_at = cluster.next_pass_ms
         instants = [now + pause] if pause < NEVER_MS // 8 else []

@@ -221,6 +221,18 @@ def test_backfill_fills_what_a_strict_queue_leaves_idle() -> None:
         assert small < 400
 
 
+def test_who_looks_again_from_time_to_time_does_not_pause_anybody() -> None:
+    """Muri's rule: jobs stand still for their start cost when something happens; a look at the clock is nothing."""
+    jobs = tuple(
+        replace(arrival, work=Steady(arrival.work.work_ms, start_ms=10_000))
+        for arrival in a_workload((0, 5_000, 3), (1, 1_000, 4), (2, 1_000, 4)).arrivals
+        if isinstance(arrival.work, Steady)
+    )
+    workload = replace(a_workload(), arrivals=jobs, rules=Rules(pause_everyone=True))
+    for policy in ("server", "easy", "conservative"):
+        assert ends(run(workload, policy)) == pytest.approx(ends(run(workload, "fifo")), abs=0.1), policy
+
+
 def test_deadlines_first() -> None:
     late, urgent = a_workload((0, 50, 4), (1, 10, 4), (2, 10, 4)).arrivals[1:]
     first = a_workload((0, 50, 4)).arrivals[0]
