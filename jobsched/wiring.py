@@ -36,6 +36,7 @@ from jobsched.core.policies.fairness import FairShare
 from jobsched.core.policies.health import Health
 from jobsched.core.policies.kinds import by_kind, learned_left, learned_speed, where_alike
 from jobsched.core.policies.ordering import (
+    LEASE_MS,
     TIRESIAS_GPU_S,
     Factors,
     estimated,
@@ -48,6 +49,7 @@ from jobsched.core.policies.ordering import (
     learned_heads,
     least_attained,
     left_told,
+    nobody,
     outlook,
     patient,
     shortest,
@@ -261,23 +263,33 @@ def _node_pool(pool: spec.NodePool) -> NodePool:
 def _replan(config: PolicyConfig) -> Replan | None:
     """Of orders that place all runnable jobs anew. In a line of one outlook all but `attained` go by what is left, then
     by age, so that its first are enough to look at."""
-    min_run_ms = config.preemption.min_runtime if config.preemption is not None else None
+    how = _preemption(config)
+    min_run_ms, spares = (how.min_runtime_ms, how.spares) if how is not None else (None, nobody)
     match config.ordering:
         case "learned":
-            return Replan(patient(learned, min_run_ms), heads=learned_heads, frugal=True)
+            return Replan(patient(learned, min_run_ms, spares), heads=learned_heads, frugal=True)
         case "shortest":
-            order = patient(urgent(estimated(lambda told: shortest(gpu_time(told)))), min_run_ms)
+            order = patient(urgent(estimated(lambda told, firm: shortest(gpu_time(told), firm))), min_run_ms, spares)
             return Replan(order, heads=first, frugal=True)
         case "fairness":
-            return Replan(patient(urgent(estimated(finish_time_fairness)), min_run_ms), heads=first)
+            lease_ms = None if min_run_ms is None else max(LEASE_MS, min_run_ms)
+            order = urgent(estimated(lambda told, _: finish_time_fairness(told)))
+            return Replan(patient(order, lease_ms, spares), heads=first)
         case "kinds":
-            return Replan(by_kind(learned_left, learned_speed, min_run_ms), heads=where_alike(learned_heads))
+            return Replan(by_kind(learned_left, learned_speed, min_run_ms, spares), heads=where_alike(learned_heads))
         case "in-time":
-            return Replan(patient(urgent(estimated(in_time)), min_run_ms), heads=in_time_heads)
+            return Replan(patient(urgent(estimated(in_time)), min_run_ms, spares), heads=in_time_heads)
         case "attained":
-            return Replan(patient(urgent(least_attained(TIRESIAS_GPU_S)), min_run_ms), remember=True)
+            return Replan(patient(urgent(least_attained(TIRESIAS_GPU_S)), min_run_ms, spares), remember=True)
         case _:
             return None
+
+
+def _preemption(config: PolicyConfig) -> Preemption | None:
+    how = config.preemption
+    if how is None:
+        return None
+    return Preemption(how.reclaim, Scope(how.priority), how.min_runtime, how.lost_percent)
 
 
 def _policy(config: PolicyConfig, pools: Sequence[spec.NodePool]) -> Policy:
@@ -293,9 +305,7 @@ def _policy(config: PolicyConfig, pools: Sequence[spec.NodePool]) -> Policy:
         replan=anew,
         fair=FairShare(config.fair_half_life) if config.fair else None,
         backfill=BACKFILL[config.backfill],
-        preemption=None if (how := config.preemption) is None else Preemption(
-            how.reclaim, Scope(how.priority), how.min_runtime, how.lost_percent
-        ),
+        preemption=_preemption(config),
         score=Score(config.score),
         elastic=None if (sizes := config.elastic) is None else Elasticity(
             every_ms=sizes.every, growth=sizes.growth, horizon_ms=sizes.horizon, restart_ms=sizes.restart,

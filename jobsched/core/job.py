@@ -286,6 +286,10 @@ class Job:
     coordinator_port: int = 0
     labels: Mapping[str, str] = field(default_factory=dict)
 
+    def unsaved_ms(self, now_ms: int) -> int:
+        """Time of its attempt that would be lost if it stopped now without saving."""
+        return max(0, now_ms - max(self.attempt_started_at_ms, self.checkpoint.at_ms if self.checkpoint else 0))
+
     def gpu_time(self, now_ms: int) -> int:
         """GPU time held so far, in thousandths of a GPU times milliseconds."""
         return self.gpu_milli_ms + self.gpu_milli * max(0, now_ms - self.gpu_since_ms)

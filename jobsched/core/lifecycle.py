@@ -356,9 +356,9 @@ def _ended(job: Job, e: ev.AttemptEnded) -> Changes:
         "not_before_ms": outcome.not_before_ms if e.phase is Q else 0,
         "ended_at_ms": 0 if e.phase is Q else e.at_ms,
     }
-    if outcome.for_job:  # what was saved while stopping is not lost
-        saved = job.checkpoint.at_ms if job.checkpoint is not None else 0
-        changes["lost_ms"] = job.lost_ms + max(0, job.phase_since_ms - max(saved, job.attempt_started_at_ms))
+    if outcome.for_job or outcome.reason in (Reason.PREEMPTED, Reason.MOVED):
+        # What was saved while stopping is not lost.
+        changes["lost_ms"] = job.lost_ms + job.unsaved_ms(job.phase_since_ms)
     if e.phase is Q and job.next_spec is not None:
         changes |= _respecified(job, job.next_spec, {})
     return changes

@@ -83,7 +83,8 @@ class PreemptionConfig(SpecModel):
     min_runtime: DurationMs = 60_000
     """No job is stopped for another sooner after its start."""
     lost_percent: Annotated[int, Field(strict=True, ge=0, le=100)] = 25
-    """Most of a job's run time that higher priorities may make it lose, counted from its last checkpoint."""
+    """Most of a job's run time that jobs which go first may make it lose, counted from its last checkpoint; ten minutes
+    may be lost at any rate."""
 
 
 class ElasticConfig(SpecModel):
@@ -179,7 +180,8 @@ class PolicyConfig(SpecModel):
     (SRSF). kinds: as learned, each job on the kind of GPU where it does most good, moved there if need be; what each
     kind is worth to it is learned from the steps that it and its like report. in-time: as shortest, but first jobs
     whose `deadline` is near, and last those that cannot meet it. attained: least GPU time had, in three levels
-    (Tiresias). fairness: furthest behind when it would end on its share of the cluster (Themis)."""
+    (Tiresias). fairness: furthest behind when it would end on its share of the cluster (Themis); who runs keeps its
+    seats for 20 minutes."""
     factors: FactorsConfig = FactorsConfig()
     """Weights of `ordering: multifactor`."""
     fair: Annotated[bool, Field(strict=True)] = True

@@ -62,6 +62,18 @@ def test_nobody_stops_where_preemption_is_off_and_higher_priority_goes_first(ord
     assert phases(world, short, urgent) == [Phase.QUEUED, Phase.RUNNING]
 
 
+@pytest.mark.parametrize("ordering", ["learned", "shortest", "attained", "fairness", "kinds", "in-time"])
+def test_nobody_who_does_not_save_is_stopped_again_and_again(ordering: str) -> None:
+    """Three alike for one GPU: each may lose what it did once, and little after that."""
+    world = a_world(ordering=ordering, preemption={"min_runtime": "1m"})
+    world.engine._scripts = lambda launch: Script(run_ms=3 * HOUR_MS)
+    jobs = [world.submit(quiet()) for _ in range(3)]
+    world.run_until(lambda: all(world.job(job_id).phase.terminal for job_id in jobs), limit_ms=15 * HOUR_MS)
+    assert phases(world, *jobs) == [Phase.SUCCEEDED] * 3
+    assert max(world.job(job_id).attempt for job_id in jobs) <= 4
+    assert max(world.job(job_id).lost_ms for job_id in jobs) < 1.5 * HOUR_MS
+
+
 def test_who_had_much_makes_room_for_who_had_nothing() -> None:
     world = a_world(ordering="attained")
     first = world.submit(quiet())
@@ -73,11 +85,13 @@ def test_who_had_much_makes_room_for_who_had_nothing() -> None:
     assert phases(world, first, second) == [Phase.QUEUED, Phase.RUNNING]
 
 
-def test_two_take_turns_by_how_far_they_are_behind_their_fair_finish() -> None:
+def test_two_that_save_take_turns_by_how_far_they_are_behind_their_fair_finish() -> None:
     world = a_world(ordering="fairness")
+    world.engine._scripts = lambda launch: Script(step_ms=1_000, save_ms=1_000)
     jobs = [world.submit(quiet(expected=expected)) for expected in ("10h", "1h")]
-    world.tick(120, step_ms=60_000)
+    world.tick(200, step_ms=60_000)
     assert all(world.job(job_id).attempt > 1 for job_id in jobs)
+    assert max(world.job(job_id).attempt for job_id in jobs) <= 5  # each keeps its seats for 20 minutes
 
 
 def test_two_like_jobs_change_places_only_when_one_outran_what_was_expected() -> None:

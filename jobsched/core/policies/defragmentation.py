@@ -223,11 +223,10 @@ def _offer(job: Job, gang: Job, nodes: Collection[NodeName], now_ms: int, how: D
     here = tuple(r for r in bound if r.binding is not None and r.binding.node in nodes)
     if _may_leave(job, here, bound):
         return Move(job, here, False, how.restart_ms // 10 * sum(map(_gpus, here)))
-    saved_ms = job.checkpoint.at_ms if job.checkpoint is not None and job.checkpoint.attempt == job.attempt else 0
     elastic = any(role.replicas.elastic for role in job.spec.roles.values())
     if not elastic and not _fresh(job, now_ms, how):
         return None
-    lost_ms = now_ms - max(saved_ms, job.attempt_started_at_ms) if not elastic else 0  # elastic jobs save when asked
+    lost_ms = job.unsaved_ms(now_ms) if not elastic else 0  # elastic jobs save when asked
     return Move(job, tuple(bound), True, (lost_ms + how.restart_ms) * sum(map(_gpus, bound)))
 
 

@@ -20,7 +20,7 @@ from jobsched.core.job import Job, Phase, Shape
 from jobsched.core.lines import Line
 from jobsched.core.policies.estimate import ran_ms
 from jobsched.core.policies.families import gpus_milli
-from jobsched.core.policies.ordering import cost_of
+from jobsched.core.policies.ordering import Spares, cost_of, nobody
 from jobsched.core.policies.preemption import Heads, Order, Turn
 from jobsched.core.resources import JobId
 from jobsched.spec.queue import CPU, GPUS, MEMORY
@@ -126,9 +126,10 @@ def _seated(
     return rest, room
 
 
-def by_kind(left: Left, speed: Speed, min_run_ms: int | None = 0) -> Order:
+def by_kind(left: Left, speed: Speed, min_run_ms: int | None = 0, spares: Spares = nobody) -> Order:
     """Smallest remaining service first, on the kind where it does most good. Nobody is stopped sooner than
-    `min_run_ms` after its start, times its attempts, as plans may swing; None: never. O(jobs * (kinds + log jobs))."""
+    `min_run_ms` after its start, times its attempts, as plans may swing (None: never), nor while it is spared.
+    O(jobs * (kinds + log jobs))."""
 
     def order(cluster: Cluster, runnable: Sequence[Job], now_ms: int) -> list[Turn]:
         capacity = cluster.fleet.stock({id(shape): shape for shape in map(cluster.shape, runnable)}.values())
@@ -148,6 +149,8 @@ def by_kind(left: Left, speed: Speed, min_run_ms: int | None = 0) -> Order:
             until_stopped_ms = NEVER_MS
             if min_run_ms is not None:
                 until_stopped_ms = job.attempt_started_at_ms + min_run_ms * min(job.attempt, CALMEST)
+                if job.phase.runs and until_stopped_ms <= now_ms and spares(job, now_ms):
+                    until_stopped_ms = now_ms + max(1_000, min_run_ms)
             stays = job.phase.runs and now_ms < until_stopped_ms
             times = {
                 kind: work_ms / pace

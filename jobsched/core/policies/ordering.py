@@ -90,11 +90,22 @@ def expected_service(job: Job, estimates: Estimates) -> int:
     return estimates.mean_left_ms(job) * max(1, gpus_milli(job)) // WHOLE_GPU
 
 
-def shortest(told: Told) -> Order:
+Firm = Callable[[Job], float]
+"""How many times better a waiting job has to be to take this one's place; 1 of jobs that wait."""
+
+
+def loose(job: Job) -> float:
+    """Nobody is firm: where run times are known exactly, an order by what is left never turns round."""
+    return 1.0
+
+
+def shortest(told: Told, firm: Firm = loose) -> Order:
     """Shortest remaining time first (SRTF); with `gpu_time(told)` shortest remaining service (SRSF)."""
 
     def order(cluster: Cluster, runnable: Sequence[Job], now_ms: int) -> list[Turn]:
-        return [Turn(job, 0) for job in sorted(runnable, key=lambda job: (told(job), job.submitted_at_ms, job.id))]
+        rows = [(told(job) / firm(job), job.submitted_at_ms, job.id, job) for job in runnable]
+        rows.sort(key=itemgetter(0, 1, 2))
+        return [Turn(row[3], 0) for row in rows]
 
     return order
 
@@ -134,7 +145,7 @@ def least_attained(thresholds_gpu_s: Sequence[int], whole_seconds: bool = True) 
     return order
 
 
-def in_time(told: Told) -> Order:
+def in_time(told: Told, firm: Firm = loose) -> Order:
     """Deadlines where they can still be met, smallest remaining service otherwise. First come jobs whose slack is
     shorter than their own time to the end, which would miss if they waited much longer; last those that cannot make it
     any more. Earliest deadline first spends whole GPUs on jobs that are late already (Chronus, SoCC'21, refuses them
@@ -147,7 +158,7 @@ def in_time(told: Told) -> Order:
             waits = job.phase is Phase.QUEUED
             level = _urgency(left, due, now_ms, 0 if waits else now_ms - job.attempt_started_at_ms)
             turn = Turn(job, 0, due - 2 * left if waits and due and level == 1 else 0)
-            rows.append((level, left * max(1, gpus_milli(job)), job.submitted_at_ms, job.id, turn))
+            rows.append((level, left * max(1, gpus_milli(job)) / firm(job), job.submitted_at_ms, job.id, turn))
         rows.sort(key=itemgetter(0, 1, 2, 3))
         return [row[4] for row in rows]
 
@@ -265,13 +276,19 @@ def cost_of(estimates: Estimates, job: Job, ran: int, now_ms: int) -> tuple[floa
     return gpus / max(SURE_PER_MS, rate), until_ran
 
 
-def estimated(order_of: Callable[[Told], Order]) -> Order:
-    """The order of a policy that has to be told run times, by learned ones (`Estimates.left_ms`). Looked at again when
-    a running job has outrun one more bucket of those."""
+def estimated(order_of: Callable[[Told, Firm], Order]) -> Order:
+    """The order of a policy that has to be told run times, by learned ones (`Estimates.left_ms`), in which whoever runs
+    stands firm. Looked at again when a running job has outrun one more bucket of those."""
 
     def order(cluster: Cluster, runnable: Sequence[Job], now_ms: int) -> list[Turn]:
         estimates = cluster.estimates
-        turns = order_of(lambda job: estimates.left_ms(job, now_ms))(cluster, runnable, now_ms)
+
+        def firm(job: Job) -> float:
+            if job.phase is Phase.QUEUED:
+                return 1.0
+            return FIRM if estimates.reported_left_ms(job, now_ms) is None else FIRM_TOLD
+
+        turns = order_of(lambda job: estimates.left_ms(job, now_ms), firm)(cluster, runnable, now_ms)
         return [turn if turn.job.phase is Phase.QUEUED else _until_next_bucket(turn, now_ms) for turn in turns]
 
     return order
@@ -295,14 +312,25 @@ def urgent(order: Order) -> Order:
     return by_priority
 
 
-def patient(order: Order, min_run_ms: int | None) -> Order:
-    """The same, but nobody is stopped sooner than that after its start; None: never."""
+Spares = Callable[[Job, int], bool]
+"""(job that runs, now) -> whether it must not be stopped."""
+
+
+def nobody(job: Job, now_ms: int) -> bool:
+    """Spares nobody."""
+    return False
+
+
+def patient(order: Order, min_run_ms: int | None, spares: Spares = nobody) -> Order:
+    """The same, but nobody is stopped sooner than that after its start (None: never), nor while it is spared."""
 
     def patiently(cluster: Cluster, runnable: Sequence[Job], now_ms: int) -> list[Turn]:
         stay: list[Turn] = []
         rest: list[Turn] = []
         for turn in order(cluster, runnable, now_ms):
             until_ms = turn.job.attempt_started_at_ms + min_run_ms if min_run_ms is not None else 0
+            if min_run_ms is not None and until_ms <= now_ms and turn.job.phase.runs and spares(turn.job, now_ms):
+                until_ms = now_ms + max(1_000, min_run_ms)
             if turn.job.phase is Phase.QUEUED or (min_run_ms is not None and until_ms <= now_ms):
                 rest.append(turn)
             else:

@@ -80,6 +80,15 @@ class Preemption:
     tries: int = 16
     """Most heads of a queue for which room is looked for in vain in one pass."""
 
+    def affords(self, job: Job, lost_ms: int, now_ms: int) -> bool:
+        """The job's budget: what preemption has made it lose, and would now, against what it ran."""
+        ran = job.ran_ms + (now_ms - job.running_since_ms if job.running_since_ms else 0)
+        return job.lost_ms + lost_ms <= max(self.lost_free_ms, ran * self.lost_pct // 100) or not job.lost_ms
+
+    def spares(self, job: Job, now_ms: int) -> bool:
+        """Whether the job has lost too much already to be stopped for another now."""
+        return not self.affords(job, job.unsaved_ms(now_ms), now_ms)
+
 
 @dataclass(frozen=True, slots=True)
 class Victim:
@@ -224,8 +233,7 @@ class Candidates:
         return self._stops[key]
 
     def _all_of(self, job: Job, reclaimed: bool, bound: Sequence[Replica]) -> Victim | None:
-        saved = job.checkpoint.at_ms if job.checkpoint is not None else 0
-        lost_ms = self.now_ms - max(job.attempt_started_at_ms, saved)
+        lost_ms = job.unsaved_ms(self.now_ms)
         if not bound or not (reclaimed or self._affords(job, lost_ms)):
             return None
         return Victim.of(job, bound, True, reclaimed, lost_ms + self._restart_ms(job))
@@ -262,9 +270,7 @@ class Candidates:
             yield Victim.of(job, (replica,), False, whole.reclaimed, 0, anew=max(1, cost))
 
     def _affords(self, job: Job, lost_ms: int) -> bool:
-        """The job's budget: what preemption has made it lose, and would now, against what it ran."""
-        ran = job.ran_ms + (self.now_ms - job.running_since_ms if job.running_since_ms else 0)
-        return job.lost_ms + lost_ms <= max(self.how.lost_free_ms, ran * self.how.lost_pct // 100) or not job.lost_ms
+        return self.how.affords(job, lost_ms, self.now_ms)
 
     def _restart_ms(self, job: Job, in_place: bool = False) -> int:
         started = job.running_since_ms - job.attempt_started_at_ms if job.running_since_ms else 0
