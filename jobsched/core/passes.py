@@ -10,7 +10,7 @@ from jobsched.core.cluster import Cluster
 from jobsched.core.job import Job, Shape
 from jobsched.core.lines import Alike, Line, Rank, all_alike, equal_rank
 from jobsched.core.plan import Decision, Reservation
-from jobsched.core.policies.backfill import Backfill, Guard, soonest
+from jobsched.core.policies.backfill import RESERVATIONS, Backfill, Guard, meets, soonest
 from jobsched.core.policies.defragmentation import Defragmentation
 from jobsched.core.policies.elasticity import Elasticity, start_gang
 from jobsched.core.policies.fairness import FairShare
@@ -96,7 +96,8 @@ class Pass:
     sought: int = 0
     """Searches for seats that are too far off to tell."""
     _ends: list[tuple[int, JobId]] | None = None
-    _sated: bool | None = None
+    _sated: dict[int, bool] = field(default_factory=dict)
+    """By identity of the shape, whether all reservations are held that jobs of it might have."""
     _claimants: dict[tuple[str, int], bool] = field(default_factory=dict)
     """(Queue, priority) -> whether its jobs may make others leave."""
 
@@ -116,18 +117,27 @@ class Pass:
             self._ends = soonest(self.cluster, self.now_ms)
         return self._ends
 
-    @property
-    def sated(self) -> bool:
-        """Whether the pass has no reservation for those without one: all are held, or too many were sought in vain."""
-        if self._sated is None:
-            how = self.policy.backfill
-            held = sum([1 for claim in self.claims if claim.seats])
-            self._sated = how is None or held >= how.depth or self.sought >= how.depth + VAIN
-        return self._sated
+    def sated(self, shape: Shape) -> bool:
+        """Whether the pass has no reservation for jobs of a line's shape without one: all are held, or too many were
+        sought in vain."""
+        how, known = self.policy.backfill, self._sated.get(id(shape))
+        if how is None or self.sought >= how.depth + VAIN:
+            return True
+        if known is None:
+            known = self._sated[id(shape)] = self.held(how, shape, [claim for claim in self.claims if claim.seats])
+        return known
+
+    def held(self, how: Backfill, shape: Shape, claims: Sequence[Reservation]) -> bool:
+        """Whether these are all the reservations that there may be where such a job might run, or anywhere."""
+        if len(claims) < how.depth:
+            return False
+        return len(claims) >= max(how.depth, RESERVATIONS) or (
+            sum([meets(self.cluster, shape, claim) for claim in claims]) >= how.depth
+        )
 
     def reserved(self, job: Job, found: Reservation | None) -> None:
         """A job has this reservation in place of what it had."""
-        self._sated = None
+        self._sated.clear()
         self.claims[:] = [claim for claim in self.claims if claim.job_id != job.id]
         before = self.cluster.reservations.pop(job.id, None)
         if before is not None or found is not None:
@@ -144,7 +154,7 @@ class Pass:
         cluster, key, how = self.cluster, line.key, self.policy.preemption
         if (
             key.shape.least_gpu_milli <= self.room.free_milli(line.stock)
-            or not self.sated or head in cluster.reservations
+            or head in cluster.reservations or not self.sated(key.shape)
         ):  # fmt: skip
             return False
         if cluster.quotas.account(key.queue).bounded:

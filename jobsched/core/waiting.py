@@ -14,7 +14,7 @@ from jobsched.core.lines import Line
 from jobsched.core.passes import VAIN, Pass
 from jobsched.core.plan import Reservation
 from jobsched.core.policies.admission import admit
-from jobsched.core.policies.backfill import Backfill, in_the_way, reserve, reserve_limit, seats_free
+from jobsched.core.policies.backfill import Backfill, in_the_way, meets, reserve, reserve_limit, seats_free
 from jobsched.core.policies.ordering import OrderKey
 from jobsched.core.policies.placement import Gang
 from jobsched.core.policies.quota import Refused
@@ -127,16 +127,17 @@ def _reserve(run: Pass, how: Backfill, job: Job, shape: Shape, key: OrderKey) ->
     mine = run.cluster.reservations.get(job.id)
     if mine is not None and mine.seats and mine.at_ms > run.now_ms:
         return
-    if mine is None and run.sated:
+    if mine is None and run.sated(run.cluster.shape(job)):
         return
     others = [claim for claim in run.claims if claim.seats and claim is not mine]
-    if len(others) >= how.depth:
+    if run.held(how, shape, others):
         return
     if run.sought >= how.depth + VAIN or run.cluster.far_off.get(job.id, 0) > run.now_ms:
         return
     run.room.leave()
     run.guard.let_go()
-    found = reserve(run.cluster, job, shape, key, others, run.ends(), run.now_ms, run.policy.score)
+    beside = [claim for claim in others if meets(run.cluster, shape, claim)]
+    found = reserve(run.cluster, job, shape, key, beside, run.ends(), run.now_ms, run.policy.score)
     if isinstance(found, int):
         run.sought += 1
         run.cluster.far_off[job.id] = found

@@ -55,6 +55,31 @@ def test_a_big_gang_starts_at_its_reservation_although_small_jobs_keep_coming() 
     assert started_ms(fair)[big.job_id] <= promised[big.job_id]
 
 
+@pytest.mark.parametrize("by", ["kind", "label"])
+def test_a_gang_that_waits_elsewhere_does_not_keep_another_from_its_reservation(by: str) -> None:
+    """Two parts of a cluster, on each a big gang behind small jobs that keep coming."""
+    nodes = make_nodes("1x4:a+1x4:b")
+    nodes = tuple(replace(node, labels=(("part", node.gpus[0].kind),)) for node in nodes)
+
+    def bound_to(part: str, arrival: Arrival) -> Arrival:
+        spec = arrival.spec.model_dump(mode="json", exclude_unset=True)
+        if by == "kind":
+            worker = spec["roles"]["worker"]
+            worker["gpu"] = f"{part}:{arrival.spec.roles['worker'].gpu.milli // 1_000}"
+        else:
+            spec["placement"] = {"nodes": {"part": part}}
+        return replace(arrival, spec=JobSpec.model_validate(spec))
+
+    small = [bound_to(part, an_arrival(2 * n + (part == "b"), n * 25, 100, 1)) for n in range(100) for part in "ab"]
+    first = bound_to("a", an_arrival(500, 205, 100, 4))
+    endless = bound_to("a", an_arrival(502, 206, 9_000, 4))  # is promised the end of the other, and then runs on
+    third = bound_to("a", an_arrival(503, 207, 9_000, 4))  # waits for that
+    other = bound_to("b", an_arrival(501, 210, 100, 4))
+    arrivals = tuple(sorted([*small, first, endless, third, other], key=lambda a: a.at_ms))
+    simulation, _ = play(Workload("parts", arrivals, nodes), "easy")
+    assert (started_ms(simulation)[other.job_id] - START_MS) / 1_000 - 210 <= 101
+
+
 def test_a_short_job_uses_the_hole_before_a_reservation_and_a_long_one_does_not() -> None:
     jobs = [
         an_arrival(0, 0, 1_000, 3),

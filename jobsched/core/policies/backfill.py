@@ -29,6 +29,7 @@ SOONEST = 400
 SEATS = 4_000
 """Most of their replicas looked at."""
 FAR_OFF_KEPT = 1_000
+RESERVATIONS = 16
 SURE = 0.9
 """A later job counts as over in time when so many of its like would be."""
 
@@ -38,9 +39,24 @@ class Backfill:
     """How many of the first blocked jobs hold reservations; 1 is EASY."""
 
     depth: int = 1
+    """So many on the GPUs that a job may use: jobs that want other kinds or other nodes have reservations of their own,
+    or they would not be kept from starving. Altogether no more than `RESERVATIONS`, or than this."""
     patience_ms: int = 60_000
     """After so long a wait a limit of its queue is claimed for a job, and so long after the instant that a job was
     promised it is promised another."""
+
+
+def meets(cluster: Cluster, shape: Shape, claim: Reservation) -> bool:
+    """Whether any of the claimed seats is one that such a job might have."""
+    ledger, pool = cluster.ledger, cluster.fleet.pool(shape)
+    classes = {cls for role in shape.roles if role.gpu_milli for cls in ledger.matching(role)}
+    for binding, _ in claim.seats:
+        space = ledger.spaces.get(binding.node) if binding.node in pool else None
+        if space is not None and (
+            not classes or not binding.gpus or any(space.gpu_class.get(s.gpu) in classes for s in binding.gpus)
+        ):  # fmt: skip
+            return True
+    return False
 
 
 def soonest(cluster: Cluster, now_ms: int) -> list[tuple[int, JobId]]:
