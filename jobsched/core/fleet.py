@@ -13,7 +13,7 @@ from jobsched.core import events as ev
 from jobsched.core.job import Binding, Job, Phase, ReplicaId, RoleShape, Shape
 from jobsched.core.ledger import ANY, GpuClass, Ledger
 from jobsched.core.node import Cordon, Node
-from jobsched.core.policies.parts import pool_key
+from jobsched.core.policies.parts import PoolKey, pool_key
 from jobsched.core.policies.ranking import Pool
 from jobsched.core.pools import BY as POOLS
 from jobsched.core.resources import WHOLE_GPU, JobId, NodeName
@@ -43,7 +43,7 @@ class Fleet:
     moved: int = 0
     """Rises when what may be bound where changes."""
     _pools: dict[tuple[object, ...], tuple[Shape, Pool]] = field(default_factory=dict)
-    _stocks: dict[tuple[object, ...], dict[str, int]] = field(default_factory=dict)
+    _gpus: dict[frozenset[PoolKey], dict[str, int]] = field(default_factory=dict)
     _capacity: dict[str, int] | None = None
     _widest: dict[GpuClass, int] = field(default_factory=dict)
 
@@ -120,7 +120,7 @@ class Fleet:
     def _repool(self, name: NodeName) -> None:
         """A node changed: it may belong to other pools now."""
         self.moved += 1
-        self._stocks.clear()
+        self._gpus.clear()
         for shape, pool in self._pools.values():
             if self._may_use(shape, name):
                 pool[name] = None
@@ -167,14 +167,15 @@ class Fleet:
             found = self._pools[key] = (shape, Pool(name for name in self.nodes if self._may_use(shape, name)))
         return found[1]
 
-    def stock(self, shapes: Iterable[Shape]) -> Mapping[str, int]:
+    def gpus(self, shapes: Iterable[Shape]) -> Mapping[str, int]:
         """Kind -> thousandths of GPUs on the nodes that any of these may use. Kept until a node changes."""
         pools = {pool_key(shape): shape for shape in shapes}
-        found = self._stocks.get(tuple(pools))
+        asked = frozenset(pools)
+        found = self._gpus.get(asked)
         if found is None:
-            if len(self._stocks) >= POOLS_KEPT:
-                self._stocks.clear()
-            found = self._stocks[tuple(pools)] = {}
+            if len(self._gpus) >= POOLS_KEPT:
+                self._gpus.clear()
+            found = self._gpus[asked] = {}
             for name in dict.fromkeys([name for shape in pools.values() for name in self.pool(shape)]):
                 for kind, _ in self.ledger.spaces[name].gpu_class.values():
                     found[kind] = found.get(kind, 0) + WHOLE_GPU

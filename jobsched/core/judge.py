@@ -361,7 +361,7 @@ class _Court:
         wait = 0 if row == 0 else min(policy.backoff * 2 ** min(row - 1, 30), longest)
         not_before = now + wait if wait else 0
         scopes = {name: restart_policy(job.spec, name).scope for name in dict.fromkeys(r.role for r in replicas)}
-        homeless = any(r.binding is None or not self._node_holds(r.binding.node) for r in replicas)
+        homeless = any(r.binding is None or not self.cluster.fleet.is_up(r.binding.node) for r in replicas)
         if not homeless and RestartScope.JOB not in scopes.values():
             whole = [name for name, scope in scopes.items() if scope is RestartScope.ROLE]
             others = [r for r in job.replicas.values() if r.role in whole and r.binding is not None]
@@ -387,10 +387,6 @@ class _Court:
         if code in policy.retry_on or code == 0:
             return True
         return code >= 128
-
-    def _node_holds(self, name: NodeName) -> bool:
-        node = self.cluster.fleet.nodes.get(name)
-        return node is not None and node.ready and name not in self.cluster.fleet.lost
 
     def _may_move(self, role: str) -> bool:
         """Whether replicas of the role that have failed may come back elsewhere while the rest goes on: an elastic role

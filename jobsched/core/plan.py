@@ -30,7 +30,7 @@ class Reservation:
     key: tuple[int, int, int, str]
     coordinator_port: int = 0
     made_for: int = 0
-    """`Cluster.pools_moved` when it was made: another number, and the nodes are not what they were."""
+    """`Fleet.moved` when it was made: another number, and the nodes are not what they were."""
     queue: str = ""
     """Set: it is a claim, too, on what this queue may take; the queue's own jobs have to respect that."""
     owner: str = ""

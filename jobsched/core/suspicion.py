@@ -1,4 +1,5 @@
-"""Suspicion: what was held against one node lately. Folded by `Cluster` from failures; weighed by `policies.health`.
+"""Suspicion: what was held against one node lately. Folded by `Cluster` and `Fleet` from failures; weighed
+by `policies.health`.
 
 Not durable: a server that starts anew begins without suspicions. Probation, which follows from them, is: as a cordon.
 """

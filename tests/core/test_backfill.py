@@ -7,6 +7,7 @@ from random import Random
 
 import pytest
 
+from jobsched.core.policies.backfill import RESERVATIONS
 from jobsched.core.resources import JobId
 from jobsched.sim.run import POLICIES, START_MS, Simulation
 from jobsched.sim.throughput import Steady
@@ -53,6 +54,25 @@ def test_a_big_gang_starts_at_its_reservation_although_small_jobs_keep_coming() 
     assert waited_s[1] <= 101
     assert waited_s[0] > 1_000
     assert started_ms(fair)[big.job_id] <= promised[big.job_id]
+
+
+def test_there_are_only_so_many_reservations_in_the_whole_cluster() -> None:
+    """On twenty kinds of GPUs, of each one node, a gang waits for another."""
+    kinds = [f"k{n:02}" for n in range(20)]
+    arrivals = []
+    for place, kind in enumerate(2 * kinds):
+        arrival = an_arrival(place, place, 1_000, 4)
+        worker = {**arrival.spec.roles["worker"].model_dump(mode="json", exclude_unset=True), "gpu": f"{kind}:4"}
+        spec = JobSpec.model_validate({**arrival.spec.model_dump(mode="json", exclude_unset=True), "roles": {
+            "worker": worker}})  # fmt: skip
+        arrivals.append(replace(arrival, spec=spec))
+    workload = Workload("kinds", tuple(arrivals), make_nodes("+".join(f"1x4:{kind}" for kind in kinds)))
+    simulation, most = Simulation(workload, POLICIES["easy"], "easy"), 0
+    while simulation.step():
+        with simulation.controller.view() as (cluster, _):
+            most = max(most, len(cluster.reservations))
+    assert most == RESERVATIONS
+    assert simulation.ended() == 40
 
 
 @pytest.mark.parametrize("by", ["kind", "label"])

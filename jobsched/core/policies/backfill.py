@@ -30,6 +30,7 @@ SEATS = 4_000
 """Most of their replicas looked at."""
 FAR_OFF_KEPT = 1_000
 RESERVATIONS = 16
+"""Most reservations in the whole cluster, unless one part of it may have more: each costs whoever comes behind it."""
 SURE = 0.9
 """A later job counts as over in time when so many of its like would be."""
 

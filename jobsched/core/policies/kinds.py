@@ -20,7 +20,7 @@ from jobsched.core.job import Job, Phase, Shape
 from jobsched.core.lines import Line
 from jobsched.core.policies.estimate import ran_ms
 from jobsched.core.policies.families import gpus_milli
-from jobsched.core.policies.ordering import Spares, cost_of, nobody
+from jobsched.core.policies.ordering import Spares, cost_of, may_stop_ms, nobody
 from jobsched.core.policies.preemption import Heads, Order, Turn
 from jobsched.core.resources import JobId
 from jobsched.spec.queue import CPU, GPUS, MEMORY
@@ -132,7 +132,7 @@ def by_kind(left: Left, speed: Speed, min_run_ms: int | None = 0, spares: Spares
     O(jobs * (kinds + log jobs))."""
 
     def order(cluster: Cluster, runnable: Sequence[Job], now_ms: int) -> list[Turn]:
-        capacity = cluster.fleet.stock({id(shape): shape for shape in map(cluster.shape, runnable)}.values())
+        capacity = cluster.fleet.gpus({id(shape): shape for shape in map(cluster.shape, runnable)}.values())
         kinds: dict[int, tuple[str, ...]] = {}
         choices: list[Choice] = []
         rows: list[tuple[Row, Turn]] = []
@@ -148,9 +148,7 @@ def by_kind(left: Left, speed: Speed, min_run_ms: int | None = 0, spares: Spares
             gpu_milli = sum([role.prefer * role.gpu_milli for role in shape.roles])
             until_stopped_ms = NEVER_MS
             if min_run_ms is not None:
-                until_stopped_ms = job.attempt_started_at_ms + min_run_ms * min(job.attempt, CALMEST)
-                if job.phase.runs and until_stopped_ms <= now_ms and spares(job, now_ms):
-                    until_stopped_ms = now_ms + max(1_000, min_run_ms)
+                until_stopped_ms = may_stop_ms(job, now_ms, min_run_ms, spares, min(job.attempt, CALMEST))
             stays = job.phase.runs and now_ms < until_stopped_ms
             times = {
                 kind: work_ms / pace

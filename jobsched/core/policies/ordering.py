@@ -321,6 +321,15 @@ def nobody(job: Job, now_ms: int) -> bool:
     return False
 
 
+def may_stop_ms(job: Job, now_ms: int, min_run_ms: int, spares: Spares, times: int = 1) -> int:
+    """When a job that runs may be stopped for another: so many times that long after its start; while it is spared, not
+    before it is looked at again."""
+    until_ms = job.attempt_started_at_ms + times * min_run_ms
+    if until_ms <= now_ms and job.phase.runs and spares(job, now_ms):
+        return now_ms + max(1_000, min_run_ms)
+    return until_ms
+
+
 def patient(order: Order, min_run_ms: int | None, spares: Spares = nobody) -> Order:
     """The same, but nobody is stopped sooner than that after its start (None: never), nor while it is spared."""
 
@@ -328,9 +337,7 @@ def patient(order: Order, min_run_ms: int | None, spares: Spares = nobody) -> Or
         stay: list[Turn] = []
         rest: list[Turn] = []
         for turn in order(cluster, runnable, now_ms):
-            until_ms = turn.job.attempt_started_at_ms + min_run_ms if min_run_ms is not None else 0
-            if min_run_ms is not None and until_ms <= now_ms and turn.job.phase.runs and spares(turn.job, now_ms):
-                until_ms = now_ms + max(1_000, min_run_ms)
+            until_ms = may_stop_ms(turn.job, now_ms, min_run_ms, spares) if min_run_ms is not None else 0
             if turn.job.phase is Phase.QUEUED or (min_run_ms is not None and until_ms <= now_ms):
                 rest.append(turn)
             else:
