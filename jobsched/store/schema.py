@@ -28,7 +28,7 @@ from sqlalchemy import (
 
 from jobsched.errors import StoreUnavailable
 
-HEAD: Final = "0005"
+HEAD: Final = "0006"
 """The newest migration; a database that says so is opened without importing alembic (0.6 s)."""
 
 metadata = MetaData()

@@ -71,6 +71,7 @@ def test_nobody_who_does_not_save_is_stopped_again_and_again(ordering: str) -> N
     world.run_until(lambda: all(world.job(job_id).phase.terminal for job_id in jobs), limit_ms=15 * HOUR_MS)
     assert phases(world, *jobs) == [Phase.SUCCEEDED] * 3
     assert max(world.job(job_id).attempt for job_id in jobs) <= 4
+    assert all(world.job(job_id).lost_ms > 0 for job_id in jobs if world.job(job_id).attempt > 1)
     assert max(world.job(job_id).lost_ms for job_id in jobs) < 1.5 * HOUR_MS
 
 
