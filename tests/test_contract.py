@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from jobsched.contract import ReplicaEnv, from_environ, tf_config, to_environ
-from tests.train.gang import ROOT, free_ports
+from tests.ports import held_ports
+from tests.train.gang import ROOT
 
 PEERS = {"chief": ("c0:1",), "ps": ("p0:1", "p1:2"), "worker": ("w0:3", "w1:4"), "evaluator": ("e0:5",)}
 
@@ -112,7 +113,11 @@ def test_ps_lite_variables() -> None:
 @pytest.mark.e2e
 def test_an_unmodified_torchrun_script_runs(tmp_path: Path) -> None:
     """Two replicas of jobs/torchrun_plain, each started as `torchrun train.py` with nothing but the environment."""
-    port = free_ports(1)[0]
+    with held_ports(1) as (port,):
+        _two_with_torchrun(tmp_path, port)
+
+
+def _two_with_torchrun(tmp_path: Path, port: int) -> None:
     replicas = []
     for rank in range(2):
         replica = ReplicaEnv(job_id="j", job_name="plain", attempt=1, role="worker", index=rank, rank=rank,
@@ -124,7 +129,7 @@ def test_an_unmodified_torchrun_script_runs(tmp_path: Path) -> None:
                 [sys.executable, "-m", "torch.distributed.run", "train.py"], cwd=ROOT / "jobs" / "torchrun_plain",
                 env=to_environ(replica, dict(os.environ)), stdout=log, stderr=log))
     try:
-        codes = [process.wait(100) for process in replicas]
+        codes = [process.wait(300) for process in replicas]
     finally:
         for process in replicas:
             process.kill()

@@ -20,6 +20,8 @@ GROWTH = 2
 """Most batches at once, in multiples of what was tried."""
 DECAY = 0.9
 """What a step leaves of the times of those before it."""
+HELD_UP = 4
+"""No step counts as more than so many times what was to be expected: somebody was held up, whatever the batch."""
 
 
 def gain(square: float, variance: float, multiple: int) -> float:
@@ -44,7 +46,9 @@ class BatchSize:
 
     def note(self, step_s: float, sync_s: float) -> None:
         """A step at the present multiple took so long."""
-        told = step_s, sync_s
+        if self._times:
+            step_s = min(step_s, HELD_UP * self.step_s(self.multiple))
+        told = step_s, min(sync_s, step_s)
         before = self._times.get(self.multiple, told)
         step_s, sync_s = (DECAY * old + (1 - DECAY) * new for old, new in zip(before, told, strict=True))
         self._times[self.multiple] = step_s, sync_s

@@ -2,7 +2,8 @@
 
 Used by `context`. Speaks the report protocol, version 1: each report is the replica's full newest state as JSON, over a
 unix datagram socket, HTTP, or a marked line on stdout. Never blocks the training loop and never raises because nobody
-listens: a report that is lost is made good by the next one.
+listens: a report that is lost is made good by the next one. Only what no later report may make good (a save, the last
+state) waits for a listener that is there but busy.
 """
 
 from __future__ import annotations
@@ -12,18 +13,22 @@ import json
 import math
 import os
 import socket
+import struct
 import sys
 import threading
 import urllib.request
 from collections.abc import Callable
 from typing import SupportsFloat
 
-Send = Callable[[bytes], None]
+Send = Callable[[bytes, bool], None]
+"""Sends one report; whether it may wait for a busy listener."""
 
 BEAT_S = 2.0
 """Longest silence: the thread repeats the newest report so that silence means a stopped interpreter."""
 INTERVAL_S = {"unix": 0.1, "http": 0.5, "log": 1.0, "none": 60.0}
 """Shortest time between two reports, by transport."""
+PATIENCE_S = 10
+"""Longest wait for a listener that is busy, where a report is waited for at all."""
 MESSAGE_LENGTH = 2_000
 
 
@@ -38,10 +43,11 @@ def open_transport(address: str, token: str) -> tuple[str, Send]:
 
 def _unix(path: str) -> Send:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    sock.setblocking(False)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", PATIENCE_S, 0))  # until its queue has room
 
-    def send(data: bytes) -> None:
-        sock.sendto(data, path)  # unconnected: a socket that was gone and came back is found at once
+    def send(data: bytes, waits: bool) -> None:
+        flags = 0 if waits else socket.MSG_DONTWAIT
+        sock.sendto(data, flags, path)  # unconnected: a socket that was gone and came back is found at once
 
     return send
 
@@ -49,7 +55,7 @@ def _unix(path: str) -> Send:
 def _http(address: str, token: str) -> Send:
     headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
 
-    def send(data: bytes) -> None:
+    def send(data: bytes, waits: bool) -> None:
         request = urllib.request.Request(address, data, headers)
         with urllib.request.urlopen(request, timeout=5):
             pass
@@ -57,12 +63,12 @@ def _http(address: str, token: str) -> Send:
     return send
 
 
-def _log(data: bytes) -> None:
+def _log(data: bytes, waits: bool) -> None:
     sys.stdout.write(f"::jobsched:: {data.decode()}\n")
     sys.stdout.flush()
 
 
-def _ignore(_: bytes) -> None:
+def _ignore(data: bytes, waits: bool) -> None:
     return None
 
 
@@ -108,25 +114,31 @@ class Reporter:
         """Acknowledge a checkpoint; sent before this returns, because the process may be stopped right after."""
         self._saves += 1  # told apart even if nothing was trained in between: each one is an answer
         self.fields["saved"] = {"step": step, "path": path, "n": self._saves}
-        self.flush()
+        with self._sending:
+            self._tell(waits=True)
 
     def flush(self) -> None:
         """Send the newest state now."""
         with self._sending:
-            self._sequence += 1
-            metrics = {name: number for name, value in list(self.metrics.items())
-                       if math.isfinite(number := float(value))}  # NaN is no JSON
-            try:
-                self._send(json.dumps({**self.fields, "seq": self._sequence, "metrics": metrics}).encode())
-            except (OSError, ValueError):
-                pass  # nobody listens right now: the next report says it all again
+            self._tell()
 
     def close(self) -> None:
-        """Send the last state and end the thread. A forked child leaves its parent's reporter alone."""
+        """Send the last state and end the thread, which sends nothing after that. A forked child leaves its parent's
+        reporter alone."""
         if os.getpid() == self._pid and not self._closing.is_set():
-            self._closing.set()
+            with self._sending:  # the thread may be late, and must not write while the interpreter ends
+                self._closing.set()
+                self._tell(waits=True)
             self._wake.set()
-            self.flush()
+
+    def _tell(self, waits: bool = False) -> None:
+        self._sequence += 1
+        metrics = {name: number for name, value in list(self.metrics.items())
+                   if math.isfinite(number := float(value))}  # NaN is no JSON
+        try:
+            self._send(json.dumps({**self.fields, "seq": self._sequence, "metrics": metrics}).encode(), waits)
+        except (OSError, ValueError):
+            pass  # nobody listens right now: the next report says it all again
 
     def _run(self) -> None:
         interval = INTERVAL_S[self._kind]
@@ -134,6 +146,7 @@ class Reporter:
             self._wake.wait(BEAT_S)
             self._wake.clear()
             self._dirty = False
-            if not self._closing.is_set():
-                self.flush()
+            with self._sending:
+                if not self._closing.is_set():
+                    self._tell()
             self._closing.wait(interval)

@@ -223,7 +223,7 @@ class Rendezvous:
         alive = {i for i, h in health.items() if h is Health.ALIVE}
         for index in alive:  # a group that runs must hear that somebody waits
             if index not in desk.joined:
-                self._pool.submit(self._ask, index, {"op": "knock"}, CONNECT_S)
+                self._pool.submit(self._ask, index, {"op": "knock", "member": asdict(me)}, CONNECT_S)
         with desk.changed:
             joined = {i: m for i, m in desk.joined.items()
                       if i == me.index or (i in alive and m.restart >= desk.restarts.get(i, 0))}
@@ -276,17 +276,18 @@ class Rendezvous:
             match request.get("op"):
                 case "join":
                     return self._take_join(_member(request["member"]))
-                case "knock":
+                case "knock" if not _includes(desk.last, _member(request["member"])):
                     desk.waiting = desk.waiting or not desk.forming
         return {"ok": True, "restart": self.me.restart}
 
     def _take_join(self, member: Member) -> dict[str, object]:
         """Note the join and hold the caller until the round closes or the wait is over (under the lock)."""
         desk = self._desk
-        desk.joined[member.index] = member
-        desk.waiting = desk.waiting or not desk.forming
-        desk.changed.notify_all()
-        desk.changed.wait_for(lambda: _includes(desk.last, member), JOIN_WAIT_S)
+        if not _includes(desk.last, member):  # else it is late, and was let in already
+            desk.joined[member.index] = member
+            desk.waiting = desk.waiting or not desk.forming
+            desk.changed.notify_all()
+            desk.changed.wait_for(lambda: _includes(desk.last, member), JOIN_WAIT_S)
         answer: dict[str, object] = {"ok": True, "restart": self.me.restart}
         return answer | ({"round": asdict(desk.last)} if desk.last and _includes(desk.last, member) else {})
 

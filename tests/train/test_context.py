@@ -56,9 +56,10 @@ def test_the_handshake(inside: Context, capsys: pytest.CaptureFixture[str]) -> N
     assert signal.getsignal(signal.SIGUSR1) != inside._on_signal  # nothing promised before the script asks
     assert not inside.should_checkpoint()
     assert inside.deadline is None
+    before = time.time()
     os.kill(os.getpid(), signal.SIGUSR1)
     assert inside.should_checkpoint()
-    assert time.time() < inside.deadline <= time.time() + 10
+    assert before + 10 <= inside.deadline <= time.time() + 10
     inside.report(step=41)
     inside.checkpoint_saved(Path("/ckpt/x"))
     assert not inside.should_checkpoint()
@@ -75,7 +76,7 @@ def test_sigterm_is_a_flag_only_for_who_asks(inside: Context) -> None:
 
 def run(code: str, **environ: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], env={**os.environ, **environ, "PYTHONPATH": str(ROOT)},
-                          capture_output=True, text=True, timeout=30, check=False)
+                          capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_importing_is_light_and_starts_nothing() -> None:

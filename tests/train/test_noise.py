@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
@@ -13,6 +12,7 @@ import torch
 
 from jobsched.core.policies.goodput import Report
 from jobsched.train.noise import WARM_UP, Noise
+from tests.ports import held_ports
 
 
 @pytest.mark.parametrize("shares", [(0.5, 0.5), (0.4, 0.4, 0.2), (0.25,) * 4])
@@ -71,21 +71,19 @@ if trainer.rank == 0:
 
 
 def test_a_gang_of_two_measures_the_noise_of_its_gradients() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     env = {name: value for name, value in os.environ.items() if not name.startswith("JOBSCHED_")}
-    env |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    gang = [
-        subprocess.Popen([sys.executable, "-c", SCRIPT], env=env | {"RANK": str(rank)}, stdout=subprocess.PIPE,
-                         text=True)
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        outs = [replica.communicate(timeout=120)[0] for replica in gang]
-    finally:
-        for replica in gang:
-            replica.kill()
+    with held_ports(1) as (port,):
+        env |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        gang = [
+            subprocess.Popen([sys.executable, "-c", SCRIPT], env=env | {"RANK": str(rank)}, stdout=subprocess.PIPE,
+                             text=True)
+            for rank in range(2)
+        ]  # fmt: skip
+        try:
+            outs = [replica.communicate(timeout=300)[0] for replica in gang]
+        finally:
+            for replica in gang:
+                replica.kill()
     said = json.loads(outs[0])
     square, variance = said["true"]
     assert said["told"]["grad_sqr"] == pytest.approx(square, rel=0.1)

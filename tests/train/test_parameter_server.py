@@ -128,39 +128,44 @@ def gang(tmp_path: Path) -> Iterator[Gang]:
 
 @pytest.mark.e2e
 def test_a_worker_and_both_servers_are_killed_and_training_goes_on(gang: Gang) -> None:
-    command = [SCRIPT, "--epochs", "6", "--pause-ms", "5", "--accuracy", "0.8", "--checkpoint-s", "0.3"]
+    command = [SCRIPT, "--epochs", "6", "--pause-ms", "0", "--accuracy", "0.8", "--checkpoint-s", "0.3"]
+    gang.let_on_to(60)
     for role, count in (("ps", 2), ("worker", 3)):
         for index in range(count):
             gang.start(role, index, command)
-    gang.wait_report(lambda r: r.body.get("step", 0) > 30)
-    killed = gang.kill("worker", 1)
+    gang.wait_report(lambda r: r.body.get("step", 0) >= 60)
+    gang.kill("worker", 1)
     gang.start("worker", 1, command, restart=1)
-    gang.wait_report(lambda r: r.key.endswith("worker/1/1") and r.body.get("step", 0) > 30)
+    gang.wait_report(lambda r: r.key.endswith("worker/1/1") and r.body.get("step", 0) >= 60)
     for server in (0, 1):
+        gang.told("ps", server, "saved")
         killed = gang.kill("ps", server)
+        gang.let_on_to(gang.gate + 60)
         waiting = gang.wait_report(lambda r, s=server: f"waits for ps {s}" in r.body.get("message", ""),
                                    since_s=killed)
         gang.start("ps", server, command, restart=1)
-        step = waiting.body["step"]
-        gang.wait_report(lambda r, s=step: "worker" in r.key and r.body.get("step", 0) > s, since_s=waiting.at_s)
+        gang.wait_report(lambda r: "worker" in r.key and r.body.get("step", 0) >= gang.gate, since_s=waiting.at_s)
+    gang.let_on_to(float("inf"))
     assert [gang.wait_exit("worker", i) for i in range(3)] == [0, 0, 0], gang.logs()
     for index in range(3):
         assert "6 of 6 epochs exact" in gang.log("worker", index)
     for server in (0, 1):
         assert gang.running["ps", server].exitcode is None  # servers never decide
-        gang.kill("ps", server, signal.SIGTERM)
+        ended = gang.kill("ps", server, signal.SIGTERM)
         assert gang.wait_exit("ps", server) == 0
-        assert "saved" in gang.last("ps", server)
+        gang.wait_report(lambda r, s=server: r.key.endswith(f"/ps/{s}/1") and "saved" in r.body, since_s=ended)
 
 
 @pytest.mark.e2e
 def test_a_server_that_moved_is_found(gang: Gang) -> None:
-    command = [SCRIPT, "--epochs", "3", "--pause-ms", "5", "--accuracy", "0.5", "--checkpoint-s", "0.3"]
+    command = [SCRIPT, "--epochs", "3", "--pause-ms", "0", "--accuracy", "0.5", "--checkpoint-s", "0.3"]
+    gang.let_on_to(60)
     for server in range(2):
         gang.start("ps", server, command)
     gang.start("worker", 0, command)
-    gang.wait_report(lambda r: r.body.get("step", 0) > 30)
+    gang.wait_report(lambda r: r.body.get("step", 0) >= 60)
     gang.kill("ps", 1)
+    gang.let_on_to(float("inf"))
     gang.peers = {**gang.peers, "ps": (gang.peers["ps"][0], gang.peers["worker"][2])}
     gang.start("ps", 1, command, restart=1)
     assert gang.wait_exit("worker", 0) == 0, gang.logs()
@@ -170,20 +175,24 @@ def test_a_server_that_moved_is_found(gang: Gang) -> None:
 def test_training_goes_on_with_other_numbers_of_servers(tmp_path: Path) -> None:
     """An orderly end (as of a rescale), then the next attempt: every push is in all shards, no batch is lost or done
     twice, and the new workers find the new servers."""
-    command = [SCRIPT, "--epochs", "9", "--pause-ms", "4", "--accuracy", "0.8", "--checkpoint-s", "60"]
+    command = [SCRIPT, "--epochs", "9", "--pause-ms", "0", "--accuracy", "0.8", "--checkpoint-s", "60"]
     done = 0
     for attempt, servers in enumerate((1, 3, 2), 1):
         gang = Gang(tmp_path, {"ps": servers, "worker": 2}, attempt=attempt)
         try:
+            gang.let_on_to(done + 200 if attempt < 3 else float("inf"))
             for role, count in gang.sizes.items():
                 for index in range(count):
                     gang.start(role, index, command)
             if attempt < 3:
-                told = gang.wait_report(
-                    lambda r, d=done: "step_s" in r.body["metrics"] and r.body["step"] > d + 100).body["metrics"]
+                for index in range(2):
+                    gang.wait_report(lambda r, i=index, g=gang: r.key.endswith(f"/worker/{i}/0")
+                                     and r.body.get("step", 0) >= g.gate)
+                told = gang.wait_report(lambda r: "step_s" in r.body["metrics"]).body["metrics"]
                 assert told["step_s"] > told["sync_s"] > 0
                 for role, index in [*gang.running]:
                     gang.kill(role, index, signal.SIGTERM)
+                gang.let_on_to(float("inf"))
                 assert [gang.wait_exit("worker", i) for i in range(2)] == [ENDED] * 2, gang.logs()
                 assert [gang.wait_exit("ps", i) for i in range(servers)] == [0] * servers, gang.logs()
                 shards = [committed(tmp_path / "ckpt", shard_name(i, servers))[0] for i in range(servers)]

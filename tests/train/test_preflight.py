@@ -13,7 +13,7 @@ from jobsched.train import preflight
 
 def test_a_sound_machine_passes(tmp_path: Path) -> None:
     ended = subprocess.run(
-        [sys.executable, "-m", "jobsched.train.preflight"], capture_output=True, text=True, timeout=100, check=False,
+        [sys.executable, "-m", "jobsched.train.preflight"], capture_output=True, text=True, timeout=300, check=False,
         env={"PATH": "/usr/bin:/bin", "JOBSCHED_SCRATCH_DIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
