@@ -188,11 +188,15 @@ class LocalBackend:
 
     def _connect_control(self) -> Message:
         line, hello = self._dial(self._hello())
-        if hello["version"] != VERSION:
-            line, hello = self._upgraded(line, hello)
-        if self._warm:
-            line.ask({"do": "warm", "interpreter": "python", "preload": self._warm,
-                      "env": self._base | {"PYTHONUNBUFFERED": "1"}})
+        try:
+            if hello["version"] != VERSION:
+                line, hello = self._upgraded(line, hello)
+            if self._warm:
+                line.ask({"do": "warm", "interpreter": "python", "preload": self._warm,
+                          "env": self._base | {"PYTHONUNBUFFERED": "1"}})
+        except OSError as error:
+            line.close()
+            raise BackendUnreachable(f"the supervisor does not answer: {error}") from error
         self._control = line
         return hello
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,10 +15,10 @@ from jobsched.backends.local import LocalBackend
 from jobsched.backends.supervisor import processes
 from jobsched.backends.supervisor.protocol import Layout, Settings
 from jobsched.core.observation import ReplicaReport
-from tests.contracts.backend import CommandEngine
+from tests.contracts.backend import PATIENCE_S, CommandEngine
 
 NODES = local_nodes.virtual_nodes([local_nodes.VirtualGroup(2, gpus=(("sim-gpu", 4),))], 21_000, 21_999)
-SETTINGS = Settings(kill_after_s=2.0, idle_exit_s=20.0)
+SETTINGS = Settings(kill_after_s=2.0, idle_exit_s=20.0, warm_wait_s=PATIENCE_S)
 
 
 class LocalEngine(CommandEngine[LocalBackend]):
@@ -40,7 +41,18 @@ class LocalEngine(CommandEngine[LocalBackend]):
 
     def groups(self) -> list[Path]:
         """Control groups of this home that are still there."""
-        return list(Path("/sys/fs/cgroup").rglob(f"jobsched-{Layout(self.home).home_id}*"))
+        name = f"jobsched-{Layout(self.home).home_id}"
+        return [Path(place, folder) for place, folders, _ in os.walk("/sys/fs/cgroup") for folder in folders
+                if folder.startswith(name)]
+
+    def has_no_processes(self) -> bool:
+        """Whether none is left within the patience: what was killed goes when the machine finds time for it."""
+        deadline = time.monotonic() + PATIENCE_S
+        while self.processes():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        return True
 
 
 @pytest.fixture
@@ -49,6 +61,6 @@ def engine(tmp_path: Path) -> Iterator[LocalEngine]:
     yield engine
     engine.backend.quit_supervisor(kill=True)
     engine.backend.close()
-    assert engine.processes() == set()
+    assert engine.has_no_processes()
     assert engine.groups() == []
     assert not Layout(engine.home).sockets.exists()

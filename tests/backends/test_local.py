@@ -17,13 +17,14 @@ import pytest
 
 from jobsched.backends.local import LocalBackend
 from jobsched.backends.supervisor import client, processes
-from jobsched.backends.supervisor.protocol import Settings
+from jobsched.backends.supervisor.protocol import VERSION, Settings
 from jobsched.core.job import Reason
 from jobsched.core.launch import LaunchKey
 from jobsched.core.observation import Seen
 from jobsched.errors import BackendUnreachable
 from tests.backends.conftest import NODES, SETTINGS, LocalEngine
-from tests.contracts.backend import Watcher, a_key, a_launch
+from tests.contracts.backend import PATIENCE_S, Watcher, a_key, a_launch
+from tests.ports import held_ports
 
 NODE = NODES[0]
 
@@ -39,24 +40,31 @@ def log(backend: LocalBackend, key: LaunchKey) -> str:
     return b"".join(chunk.data for chunk in backend.logs(key)).decode()
 
 
+def when_told(path: Path, code: int) -> str:
+    """A shell's words: to end with this exit code once the file is there."""
+    return f"while [ ! -e {path} ]; do sleep 0.05; done; exit {code}"
+
+
 def test_replicas_survive_their_server(tmp_path: Path) -> None:
     """A server process starts a replica and is SIGKILLed; the next one sees the same pid, and its exact exit code."""
     home = tmp_path / "home"
     script = (
         "import os, signal, sys\nfrom pathlib import Path\nfrom tests.backends.conftest import LocalEngine\n"
         "from tests.contracts.backend import Watcher, a_launch\nfrom tests.backends.conftest import NODES\n"
-        "engine = LocalEngine(Path(sys.argv[1]))\nlaunch = a_launch(NODES[0], ('/bin/sh', '-c', 'sleep 1; exit 6'))\n"
+        "engine = LocalEngine(Path(sys.argv[1]))\nlaunch = a_launch(NODES[0], ('/bin/sh', '-c', sys.argv[2]))\n"
         "engine.backend.start([launch])\nprint(Watcher(engine.backend).running(launch.key)[0].ident, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     server = subprocess.run(
-        [sys.executable, "-c", script, str(home)], capture_output=True, text=True, check=False,
+        [sys.executable, "-c", script, str(home), when_told(tmp_path / "go", 6)],
+        capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )
     assert server.returncode == -signal.SIGKILL, server.stderr
     engine = LocalEngine(home)
     watcher = Watcher(engine.backend)
     watcher.look()
+    (tmp_path / "go").touch()
     end = watcher.end(a_key())
     assert (end.ident, end.exit_code) == (server.stdout.strip(), 6)
     engine.backend.quit_supervisor(kill=True)
@@ -99,7 +107,7 @@ def test_a_replica_that_is_held_ends_with_the_connection_that_holds_it(
 
 
 def test_a_replica_whose_holder_died_together_with_the_supervisor_is_ended_by_the_next_one(tmp_path: Path) -> None:
-    engine = LocalEngine(tmp_path / "home", replace(SETTINGS, hold_again_s=4.0))
+    engine = LocalEngine(tmp_path / "home", replace(SETTINGS, hold_again_s=PATIENCE_S))
     watcher = Watcher(engine.backend)
     watcher.look()
     launches = [a_launch(NODE, engine.goes_on(), a_key(index=i)) for i in range(3)]
@@ -113,6 +121,8 @@ def test_a_replica_whose_holder_died_together_with_the_supervisor_is_ended_by_th
     watcher.until(lambda _: watcher.seen[-1].full)
     again = client.Line(engine.backend.layout.control_socket)
     assert again.ask({"do": "hold", "keys": [held]})["ok"]
+    at_once = replace(SETTINGS, hold_again_s=0.0)
+    again.ask({"do": "hello", "version": VERSION, "settings": at_once.to_wire()})
     watcher.end(orphan)
     watcher.look()
     assert {watcher.sight.replicas[key].state for key in (held, free)} == {Seen.RUNNING}
@@ -126,7 +136,7 @@ def test_a_replica_whose_holder_died_together_with_the_supervisor_is_ended_by_th
     assert watcher.sight.alive(free)
     engine.backend.quit_supervisor(kill=True)
     engine.backend.close()
-    assert engine.processes() == set()
+    assert engine.has_no_processes()
 
 
 def test_supervisor_and_replicas_killed_at_once_are_lost(engine: LocalEngine, watcher: Watcher) -> None:
@@ -136,15 +146,16 @@ def test_supervisor_and_replicas_killed_at_once_are_lost(engine: LocalEngine, wa
     os.kill(engine.backend.supervisor_pid, signal.SIGKILL)
     for report in reports:
         engine.kill(report)
+    assert engine.has_no_processes()
     for end in watcher.ended(*(launch.key for launch in launches)):
         assert (end.exit_code, end.signal) == (None, None)
         assert "not seen" in end.message
 
 
 def test_an_upgraded_supervisor_keeps_its_children_and_their_exit_codes(
-    engine: LocalEngine, watcher: Watcher, monkeypatch: pytest.MonkeyPatch
+    engine: LocalEngine, watcher: Watcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launch = a_launch(NODE, ("/bin/sh", "-c", "sleep 1.5; exit 11"))
+    launch = a_launch(NODE, ("/bin/sh", "-c", when_told(tmp_path / "go", 11)))
     watcher.backend.start([launch])
     (before,) = watcher.running(launch.key)
     pid = engine.backend.supervisor_pid
@@ -162,52 +173,54 @@ def test_an_upgraded_supervisor_keeps_its_children_and_their_exit_codes(
     fresh = Watcher(engine.reconnect())
     assert "upgrade" in asked
     assert engine.backend.supervisor_pid == pid, "the same process with another program"
+    (tmp_path / "go").touch()
     end = fresh.end(launch.key)
     assert (end.ident, end.exit_code) == (before.ident, 11)
 
 
 def test_bystanders_are_left_alone(engine: LocalEngine, watcher: Watcher) -> None:
     """Processes that are not ours, younger than a replica or not, survive its stop and its clean-up."""
-    with subprocess.Popen(["/bin/sleep", "60"]) as older:
+    with subprocess.Popen(["/bin/sleep", "600"]) as older:
         stopped = a_launch(NODE, engine.goes_on(), a_key(index=0))
         messy = a_launch(NODE, ("/bin/sh", "-c", "setsid sleep 50 & sleep 0.3; exit 1"), a_key(index=1))
         watcher.backend.start([stopped, messy])
         watcher.running(stopped.key)
-        with subprocess.Popen(["/bin/sleep", "60"], start_new_session=True) as younger:
+        with subprocess.Popen(["/bin/sleep", "600"], start_new_session=True) as younger:
             watcher.backend.stop([stopped.key], 0)
             watcher.ended(stopped.key, messy.key)
             assert older.poll() is None
             assert younger.poll() is None
             younger.kill()
         older.kill()
-    assert engine.processes() == set(), "while what was theirs is gone"
+    assert engine.has_no_processes(), "while what was theirs is gone"
 
 
 def test_orphans_of_an_adopted_replica_are_killed(engine: LocalEngine, watcher: Watcher) -> None:
     launch = a_launch(NODE, ("/bin/sh", "-c", "setsid sleep 300 & sleep 300"))
     watcher.backend.start([launch])
     (report,) = watcher.running(launch.key)
-    deadline = time.monotonic() + 5
-    while len(engine.processes()) < 3 and time.monotonic() < deadline:
+    deadline = time.monotonic() + PATIENCE_S
+    while len(engine.processes()) < 3:
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     os.kill(engine.backend.supervisor_pid, signal.SIGKILL)
     watcher.until(lambda _: watcher.seen[-1].full)
     engine.kill(report)
     watcher.end(launch.key)
-    assert engine.processes() == set()
+    assert engine.has_no_processes()
 
 
 def test_a_port_that_somebody_else_listens_on_is_a_conflict(engine: LocalEngine, watcher: Watcher) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        launch = a_launch(NODE, engine.ends(0), ports=(port,))
-        watcher.backend.start([launch])
-        end = watcher.end(launch.key)
-    assert end.failure is Reason.PORT_CONFLICT
-    assert str(port) in end.message
-    again = a_launch(NODE, engine.ends(0), a_key(restart=1), ports=(port,))
-    watcher.backend.start([again])
-    assert watcher.end(again.key).exit_code == 0
+    with held_ports(1) as (port,):
+        with socket.create_server(("127.0.0.1", port)):
+            launch = a_launch(NODE, engine.ends(0), ports=(port,))
+            watcher.backend.start([launch])
+            end = watcher.end(launch.key)
+        assert end.failure is Reason.PORT_CONFLICT
+        assert str(port) in end.message
+        again = a_launch(NODE, engine.ends(0), a_key(restart=1), ports=(port,))
+        watcher.backend.start([again])
+        assert watcher.end(again.key).exit_code == 0
 
 
 def test_secrets_are_resolved_at_the_last_moment_and_stored_nowhere(engine: LocalEngine, watcher: Watcher) -> None:
@@ -258,7 +271,7 @@ def test_a_silent_replica_shows_for_how_long_it_has_used_no_cpu(engine: LocalEng
         "s = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)\n"
         "d = {'v': 1, 'key': e.launch_key, 'token': e.token, 'step': 1}\n"
         "s.sendto(json.dumps(d).encode(), e.report[5:])\n"
-        "s.sendto(json.dumps(d | {'step': 99, 'token': 'forged'}).encode(), e.report[5:])\ntime.sleep(60)\n"
+        "s.sendto(json.dumps(d | {'step': 99, 'token': 'forged'}).encode(), e.report[5:])\ntime.sleep(600)\n"
     )
     launch = a_launch(NODE, ("python", "-c", script))
     watcher.backend.start([launch])
@@ -272,9 +285,17 @@ def test_a_silent_replica_shows_for_how_long_it_has_used_no_cpu(engine: LocalEng
 def test_a_long_log_loses_its_head_but_keeps_its_offsets(tmp_path: Path) -> None:
     engine = LocalEngine(tmp_path / "home", Settings(log_bytes=64 << 10))
     watcher = Watcher(engine.backend)
-    text = "i=0; while [ $i -lt 20000 ]; do echo line $i; i=$((i+1)); done; sleep 2; echo end"
-    launch = a_launch(NODE, ("/bin/sh", "-c", text))
+    text = "i=0; while [ $i -lt 20000 ]; do echo line $i; i=$((i+1)); done; "
+    waits = f"while [ ! -e {tmp_path / 'cut'} ]; do sleep 0.05; done; echo end"
+    launch = a_launch(NODE, ("/bin/sh", "-c", text + waits))
     watcher.backend.start([launch])
+
+    def cut() -> bool:
+        now = log(engine.backend, launch.key)
+        return now.endswith("line 19999\n") and len(now) <= 90 << 10
+
+    watcher.until(lambda _: cut())
+    (tmp_path / "cut").touch()
     watcher.end(launch.key)
     chunks = list(engine.backend.logs(launch.key))
     engine.backend.quit_supervisor(kill=True)
@@ -410,22 +431,24 @@ def test_a_warm_end_is_exact(
 
 
 def test_warm_replicas_carry_their_mark_and_their_command_line(warm: tuple[LocalEngine, Watcher]) -> None:
-    engine, watcher = warm
-    launch = a_launch(NODE, ("python", "-c", "import time; time.sleep(60)"), preload=("decimal",))
+    _, watcher = warm
+    launch = a_launch(NODE, ("python", "-c", "import time; time.sleep(600)"), preload=("decimal",))
     watcher.backend.start([launch])
     (report,) = watcher.running(launch.key)
     pid = int(report.ident)
-    deadline = time.monotonic() + 5
-    while pid not in engine.processes() and time.monotonic() < deadline:
+    deadline = time.monotonic() + PATIENCE_S
+    while not (processes.marker(pid).endswith(launch.key)
+               and b"time.sleep(600)" in Path(f"/proc/{pid}/cmdline").read_bytes()):
+        assert time.monotonic() < deadline
         time.sleep(0.02)
-    assert processes.marker(pid).endswith(launch.key)
-    assert b"time.sleep(60)" in Path(f"/proc/{pid}/cmdline").read_bytes()
     watcher.backend.stop([launch.key], 0)
     assert watcher.end(launch.key).signal == signal.SIGKILL
 
 
 def test_without_its_warm_parent_a_replica_starts_cold(warm: tuple[LocalEngine, Watcher]) -> None:
-    engine, watcher = warm
+    engine, _ = warm
+    engine.settings = replace(SETTINGS, warm_wait_s=2.0)
+    watcher = Watcher(engine.reconnect())
     parents = [p for p in processes.children(engine.backend.supervisor_pid)
                if b"warm.py" in Path(f"/proc/{p}/cmdline").read_bytes()]
     assert len(parents) == 1
@@ -453,7 +476,7 @@ def test_scratch_files_go_when_the_end_is_known_and_the_job_wants_it(
     file = Path(log(engine.backend, launch.key).strip()) / "file"
     assert file.exists()
     watcher.backend.forget([launch.key])
-    until = time.monotonic() + (1 if stays else 10)
+    until = time.monotonic() + (1 if stays else PATIENCE_S)
     while file.exists() and time.monotonic() < until:
         time.sleep(0.02)
     assert file.exists() is stays

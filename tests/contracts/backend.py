@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -25,9 +24,12 @@ from jobsched.core.observation import Observation, ReplicaReport, Seen, Sight
 from jobsched.core.resources import NOTHING, GpuShare, JobId, NodeName
 from jobsched.errors import Conflict
 from jobsched.ports import Backend, Ended, Output, Reach, Session, Window
+from tests.ports import held_ports
 
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 """Only a failing test waits as long: a loaded machine takes ten times its usual second."""
+LONG_MS = 600_000
+"""A grace that ends long after a failing test has."""
 
 
 class Engine(Protocol):
@@ -390,17 +392,16 @@ class ProcessBackendContract(BackendContract):
         self, watcher: Watcher, node: Node
     ) -> None:
         launch = a_launch(node, ("python", "-c", SAVES_WHEN_ASKED))
+        begun = time.monotonic()
         watcher.backend.start([launch])
         watcher.until(lambda s: launch.key in s.replicas and s.replicas[launch.key].progress)
         progress = watcher.sight.replicas[launch.key].progress
         assert progress is not None
         assert (progress.step, progress.total, progress.metrics) == (5, 10, (("loss", 0.5),))
-        assert 0 <= progress.step_age_ms < 5_000
+        assert 0 <= progress.step_age_ms <= (time.monotonic() - begun) * 1_000 + 1_000
         self.wait_for_log(watcher.backend, launch.key, b"ready")
-        begun = time.monotonic()
-        watcher.backend.stop([launch.key], 15_000)
-        end = watcher.end(launch.key)
-        assert time.monotonic() - begun < 8, "the grace ends at the acknowledgement"
+        watcher.backend.stop([launch.key], LONG_MS)
+        end = watcher.end(launch.key)  # long before the grace ends
         assert end.progress is not None
         assert (end.progress.saved_step, end.progress.saved_path) == (7, "/ckpt/7")
         assert end.signal == signal.SIGTERM or end.exit_code == 128 + signal.SIGTERM
@@ -409,10 +410,8 @@ class ProcessBackendContract(BackendContract):
         launch = a_launch(node, ("/bin/sh", "-c", TRAPS_TERM))
         watcher.backend.start([launch])
         self.wait_for_log(watcher.backend, launch.key, b"ready")
-        begun = time.monotonic()
-        watcher.backend.stop([launch.key], 10_000)
-        assert watcher.end(launch.key).exit_code == 5
-        assert time.monotonic() - begun < 5
+        watcher.backend.stop([launch.key], LONG_MS)
+        assert watcher.end(launch.key).exit_code == 5  # long before the grace ends
         assert b"bye" in self.read_log(watcher.backend, launch.key)
 
     def test_a_shorter_grace_shortens(self, watcher: Watcher, node: Node) -> None:
@@ -421,14 +420,12 @@ class ProcessBackendContract(BackendContract):
         launch = a_launch(node, ("python", "-c", stubborn))
         watcher.backend.start([launch])
         self.wait_for_log(watcher.backend, launch.key, b"ready")
-        watcher.backend.stop([launch.key], 60_000)
+        watcher.backend.stop([launch.key], LONG_MS)
         watcher.look(300)
         assert watcher.sight.alive(launch.key)
-        watcher.backend.stop([launch.key], 120_000)
-        begun = time.monotonic()
+        watcher.backend.stop([launch.key], 2 * LONG_MS)
         watcher.backend.stop([launch.key], 0)
         end = watcher.end(launch.key)
-        assert time.monotonic() - begun < 5
         assert end.signal == signal.SIGKILL or end.exit_code == 128 + signal.SIGKILL
 
     def test_logs_have_true_offsets(self, watcher: Watcher, node: Node) -> None:
@@ -451,13 +448,21 @@ class ProcessBackendContract(BackendContract):
         watcher.backend.forget([launch.key])
         assert self.read_log(watcher.backend, launch.key) == b"kept\n"
 
-    def test_following_yields_lines_as_they_come_and_ends_with_the_replica(self, watcher: Watcher, node: Node) -> None:
-        launch = a_launch(node, ("/bin/sh", "-c", "echo one; sleep 0.6; echo two; sleep 0.3; printf three"))
+    def test_following_yields_lines_as_they_come_and_ends_with_the_replica(
+        self, watcher: Watcher, node: Node, tmp_path_factory: pytest.TempPathFactory
+    ) -> None:
+        heard = tmp_path_factory.mktemp("heard")
+        waits = "while [ ! -e {0}/{1} ]; do sleep 0.05; done"
+        launch = a_launch(node, ("/bin/sh", "-c", "; ".join(
+            ["echo one", waits.format(heard, 1), "echo two", waits.format(heard, 2), "printf three"])))
         watcher.backend.start([launch])
-        chunks = watcher.backend.logs(launch.key, 0, follow=True, timeout_ms=100)
-        came = [(chunk.offset, chunk.data) for chunk in chunks]
-        assert any(data == b"" for _, data in came), "silence is told"
-        assert [found for found in came if found[1]] == [(0, b"one\n"), (4, b"two\n"), (8, b"three")]
+        came = []
+        for chunk in watcher.backend.logs(launch.key, 0, follow=True, timeout_ms=100):
+            if chunk.data:
+                came.append((chunk.offset, chunk.data))
+            else:  # silence is told, and the replica waits for that
+                (heard / str(len(came))).touch()
+        assert came == [(0, b"one\n"), (4, b"two\n"), (8, b"three")]
 
     def test_nothing_of_a_replica_survives_its_main_process(
         self, watcher: Watcher, node: Node, tmp_path_factory: pytest.TempPathFactory
@@ -487,7 +492,7 @@ class ProcessBackendContract(BackendContract):
     def test_stacks_of_a_python_replica_name_the_function_it_is_in(self, watcher: Watcher, node: Node) -> None:
         if not watcher.backend.capabilities.stacks:
             pytest.skip("this backend has no means to take stacks")
-        script = "import time\ndef the_odd_place():\n  print('ready', flush=True)\n  time.sleep(60)\nthe_odd_place()"
+        script = "import time\ndef the_odd_place():\n  print('ready', flush=True)\n  time.sleep(600)\nthe_odd_place()"
         launch = a_launch(node, ("python", "-c", script))
         watcher.backend.start([launch])
         self.wait_for_log(watcher.backend, launch.key, b"ready")
@@ -636,8 +641,10 @@ class ProcessBackendContract(BackendContract):
         watcher.ended(listens.key, sleeps.key)
 
     def test_a_port_of_a_replica_is_reached(self, reach: Reach, watcher: Watcher, node: Node) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
+        with held_ports(2) as (port, silent):
+            self.reaches(reach, watcher, node, port, silent)
+
+    def reaches(self, reach: Reach, watcher: Watcher, node: Node, port: int, silent: int) -> None:
         launch = a_launch(node, ("python", "-c", LISTENS.format(port=port)), a_key("listens"))
         watcher.backend.start([launch])
         self.wait_for_log(watcher.backend, launch.key, b"ready")
@@ -648,10 +655,10 @@ class ProcessBackendContract(BackendContract):
             session.end_input()
             assert self.said(session) == (b"", b"", 0)
         try:
-            _, said, code = self.said(reach.connect(launch.key, port + 1))
+            _, said, code = self.said(reach.connect(launch.key, silent))
         except Conflict as refused:  # found out before or after it is connected
             said, code = refused.message.encode(), 1
-        assert str(port + 1).encode() in said
+        assert str(silent).encode() in said
         assert code != 0
         watcher.backend.stop([launch.key], 0)
         watcher.end(launch.key)

@@ -19,9 +19,9 @@ from jobsched.backends.supervisor import replica_log
 from jobsched.backends.supervisor.protocol import Layout, Lines, Message, encode
 from jobsched.errors import BackendUnreachable
 
-ANSWER_S = 10.0
-"""Longest wait for an answer of the supervisor."""
-START_S = 15.0
+ANSWER_S = 30.0
+"""Longest wait for an answer of the supervisor: on a machine that is busy it may be late."""
+START_S = 30.0
 """Longest wait for a new supervisor to be there."""
 RETRY_S = 0.01
 

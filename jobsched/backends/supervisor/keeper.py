@@ -40,6 +40,8 @@ WARM_WAIT_S = 30.0
 PUSH_INTERVAL_S = 0.1
 SWEEP_S = 2.0
 SWEEP_STEP_S = 0.005
+SWEEPS = 20
+"""Least times that what a replica left is looked for, however late the first one was."""
 REFUSED_MEMORY = ("MemoryError", "std::bad_alloc", "Cannot allocate memory", "can't allocate memory")
 """Last words of a process that an rlimit refused memory."""
 SILENT_S = 3.0
@@ -61,6 +63,8 @@ class Keeper:
         self._by_pid: dict[int, Replica] = {}
         self._pending: deque[Key] = deque()
         self._settling: dict[Key, Replica] = {}
+        self._releasing: dict[Key, None] = {}
+        """Ended replicas whose groups the kernel has not quite let go of."""
         self._captures: dict[Key, StackCapture] = {}
         self._journal = Journal(layout.journal)
         self._warm = WarmPool(loop, layout.state / "warm.log")
@@ -211,6 +215,10 @@ class Keeper:
     @property
     def running(self) -> int:
         return sum(replica.end is None for replica in self.replicas.values())
+
+    @property
+    def releasing(self) -> int:
+        return len(self._releasing)
 
     @property
     def starting(self) -> int:
@@ -463,7 +471,8 @@ class Keeper:
                 look = look or Look()
                 left = self._all_of(replica, look)
                 self._kill(left)
-            if left and time.monotonic() < replica.sweep_until:
+            replica.sweeps += 1
+            if left and (time.monotonic() < replica.sweep_until or replica.sweeps < SWEEPS):
                 self.loop.at(SWEEP_STEP_S, self._settle)
             else:
                 del self._settling[replica.key]
@@ -506,8 +515,11 @@ class Keeper:
         return limited and any(text in last for text in REFUSED_MEMORY)
 
     def _release(self, replica: Replica) -> None:
-        if not self.limiter.release(replica.confinement):  # the kernel has not quite let go of its last process
-            self.loop.at(0.2, lambda: self._release(replica))
+        if self.limiter.release(replica.confinement):
+            self._releasing.pop(replica.key, None)
+        else:
+            self._releasing[replica.key] = None
+            self.loop.at(0.05, lambda: self._release(replica))
 
     # reports ------------------------------------------------------------------------------------------------------
 

@@ -122,6 +122,7 @@ class Replica:
     reaped: End | None = None
     """The main process is gone, others of it may not be."""
     sweep_until: float = 0.0
+    sweeps: int = 0
     end: End | None = None
     stacks: str = ""
     log_cut: int = 0

@@ -25,6 +25,9 @@ from jobsched.backends.supervisor.protocol import (
     encode,
 )
 
+QUIT_S = 10.0
+"""Longest wait for the groups of what was killed at the end."""
+
 
 class Connection:
     """One server's end of the talk."""
@@ -100,6 +103,7 @@ class Server:
         self.upgrade_to: list[str] = []
         self._listener = listener
         self._lonely_since = self._began = time.monotonic()
+        self._quitting_since = 0.0
         self._heir = bool(self.keeper.held)
         """Whether replicas of an earlier supervisor wait for their holders to come back."""
         loop.watch(listener, self._accept)
@@ -171,9 +175,11 @@ class Server:
         }
 
     def _quit(self) -> None:
-        """Kill what runs, and end once it is gone."""
+        """Kill what runs, and end once it is gone; its groups too, unless the kernel keeps them too long."""
+        self._quitting_since = self._quitting_since or time.monotonic()
         self.keeper.stop(list(self.keeper.replicas), 0)
-        if self.keeper.running:
+        kept = self.keeper.releasing and time.monotonic() - self._quitting_since < QUIT_S
+        if self.keeper.running or kept:
             self.loop.at(0.02, self._quit)
         else:
             self.loop.stop()
