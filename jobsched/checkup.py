@@ -93,7 +93,7 @@ class Checkup:
                 if item.seq != seq + 1:
                     problems.append(f"event {seq} is followed by event {item.seq}")
                 seq = item.seq
-                job_id = ev.job_id_of(item.event)
+                job_id = item.event.job_id
                 if job_id is None:
                     continue
                 try:

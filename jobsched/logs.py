@@ -190,7 +190,7 @@ class LogReader:
         readers: list[threading.Thread] = []
 
         def on_events(batch: Sequence[Stored], _: frozenset[JobId]) -> None:
-            if any(ev.job_id_of(s.event) == job_id for s in batch):
+            if any(s.event.job_id == job_id for s in batch):
                 news.set()
                 with suppress(queue.Full):
                     inbox.put_nowait(None)

@@ -19,7 +19,7 @@ import anyio.to_thread
 
 from jobsched.api.wire import dump
 from jobsched.core.answers import JobAnswer, LogLine
-from jobsched.core.events import Stored, job_id_of
+from jobsched.core.events import Stored
 from jobsched.core.resources import JobId
 from jobsched.errors import JobschedError
 from jobsched.service import Service
@@ -93,7 +93,7 @@ class Feed:
             self._ring.clear()  # a gap: watchers read the store instead
         self._ring.extend(batch)
         self._dirty |= progressed
-        self._dirty.update(job_id for s in batch if (job_id := job_id_of(s.event)))
+        self._dirty.update(job_id for s in batch if (job_id := s.event.job_id))
         if batch:
             self._turn, turn = asyncio.Event(), self._turn
             turn.set()
@@ -157,7 +157,7 @@ class Feed:
             first = max(0, cursor + 1 - ring[0].seq)
             found = [ring[i] for i in range(first, min(len(ring), first + PAGE))]
             cursor = found[-1].seq if found else cursor
-            return [s for s in found if job_id in (None, job_id_of(s.event))], cursor, cursor < head
+            return [s for s in found if job_id in (None, s.event.job_id)], cursor, cursor < head
         if job_id is None:
             stored = await anyio.to_thread.run_sync(self._service.read, cursor, PAGE)
         else:

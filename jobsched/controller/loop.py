@@ -371,8 +371,10 @@ class Controller:
                 break
             alone = self._append(state, found, fence, news)
             everyone |= cluster.touched
-            settled = settled_by(found) if alone else ()
-            look = {job_id: None for job_id in cluster.touched if job_id in cluster.jobs and job_id not in settled}
+            look = {job_id: None for job_id in cluster.touched if job_id in cluster.jobs}
+            if look and alone:
+                for job_id in settled_by(found):
+                    look.pop(job_id, None)
             if not look:
                 break
         health = self._policy.health
@@ -391,7 +393,6 @@ class Controller:
         everyone |= cluster.touched
         cluster.touched.clear()
         actions = converge(cluster, sight, everyone, now, self._addresses)
-        self._assert_leading()
         try:
             if actions:
                 actuate(self._backend, actions, sight, now, self._secret, self._assert_leading)
@@ -539,7 +540,7 @@ class Controller:
         if not events:
             return True
         jobs = state.cluster.jobs
-        expected = {job_id: jobs[job_id].version for event in events if (job_id := ev.job_id_of(event)) in jobs}
+        expected = {job_id: jobs[job_id].version for event in events if (job_id := event.job_id) in jobs}
         result = self._store.append(events, expected, fence)
         for rejected in result.rejected:
             self.health.rejected += 1
@@ -547,7 +548,7 @@ class Controller:
             state.cluster.ledger.unblock()
             self._wake.set()
         stored, cluster = result.stored, state.cluster
-        if stored and stored[0].seq == cluster.seq + 1 and stored[-1].seq == cluster.seq + len(stored):
+        if stored and stored[-1].seq == cluster.seq + len(stored):
             with self._lock:
                 for entry in stored:
                     cluster.evolve(entry.event, entry.seq)

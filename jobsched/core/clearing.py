@@ -86,7 +86,7 @@ def make_room(run: Pass, how: Preemption, line: Line) -> None:
         for job in run.heads(line):
             if len(run.decisions) + len(found) >= run.policy.batch or leaving >= EVICTIONS:
                 line.blocked_at = -1
-                cluster.lines.news += 1
+                cluster.lines.again()
                 break
             way = hunt.room_for(job)
             if way is None:
@@ -118,4 +118,4 @@ def ripe(cluster: Cluster, now_ms: int) -> None:
             del cluster.ripening[key]
             if line is not None:
                 line.blocked_at = line.refused_at = -1
-                cluster.lines.news += 1
+                cluster.lines.again()

@@ -190,13 +190,11 @@ class Cluster:
         """Apply one event. The only way in."""
         if seq:
             self.seq = seq
-        if isinstance(event, ev.ClusterEvent):
+        if event.job_id is None:
             self._evolve_nodes(event)
             return
-        if isinstance(event, ev.CapacityWithdrawn) and event.late:
-            self.late[event.pool] = (self.late.get(event.pool, (0, 0))[0] + 1, event.at_ms)
-        before = self.jobs.get(event.job_id)
-        if type(event) in ACCUSING and (accused := accusation(before, event)) is not None:
+        before, kind = self.jobs.get(event.job_id), type(event)
+        if kind in ACCUSING and (accused := accusation(before, event)) is not None:
             self.fleet.accuse(*accused)
         after = take_evolved(before, event)
         if before is None:
@@ -204,7 +202,9 @@ class Cluster:
         elif after.phase.terminal:
             self._remove_job(before, after, event.at_ms)
         else:
-            self._change_job(before, after, event.at_ms, type(event) in REBINDS)
+            self._change_job(before, after, event.at_ms, kind in REBINDS)
+            if isinstance(event, ev.CapacityWithdrawn) and event.late:
+                self.late[event.pool] = (self.late.get(event.pool, (0, 0))[0] + 1, event.at_ms)
 
     def _evolve_nodes(self, event: ev.ClusterEvent) -> None:
         if isinstance(event, ev.QueueDefined):

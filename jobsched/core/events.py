@@ -1,15 +1,15 @@
 """Events: immutable past-tense facts, the only input of `evolve`. The store keeps them in order, for ever.
 
-Every event has `at_ms` (server clock). Job events carry `job_id`. Decisions (written by the leader, fenced) and wishes
-(written by users through the service) are told apart by `is_wish`. The wire form is `EVENT.dump_json`, a closed union
-told apart by `kind`; fields may be added with defaults, never renamed or removed.
+Every event has `at_ms` (server clock). Job events carry `job_id`; that of others is None. Decisions (written by the
+leader, fenced) and wishes (written by users through the service) are told apart by `is_wish`. The wire form is
+`EVENT.dump_json`, a closed union told apart by `kind`; fields may be added with defaults, never renamed or removed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, TypeAdapter
 
@@ -121,6 +121,7 @@ class NodeCordoned:
     why: str = ""
     gpus: tuple[GpuId, ...] = ()
     kind: Literal["NodeCordoned"] = "NodeCordoned"
+    job_id: ClassVar[None] = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +130,7 @@ class NodeUncordoned:
     node: NodeName
     by: str
     kind: Literal["NodeUncordoned"] = "NodeUncordoned"
+    job_id: ClassVar[None] = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,7 @@ class QueueDefined:
     at_ms: int
     queue: QueueSpec
     kind: Literal["QueueDefined"] = "QueueDefined"
+    job_id: ClassVar[None] = None
 
 
 # ---- facts about nodes ----
@@ -148,6 +151,7 @@ class NodeSeen:
     at_ms: int
     node: Node
     kind: Literal["NodeSeen"] = "NodeSeen"
+    job_id: ClassVar[None] = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +162,7 @@ class NodeLost:
     node: NodeName
     message: str = ""
     kind: Literal["NodeLost"] = "NodeLost"
+    job_id: ClassVar[None] = None
 
 
 # ---- decisions and facts about jobs ----
@@ -419,10 +424,6 @@ def of_job(event: Event) -> JobEvent:
     """An event of a job's history."""
     assert not isinstance(event, ClusterEvent)
     return event
-
-
-def job_id_of(event: Event) -> JobId | None:
-    return getattr(event, "job_id", None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,18 +25,20 @@ def worth_a_try(cluster: Cluster, policy: Policy) -> Iterator[Line]:
     """Lines whose head may fit now, or may get something else from this pass. O(lines); with `strict`, O(queues) while
     nothing changes."""
     fits_or_waits = policy.preemption is None and policy.backfill is None
+    stuck, now = cluster.lines.stuck, (cluster.ledger.freed, cluster.claims_made)
+    if cluster.lines.looked != now:
+        cluster.lines.looked = now
+        for queue in [queue for queue, first in stuck.items() if _may_fit(cluster, first)]:
+            del stuck[queue]
     for queue, lines in cluster.lines.of_queue.items():
-        first = cluster.lines.stuck.get(queue)
-        if first is not None:
-            if not _may_fit(cluster, first):
-                continue
-            del cluster.lines.stuck[queue]
+        if queue in stuck:
+            continue
         if policy.strict:
             first = min(lines.values(), key=lambda line: policy.ordering(line.key, line.places[0]))
             if fits_or_waits and first.key.shape.least_gpu_milli > first.stock.free_milli:
                 first.blocked_at = first.stock.freed
             if not _may_fit(cluster, first):
-                cluster.lines.stuck[queue] = first
+                stuck[queue] = first
                 continue
             yield from lines.values()
             continue

@@ -121,16 +121,23 @@ class _Court:
         seen = self._seen()
         if self.sight.beat_at_ms:
             yield from self._checkpoints(seen)
-        yield from self._started(seen)
+        if started := self._started(seen):
+            yield started
         yield from self._ends(seen)
+        if self.cluster.fleet.lost or len(seen) < len(self.job.replicas):
+            yield from self._absent(seen)
         if self.job.phase.runs:
             yield from self._deadlines()
-            if self.job.phase is Phase.RUNNING and not self.senses.blind:
-                yield from self._hang()
-        yield from self._released()
-        if self.job.phase is Phase.STOPPING and all(map(self._gone, self.job.replicas.values())):
-            assert self.job.outcome is not None
-            yield ev.AttemptEnded(self.now_ms, self.job.id, self.job.attempt, self.job.outcome.phase)
+        job = self.job
+        told = self.sight.step_at_ms or job.suspected_since_ms  # else nobody tells of steps
+        if told and job.phase is Phase.RUNNING and not self.senses.blind:
+            yield from self._hang()
+        if released := self._released():
+            yield released
+        job = self.job
+        if job.phase is Phase.STOPPING and all(map(self._gone, job.replicas.values())):
+            assert job.outcome is not None
+            yield ev.AttemptEnded(self.now_ms, job.id, job.attempt, job.outcome.phase)
 
     # ---- waiting ----
 
@@ -220,21 +227,20 @@ class _Court:
             if job.failures or job.infra_failures:
                 yield ev.FailuresForgiven(self.now_ms, job.id)
 
-    def _started(self, seen: Seeing) -> Iterator[ev.JobEvent]:
+    def _started(self, seen: Seeing) -> ev.JobEvent | None:
         job = self.job
         bound = [rid for rid, r in job.replicas.items() if r.state is ReplicaState.BOUND]
-        fresh = tuple([rid for rid in bound if rid in seen and self._ran(seen[rid])])
+        fresh = tuple([rid for rid in bound if rid in seen and self._ran(seen[rid])]) if bound else ()
         if job.phase is Phase.STARTING and len(fresh) == len(bound):
-            yield ev.AttemptStarted(self.now_ms, job.id, job.attempt, fresh)
-        elif fresh:
-            yield ev.ReplicasStarted(self.now_ms, job.id, job.attempt, fresh)
+            return ev.AttemptStarted(self.now_ms, job.id, job.attempt, fresh)
+        return ev.ReplicasStarted(self.now_ms, job.id, job.attempt, fresh) if fresh else None
 
     @staticmethod
     def _ran(report: ReplicaReport) -> bool:
         return report.state is Seen.RUNNING or (report.state is Seen.EXITED and report.failure is Reason.NONE)
 
     def _ends(self, seen: Seeing) -> Iterator[ev.JobEvent]:
-        """Exits and losses, the earliest first; the first failure decides."""
+        """Exits, the earliest first; the first failure decides."""
         replicas = self.job.replicas
         ended = [
             (report, replicas[rid])
@@ -248,7 +254,6 @@ class _Court:
                 yield from self._lose((replica,), cause)
             else:
                 yield from self._exit(replica, report)
-        yield from self._absent(seen)
 
     def _exit(self, replica: Replica, report: ReplicaReport) -> Iterator[ev.JobEvent]:
         job = self.job
@@ -421,8 +426,6 @@ class _Court:
 
     def _hang(self) -> Iterator[ev.JobEvent]:
         job, now = self.job, self.now_ms
-        if not self.sight.step_at_ms and not job.suspected_since_ms:
-            return  # nobody tells of steps
         stuck = [r for r in job.replicas.values() if self._stuck(r)]
         if job.suspected_since_ms:
             suspects = [job.replicas[rid] for rid in job.suspects if rid in job.replicas]
@@ -484,12 +487,10 @@ class _Court:
 
     # ---- leaving ----
 
-    def _released(self) -> Iterator[ev.JobEvent]:
-        left = tuple([
-            rid for rid, r in self.job.replicas.items() if r.state is ReplicaState.STOPPING and self._gone(r)
-        ])  # fmt: skip
-        if left:
-            yield ev.ReplicasGone(self.now_ms, self.job.id, self.job.attempt, left)
+    def _released(self) -> ev.JobEvent | None:
+        job = self.job
+        left = [rid for rid, r in job.replicas.items() if r.state is ReplicaState.STOPPING and self._gone(r)]
+        return ev.ReplicasGone(self.now_ms, job.id, job.attempt, tuple(left)) if left else None
 
     def _gone(self, replica: Replica) -> bool:
         """Whether nothing of the replica can be running any more, older restarts included."""

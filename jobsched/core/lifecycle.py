@@ -101,13 +101,13 @@ def take_evolved(job: Job | None, event: ev.JobEvent) -> Job:
 
 
 def _fold(job: Job | None, event: ev.JobEvent) -> Job:
-    kind = type(event)
-    if isinstance(event, ev.JobSubmitted):
-        if job is not None:
-            raise Illegal(f"job {event.job_id} is already there")
-        return _submitted(event)
     if job is None:
+        if isinstance(event, ev.JobSubmitted):
+            return _submitted(event)
         raise Illegal(f"{event.kind} for job {event.job_id}, which is not there")
+    kind = type(event)
+    if kind is ev.JobSubmitted:
+        raise Illegal(f"job {event.job_id} is already there")
     if job.phase not in LEGAL[kind]:
         raise Illegal(f"{event.kind} is not possible while job {job.id} is {job.phase}")
     attempt = getattr(event, "attempt", None)

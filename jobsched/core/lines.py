@@ -101,6 +101,8 @@ class Lines(dict[LineKey, Line]):
         """Rises when a line is worth a try that was not: a job came, or one left that did not start."""
         self.started = 0
         """How many left because they start."""
+        self.looked: tuple[int, int] | None = None
+        """(`Ledger.freed`, `Cluster.claims_made`) when all that are `stuck` were last looked at; None: look again."""
 
     def join(self, key: LineKey, pool: PoolKey, stock: Stock, place: Place) -> Line:
         """Take a place in the line that is for such jobs."""
@@ -119,6 +121,11 @@ class Lines(dict[LineKey, Line]):
         if line.hindered_at >= 0:
             line.blocked_at = -1  # it may be over sooner than those before it
         return line
+
+    def again(self) -> None:
+        """A line that was left alone is worth a try."""
+        self.news += 1
+        self.looked = None
 
     def leave(self, line: Line, pool: PoolKey, place: Place, starts: bool) -> None:
         """Give the place up. A line that nobody is in is forgotten."""

@@ -171,5 +171,5 @@ def overdue(cluster: Cluster, how: Backfill, now_ms: int) -> None:
         line = cluster.line_of(job_id)
         if line is not None and now_ms >= claim.at_ms + how.patience_ms:
             line.blocked_at = line.refused_at = -1
-            cluster.lines.news += 1
+            cluster.lines.again()
             cluster.overdue_ms = now_ms + how.patience_ms

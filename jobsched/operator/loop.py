@@ -183,7 +183,7 @@ class Operator:
         """On the controller's thread: only notes what to look at."""
         with self._lock:
             about = [(key, item) for item in news
-                     if (job_id := ev.job_id_of(item.event)) is not None and (key := self._keys.get(job_id))]
+                     if (job_id := item.event.job_id) is not None and (key := self._keys.get(job_id))]
             self._news.extend(about)
         if about:
             self._due.add([key for key, _ in about])

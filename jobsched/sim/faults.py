@@ -335,7 +335,7 @@ class Chaos:
 
     def _tell(self, wish: ev.Wish) -> None:
         """As the service does: nothing is asked of a job that is over."""
-        job_id = ev.job_id_of(wish)
+        job_id = wish.job_id
         if job_id is None or not self._jobs[job_id].phase.terminal:
             self.sim.store.append([wish])
 
@@ -437,7 +437,7 @@ class Chaos:
             self._checked += 1
             if stored.seq != self._checked:
                 self._broken(f"the log has a gap at {self._checked}")
-            job_id = ev.job_id_of(stored.event)
+            job_id = stored.event.job_id
             if job_id is not None:
                 job = self._jobs[job_id] = evolve_job(self._jobs.get(job_id), ev.of_job(stored.event))
                 self._ended += job.phase.terminal and job_id in self.sim.arrivals
@@ -446,7 +446,7 @@ class Chaos:
 
     def _touched(self, events: Iterable[ev.Event]) -> tuple[list[JobId], list[NodeName]]:
         """Jobs and nodes of which the invariants may have changed."""
-        jobs = dict.fromkeys(job_id for event in events if (job_id := ev.job_id_of(event)) is not None)
+        jobs = dict.fromkeys(job_id for event in events if (job_id := event.job_id) is not None)
         nodes = {event.node.name for event in events if isinstance(event, ev.NodeSeen)}
         for event in events:
             if isinstance(event, ev.AttemptPlaced | ev.ReplicasBound):

@@ -14,7 +14,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Literal
 
-from jobsched.core.events import Event, Stored, job_id_of
+from jobsched.core.events import Event, Stored
 from jobsched.core.job import Job, Phase
 from jobsched.core.recall import Recall
 from jobsched.core.resources import JobId
@@ -62,7 +62,7 @@ class MemoryStore:
         """Take what was appended since the last look into histories, listings and counts."""
         jobs, changed = self._now.jobs, dict[JobId, None]()
         for stored in self._log[self._filed :]:
-            job_id = job_id_of(stored.event)
+            job_id = stored.event.job_id
             if job_id is not None:
                 changed[job_id] = None
                 if not (history := self._history[job_id]):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final, cast
+from typing import Final
 
 from jobsched.core import events as ev
 from jobsched.core.fleet import cordon_of
@@ -118,16 +118,18 @@ class Projections:
         rejects the job like a version that moved on. Changes nothing when it raises."""
         jobs, rejected, repeats = self._judge(events, expected)
         stored: list[ev.Stored] = []
+        seq = self.seq
         for place, event in enumerate(events):
             if repeats and place in repeats:
                 stored += filter(None, [self.requests.get(repeats[place])])
-            elif not rejected or ev.job_id_of(event) not in rejected:
-                self.seq += 1
-                stored.append(ev.Stored(self.seq, event))
+            elif not rejected or event.job_id not in rejected:
+                seq += 1
+                stored.append(entry := ev.Stored(seq, event))
                 if type(event) in APPLIED:
-                    self._apply(stored[-1])
+                    self._apply(entry)
+        self.seq = seq
         self.jobs.update(jobs)
-        return Appended(tuple(stored), tuple(rejected.values()))
+        return Appended(tuple(stored), tuple(rejected.values()) if rejected else ())
 
     def _judge(
         self, events: Sequence[ev.Event], expected: Mapping[JobId, int]
@@ -138,10 +140,9 @@ class Projections:
         repeats: dict[int, Request] = {}
         fresh: set[Request] = set()
         for place, event in enumerate(events):
-            job_id = ev.job_id_of(event)
-            if job_id is None:
-                assert isinstance(event, ev.ClusterEvent), f"not an event: {event!r}"
+            if event.job_id is None:
                 continue
+            job_id = event.job_id
             request = request_of(event) if type(event) is ev.JobSubmitted else None
             if request is not None and (request in self.requests or request in fresh):
                 repeats[place] = request
@@ -152,10 +153,10 @@ class Projections:
             try:
                 if before is None:
                     before = self.jobs.get(job_id)
-                    version = before.version if before is not None else 0
+                    version = 0 if before is None else before.version
                     if expected.get(job_id, version) != version:
                         raise Illegal(f"job {job_id} is at version {version}")
-                changed[job_id] = evolve_job(before, cast(ev.JobEvent, event))
+                changed[job_id] = evolve_job(before, event)
             except Illegal:
                 changed.pop(job_id, None)
                 known = self.jobs.get(job_id)
@@ -168,14 +169,14 @@ class Projections:
 
     def _apply(self, stored: ev.Stored) -> None:
         match stored.event:
+            case ev.JobSubmitted() as event:
+                request = request_of(event)
+                if request is not None:
+                    self.requests[request] = stored
             case ev.NodeSeen() | ev.NodeLost() | ev.NodeCordoned() | ev.NodeUncordoned() as event:
                 name = node_of(event)
                 self.nodes[name] = evolve_node(self.nodes.get(name, NodeState()), event)
             case ev.QueueDefined(queue=queue):
                 self.queues[queue.name] = queue
-            case ev.JobSubmitted() as event:
-                request = request_of(event)
-                if request is not None:
-                    self.requests[request] = stored
             case _:
                 pass

@@ -34,7 +34,6 @@ from jobsched.core.events import (
     JobSubmitted,
     QueueDefined,
     Stored,
-    job_id_of,
 )
 from jobsched.core.job import Job, Phase
 from jobsched.core.recall import Recall
@@ -331,7 +330,7 @@ class SqlStore:
         names = dict.fromkeys(node_of(e) for e in events if isinstance(e, NodeEvent))
         queues = dict.fromkeys(e.queue.name for e in events if isinstance(e, QueueDefined))
         _execute(connection, statements.INSERT_EVENT, [
-            {"seq": seq, "at_ms": e.at_ms, "job_id": job_id_of(e), "kind": e.kind, "body": body}
+            {"seq": seq, "at_ms": e.at_ms, "job_id": e.job_id, "kind": e.kind, "body": body}
             for seq, (e, body) in fresh.items()
         ])  # fmt: skip
         _execute(connection, statements.INSERT_JOB, [codec.new_job_row(job) for job in new.values()])

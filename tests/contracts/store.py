@@ -142,7 +142,7 @@ def append(store: Store, events: Sequence[ev.Event], expected: Mapping[JobId, in
 def replay(log: Iterable[ev.Stored]) -> dict[JobId, Job]:
     jobs: dict[JobId, Job] = {}
     for stored in log:
-        job_id = ev.job_id_of(stored.event)
+        job_id = stored.event.job_id
         if job_id is not None:
             jobs[job_id] = evolve_job(jobs.get(job_id), stored.event)  # type: ignore[arg-type]
     return jobs
@@ -158,7 +158,7 @@ def assert_consistent(store: Store) -> None:
     listed = store.jobs(JobQuery(limit=10**6))
     assert list(listed) == sorted(jobs.values(), key=lambda j: (j.submitted_at_ms, j.id), reverse=True)
     for job_id in jobs:
-        assert list(store.history(job_id)) == [s for s in log if ev.job_id_of(s.event) == job_id]
+        assert list(store.history(job_id)) == [s for s in log if s.event.job_id == job_id]
     folded = Cluster()
     for stored in log:
         folded.evolve(stored.event, stored.seq)

@@ -196,7 +196,7 @@ class Life(RuleBasedStateMachine):
         jobs: dict[JobId, Job] = {}
         for stored in self.world.store.read(0, 1_000_000):
             replayed.evolve(stored.event, stored.seq)
-            job_id = ev.job_id_of(stored.event)
+            job_id = stored.event.job_id
             if job_id is not None:
                 jobs[job_id] = evolve_job(jobs.get(job_id), stored.event)  # type: ignore[arg-type]
         live = self.world.cluster

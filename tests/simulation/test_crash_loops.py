@@ -112,7 +112,7 @@ def replay(store: MemoryStore) -> None:
     jobs: dict[JobId, Job] = {}
     for place, stored in enumerate(store.read(0), start=1):
         assert stored.seq == place
-        job_id = ev.job_id_of(stored.event)
+        job_id = stored.event.job_id
         if job_id is not None:
             jobs[job_id] = evolve_job(jobs.get(job_id), stored.event)  # type: ignore[arg-type]
     for job_id, job in jobs.items():

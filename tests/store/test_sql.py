@@ -182,7 +182,7 @@ class TestSqlite(SqlStoreContract):
         good = sql._Append([wish], {}, None, {id(wish): sql.EVENT.dump_json(wish).decode()})
         with store._writer:
             store._commit([bad, good])
-        with pytest.raises(AssertionError, match="not an event"):
+        with pytest.raises(AttributeError, match="job_id"):
             bad.answer.result(0)
         assert good.answer.result(0).stored[0].seq == 2
         assert_consistent(store)
