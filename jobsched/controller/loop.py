@@ -270,9 +270,10 @@ class Controller:
         if self._wake.is_set():
             self._wake.clear()
         fence = self._leader.hold(now)
-        if fence is not None and fence != self._fence:
+        reigns_anew = fence != self._fence and fence is not None
+        if reigns_anew:
             self._looks_wanted = self._looks + 1
-        if self._state is None or self._stale or (fence is not None and fence != self._fence):
+        if reigns_anew or self._stale or self._state is None:
             fresh = self._load()
             with self._lock:
                 self._state, self._stale = fresh, False

@@ -110,8 +110,6 @@ def make_room(run: Pass, how: Preemption, line: Line) -> None:
 
 def ripe(cluster: Cluster, now_ms: int) -> None:
     """Lines that were left alone because a victim was still protected, which it is no longer, are worth a try."""
-    if not cluster.ripening:
-        return
     for key, ready_ms in list(cluster.ripening.items()):
         line = cluster.lines.get(key)
         if line is None or ready_ms <= now_ms:

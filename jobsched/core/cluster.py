@@ -10,7 +10,6 @@ from __future__ import annotations
 import heapq
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import field, replace
 from typing import NamedTuple
 
@@ -333,8 +332,8 @@ class Cluster:
         job_id, phase, was = after.id, after.phase, before.phase
         enters, moves = phase is not was, before.replicas is not after.replicas
         self.touched[job_id] = None
-        if was is Phase.QUEUED:
-            self._leave_line(job_id, phase is Phase.STARTING)
+        if not was.active:
+            self._leave_line(job_id, starts=phase.active)
         rebinds = rebinds and self._rebind(before, after, at_ms)
         if enters and after.array_id:
             self._count_array(was.active, after)
@@ -352,7 +351,7 @@ class Cluster:
         if respecified:
             self._known[job_id].shape = self._shape_of(after)
         self._stir(before, after)
-        if phase is Phase.QUEUED:
+        if not phase.active:
             self._join_line(after)
         if enters or rebinds or respecified:
             self._note_size(after, enters)
@@ -370,12 +369,12 @@ class Cluster:
         if enters:
             if phase.active and self._known[job_id].shape.elastic and any(sized_roles(job.spec)):
                 self.elastic[job_id] = None
-            else:
-                self.elastic.pop(job_id, None)
+            elif job_id in self.elastic:
+                del self.elastic[job_id]
         if phase is Phase.RUNNING and self.lacking(job):
             self.growing[job_id] = -1
-        else:
-            self.growing.pop(job_id, None)
+        elif job_id in self.growing:
+            del self.growing[job_id]
 
     def _shape_of(self, job: Job) -> Shape:
         """One object for all jobs of like shape; computed once where they share their spec."""
@@ -464,7 +463,7 @@ class Cluster:
                 self.crowds[key].active[job_id] = None
                 if phase is not Phase.RUNNING and _same_wishes(before, after):
                     return  # its turn may end by itself only while it runs
-        elif phase is not Phase.QUEUED and _same_wishes(before, after):
+        elif phase.active and _same_wishes(before, after):
             return
         self.stirred[key] = None
 
@@ -564,16 +563,9 @@ class Cluster:
 
     # ---- inside a pass ----
 
-    @contextmanager
-    def trial(self) -> Iterator[None]:
+    def trial(self) -> Trial:
         """Whatever a pass takes, lends and books inside is put back at the end. Not re-entrant."""
-        self.ledger.begin()
-        self.quotas.begin()
-        try:
-            yield
-        finally:
-            self.quotas.end()
-            self.ledger.end()
+        return Trial(self)
 
     def mark(self) -> tuple[int, int]:
         """A point inside a trial to roll back to."""
@@ -674,6 +666,21 @@ class Cluster:
         return self.lines.waiting
 
 
+@dataclass(slots=True)
+class Trial:
+    """What `Cluster.trial` opens and closes."""
+
+    cluster: Cluster
+
+    def __enter__(self) -> None:
+        self.cluster.ledger.begin()
+        self.cluster.quotas.begin()
+
+    def __exit__(self, *raised: object) -> None:
+        self.cluster.quotas.end()
+        self.cluster.ledger.end()
+
+
 def _tells_users_apart(queue: QueueSpec | None) -> bool:
     return queue is not None and queue.max_gpus_per_user is not None
 
@@ -683,7 +690,7 @@ def _binding(replica: Replica | None) -> Binding | None:
 
 
 def _same_wishes(one: Job, other: Job) -> bool:
-    return (one.stop_wish, one.cancel_by, one.wanted) == (other.stop_wish, other.cancel_by, other.wanted)
+    return one.stop_wish is other.stop_wish and one.cancel_by == other.cancel_by and one.wanted == other.wanted
 
 
 def _makes_room(job: Job) -> tuple[JobId, ...] | None:
@@ -694,7 +701,7 @@ def _makes_room(job: Job) -> tuple[JobId, ...] | None:
         found = [replica.for_job for replica in leaving]
     else:
         return None
-    return tuple([claimant for claimant in dict.fromkeys(found) if claimant])
+    return tuple(filter(None, dict.fromkeys(found)))
 
 
 def shrinks_anew(job: Job) -> bool:

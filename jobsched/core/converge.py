@@ -73,6 +73,7 @@ def _end(sight: Sight, keys: Sequence[LaunchKey]) -> list[Action]:
 
 
 def _job(cluster: Cluster, sight: Sight, job: Job, now_ms: int, addresses: Addresses) -> list[Action]:
+    actions: list[Action] = []
     desired: dict[LaunchKey, Replica] = {}
     leaving: list[LaunchKey] = []
     for replica in job.replicas.values():
@@ -81,15 +82,16 @@ def _job(cluster: Cluster, sight: Sight, job: Job, now_ms: int, addresses: Addre
             desired[key] = replica
         elif replica.state is ReplicaState.STOPPING:
             leaving.append(key)
-    surplus = sorted([k for k in sight.by_job.get(job.id, ()) if k not in desired and k not in leaving])
-    actions = _end(sight, surplus) if surplus else []
-    if released := tuple([k for k in leaving if sight.alive(k)]):
+    surplus = [k for k in sight.by_job.get(job.id, ()) if k not in desired and k not in leaving]
+    if surplus:
+        actions += _end(sight, sorted(surplus))
+    if released := tuple([k for k in leaving if sight.alive(k)]) if leaving else ():
         actions.append(Stop(released, job.spec.checkpoint.grace))
     if job.phase is Phase.STOPPING:
         if alive := tuple([k for k in desired if sight.alive(k)]):
             actions.append(Stop(alive, stop_grace_ms(job)))
         return actions
-    occupied = {_place_of(k) for k in surplus if sight.alive(k)}
+    occupied = {_place_of(k) for k in surplus if sight.alive(k)} if surplus else ()
     starts = [
         (key, replica)
         for key, replica in desired.items()

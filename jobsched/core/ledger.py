@@ -256,10 +256,6 @@ class Ledger:
     def note_change(self, name: NodeName) -> None:
         """Something about the node is different: rankings look at it again."""
         self.changes.append(name)
-        if len(self.changes) > CHANGES_KEPT:
-            dropped = CHANGES_KEPT // 2
-            del self.changes[:dropped]
-            self.changes_from += dropped
 
     # ---- taking and giving ----
 
@@ -312,6 +308,10 @@ class Ledger:
             self._note_free(space)
         else:
             self.freed += 1  # a quota may have room again
+        if len(self.changes) > CHANGES_KEPT:
+            dropped = CHANGES_KEPT // 2
+            del self.changes[:dropped]
+            self.changes_from += dropped
 
     @property
     def unblocked(self) -> int:
@@ -370,7 +370,7 @@ class Ledger:
                 space.ports_used.difference_update(binding.ports)
         if space.notes:
             space.notes.clear()
-        self.note_change(binding.node)
+        self.changes.append(binding.node)
         if not binding.gpus:
             return
         space._levels.clear()

@@ -49,11 +49,13 @@ def schedule(cluster: Cluster, now_ms: int, policy: Policy) -> Plan:
 
     With a `replan`, all runnable jobs are placed anew in its order instead of 3 and 4.
     """
-    cluster.unpark(now_ms)
+    if cluster.parked:
+        cluster.unpark(now_ms)
     if policy.pass_every_ms and now_ms % policy.pass_every_ms:
         cluster.next_pass_ms = now_ms - now_ms % policy.pass_every_ms + policy.pass_every_ms if cluster.jobs else 0
         return NOTHING_TO_DO
-    _turn_windows(cluster, now_ms)
+    if cluster.quotas.windows or cluster.window_ms:
+        _turn_windows(cluster, now_ms)
     if policy.fair is not None:
         cluster.quotas.age(now_ms, policy.fair.half_life_ms, policy.fair.entry_ms)
     elif policy.factors is not None:
@@ -68,7 +70,8 @@ def schedule(cluster: Cluster, now_ms: int, policy: Policy) -> Plan:
         hungry += [cluster.jobs[job_id] for job_id, tried in cluster.growing.items() if tried != freed]
         hungry.sort(key=_by_claim)
     if policy.replan is None:
-        ripe(cluster, now_ms)
+        if cluster.ripening:
+            ripe(cluster, now_ms)
         if policy.backfill is not None:
             overdue(cluster, policy.backfill, now_ms)
     seen = (freed, cluster.lines.news, cluster.lines.started, cluster.claims_made)

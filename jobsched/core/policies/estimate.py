@@ -229,7 +229,8 @@ class Estimates:
             bucket, silent = bucket_of(job.ran_ms), not known.told and job.ran_ms >= PROBE_MS
             for tally in known.levels:
                 tally.add(known.passed, bucket, ends=True)
-                tally.silent += silent
+                if silent:
+                    tally.silent += 1
             for tally in known.habits:
                 tally.add(_parts(job, EDGES_MS[known.passed]), _parts(job, job.ran_ms), ends=True)
 

@@ -189,7 +189,7 @@ class Quotas:
         """Queue -> user -> what its replicas take, and how many take as much; what accounts are made of when the tree
         changes."""
         self._undo: list[tuple[str, str, Amounts, int]] | None = None
-        self._windows: tuple[int, ...] = ()
+        self.windows: tuple[int, ...] = ()
         """Lengths of the budgets' windows."""
         self.half_life_ms = 0
         """Of past use; 0: it is not kept."""
@@ -275,7 +275,7 @@ class Quotas:
             if spec is not None and account.parent is not None:
                 for key in spec.borrowing_limit:
                     account.parent.nominal.setdefault(key, 0)
-        self._windows = tuple(
+        self.windows = tuple(
             a.spec.budget.window for a in self.accounts.values() if a.spec is not None and a.spec.budget is not None
         )
         for account in self.accounts.values():
@@ -291,7 +291,7 @@ class Quotas:
         if self._undo is not None:
             self._undo.append((queue, owner, amounts, sign))
         else:
-            if self._windows:
+            if self.windows:
                 for each in account.path:
                     if each.spec is not None and each.spec.budget is not None:
                         each.spent_milli_ms, each.spent_at_ms = each.spent(at_ms), at_ms
@@ -458,12 +458,12 @@ class Quotas:
 
     def next_window_ms(self, now_ms: int) -> int:
         """When the next budget window begins that may let a queue start again; 0: none."""
-        return min([now_ms - now_ms % window + window for window in self._windows]) if self._windows else 0
+        return min([now_ms - now_ms % window + window for window in self.windows]) if self.windows else 0
 
     @property
     def longest_window_ms(self) -> int:
         """After so long every budget is whole again; 0: there is none."""
-        return max(self._windows, default=0)
+        return max(self.windows, default=0)
 
 
 def _use(account: Account, key: str, change: int) -> None:
