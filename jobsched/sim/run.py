@@ -121,22 +121,20 @@ class Player:
         job_id = JobId(launch.contract.job_id)
         if job_id not in self._arrivals:  # a check of a node, by the scheduler itself
             return CHECK
-        run = self._runs.get(job_id)
-        job = self._store.job(job_id)
+        now, rules = self._clock.now_ms(), self.workload.rules
+        run, job = self._runs.get(job_id), self._store.job(job_id)
         assert job is not None
         if run is None or run.attempt != job.attempt:
             if job.attempt > 1:
                 self.catch_up()
-            now = self._clock.now_ms()
-            rules = self.workload.rules
             start_ms = 0 if rules.pause_everyone else self._arrivals[job_id].work.start_ms
             start_ms += rules.restart_ms if job.attempt > 1 else 0
             run = self._runs[job_id] = _Run(job.attempt, now, self._seats(job), start_ms, now)
         run.keys.append(launch.key)
-        course, rules = self.course(job_id), self.workload.rules
+        course = self.course(job_id)
         if launch.contract.role in SERVING_ROLES:  # never ends by itself
             return Script(run_ms=FOREVER_MS, kill_ms=rules.kill_ms)
-        left = run.pause_ms + course.left_ms(run.seats) - run.ran_ms(self._clock.now_ms()) + run.counted_ms
+        left = run.pause_ms + course.left_ms(run.seats) - run.ran_ms(now) + run.counted_ms
         run_ms = max(1, round(left)) if left < FOREVER_MS else FOREVER_MS
         if not (self._reports and isinstance(course, SteadyCourse) and course.work.steps and len(run.keys) == 1):
             return Script(run_ms=run_ms, kill_ms=rules.kill_ms)
@@ -262,11 +260,15 @@ class Player:
         for replica in job.replicas.values():
             if replica.binding is not None and replica.binding.gpus:
                 node, gpus = replica.binding.node, replica.binding.gpus
-                milli = seats.get(node, ("", 0))[1] + sum(share.milli for share in gpus)
+                milli = seats.get(node, ("", 0))[1] + sum([share.milli for share in gpus])
                 kinds = self._kinds.get(node)
                 seats[node] = (kinds[gpus[0].gpu] if kinds is not None else self._pooled, milli)
-        servers = sum(r.role == "ps" and r.binding is not None for r in job.replicas.values())
-        return (*seats.values(), *(SERVER,) * servers) if seats else self._asked(job)
+        if not seats:
+            return self._asked(job)
+        if "ps" not in job.spec.roles:
+            return tuple(seats.values())
+        servers = sum([r.role == "ps" and r.binding is not None for r in job.replicas.values()])
+        return (*seats.values(), *(SERVER,) * servers)
 
     def _asked(self, job: Job) -> Seats:
         """What it asks for: on as few nodes as there can be."""
@@ -362,11 +364,9 @@ class Simulation:
             with self.controller.view() as (cluster, _):
                 self._turns_at = cluster.next_pass_ms
         instants = [now + pause] if pause < NEVER_MS // 8 else []
-        wake = self.engine.next_event_ms()
-        if wake is not None:
+        if (wake := self.engine.next_event_ms()) is not None:
             instants.append(wake)
-        coming = self.next_arrival_ms()
-        if coming is not None:
+        if (coming := self.next_arrival_ms()) is not None:
             instants.append(coming)
         if (every := rules.report_every_ms) and not rules.pass_every_ms and self.player.plays:
             instants.append(now - now % every + every)
@@ -397,14 +397,15 @@ class Simulation:
 
     def submit(self, now: int) -> bool:
         """Submit what is due; whether anything was."""
-        events: list[ev.Event] = []
         coming = self._coming
+        if not coming or START_MS + coming[-1].at_ms > now:
+            return False
+        events: list[ev.Event] = []
         while coming and START_MS + coming[-1].at_ms <= now:
             a = coming.pop()
             events.append(ev.JobSubmitted(now, a.job_id, a.spec.name or str(a.job_id), a.owner, a.spec))
-        if events:
-            self.store.append(events)
-        return bool(events)
+        self.store.append(events)
+        return True
 
     def run(self, progress: Callable[[int], None] | None = None) -> Result:
         """To the end of the last job. `progress` is called with the number of ended jobs now and then."""
