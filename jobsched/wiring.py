@@ -67,9 +67,9 @@ from jobsched.spec.backends import BackendConfig, GpuStock, KubernetesBackend, L
 from jobsched.spec.server import PolicyConfig, ServerConfig
 
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
-FIRST_TICK_S = 5.0
+FIRST_TICK_S = 30.0
 """Longest wait for the first look at the cluster before the server answers all the same."""
-START_S = 15.0
+START_S = 60.0
 DRAIN_S = 3.0
 """How long open requests may go on once the server stops."""
 LITTLE_DISK_BYTES = 2**30

@@ -19,11 +19,7 @@ import httpx2
 import pytest
 
 from jobsched import wiring
-from jobsched.controller import loop
-from jobsched.core.cluster import Cluster
-from jobsched.core.passes import Policy
-from jobsched.core.plan import Plan
-from jobsched.core.schedule import schedule
+from jobsched.controller.loop import Controller
 from jobsched.errors import ConfigError, Conflict
 from jobsched.spec.server import ServerConfig
 from jobsched.store.memory import MemoryStore
@@ -42,7 +38,8 @@ def a_config(home: Path, **more: object) -> ServerConfig:
 
 def test_the_clock_is_the_time_of_day_and_only_goes_on() -> None:
     clock = SystemClock()
-    assert abs(clock.now_ms() - time.time() * 1_000) < 1_000
+    before, now, after = time.time() * 1_000, clock.now_ms(), time.time() * 1_000
+    assert before - 1_000 < now < after + 1_000
     seen = [clock.now_ms() for _ in range(1_000)]
     assert seen == sorted(seen)
 
@@ -53,8 +50,8 @@ def test_waiting_ends_at_the_instant_or_when_woken() -> None:
     clock.wait_until(start + 30, wake)
     assert clock.now_ms() >= start + 29
     wake.set()
-    clock.wait_until(start + 60_000, wake)
-    assert clock.now_ms() < start + 30_000
+    clock.wait_until(start + 600_000, wake)
+    assert clock.now_ms() < start + 300_000
     assert not wake.is_set()
     clock.wait_until(start - 1, wake)
 
@@ -98,7 +95,7 @@ class Remote:
         self.said = json.loads((home / "server.json").read_text())
         token = Path(self.said["token_file"]).read_text().strip()
         self.http = httpx2.Client(
-            base_url=self.said["url"], headers={"Authorization": f"Bearer {token}"}, trust_env=False, timeout=20,
+            base_url=self.said["url"], headers={"Authorization": f"Bearer {token}"}, trust_env=False, timeout=120,
         )  # fmt: skip
 
     def ask(self, method: str, path: str, **more: Any) -> Any:
@@ -113,7 +110,7 @@ class Remote:
     def phase(self, job_id: str) -> str:
         return str(self.ask("GET", f"jobs/{job_id}")["job"]["phase"])
 
-    def until(self, job_id: str, *phases: str, timeout_s: float = 30) -> None:
+    def until(self, job_id: str, *phases: str, timeout_s: float = 120) -> None:
         deadline = time.monotonic() + timeout_s
         while (now := self.phase(job_id)) not in phases:
             assert time.monotonic() < deadline, f"{job_id} is {now}"
@@ -178,7 +175,8 @@ def test_a_taken_address_is_told_and_leaves_nothing_behind(home: Path) -> None:
 
 
 @pytest.mark.e2e
-def test_open_streams_do_not_delay_the_stop(home: Path) -> None:
+def test_open_streams_do_not_delay_the_stop(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wiring, "DRAIN_S", 300.0)
     server = Server(a_config(home, store="memory:"))
     server.start()
     remote = Remote(home)
@@ -193,28 +191,39 @@ def test_open_streams_do_not_delay_the_stop(home: Path) -> None:
 
     begun = threading.Event()
     threading.Thread(target=watch, daemon=True).start()
-    assert begun.wait(10)
+    assert begun.wait(60)
     started = time.monotonic()
     server.stop()
-    assert ended.wait(5)
-    assert time.monotonic() - started < 5
+    assert ended.wait(60)
+    assert time.monotonic() - started < 100
 
 
 @pytest.mark.e2e
 def test_an_answer_knows_what_was_submitted_before_the_question(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pass that looks at a job comes after the answer to its submission, on a busy machine long after."""
+    """The pass that looks at a job comes after the answer to its submission, on a busy machine long after: here not
+    before somebody waits for it."""
+    asked = threading.Event()
+    asked.set()
+    tick, caught_up = Controller.tick, Controller.caught_up
 
-    def late(cluster: Cluster, now_ms: int, policy: Policy) -> Plan:
-        time.sleep(0.3)
-        return schedule(cluster, now_ms, policy)
+    def late(controller: Controller) -> int:
+        asked.wait(60)
+        return tick(controller)
 
-    monkeypatch.setattr(loop, "schedule", late)
-    whole = {"worker": {"command": "sleep 60", "gpu": "any:2", "replicas": 2}}
+    def waits(controller: Controller, seq: int, timeout_s: float) -> bool:
+        asked.set()
+        return caught_up(controller, seq, 10 * timeout_s)
+
+    monkeypatch.setattr(Controller, "tick", late)
+    monkeypatch.setattr(Controller, "caught_up", waits)
+    whole = {"worker": {"command": "sleep 600", "gpu": "any:2", "replicas": 2}}
     with Server(a_config(home, store="memory:")):
         remote = Remote(home)
+        asked.clear()
         first, second = (remote.submit("", name=name, roles=whole) for name in ("first", "second"))
         (reason,) = remote.ask("GET", f"jobs/{second}/why")["verdict"]["reasons"]
         assert reason["message"].startswith("role worker needs 2 × (2 any GPU"), reason
+        asked.clear()
         remote.ask("POST", f"jobs/{first}/cancel")
         assert remote.ask("POST", "plan", json={"spec": {"name": "third", "roles": whole}})["code"] == 10
 
@@ -228,8 +237,10 @@ class Process:
             "serve(ServerConfig.model_validate_json(sys.argv[1]))"
         )
         config = a_config(home).model_dump_json()
-        self.popen = subprocess.Popen([sys.executable, "-c", code, config], stderr=subprocess.PIPE, text=True)
-        deadline = time.monotonic() + 30
+        log = home.parent / "server.log"
+        with log.open("ab") as out:
+            self.popen = subprocess.Popen([sys.executable, "-c", code, config], stderr=out)
+        deadline = time.monotonic() + 120
         while True:
             try:
                 self.remote = Remote(home)
@@ -237,13 +248,13 @@ class Process:
                     break
             except (OSError, ValueError):
                 pass
-            assert self.popen.poll() is None, self.popen.stderr and self.popen.stderr.read()
+            assert self.popen.poll() is None, log.read_text()
             assert time.monotonic() < deadline
             time.sleep(0.02)
 
     def end(self, number: signal.Signals) -> int:
         self.popen.send_signal(number)
-        return self.popen.wait(20)
+        return self.popen.wait(120)
 
 
 @pytest.mark.e2e
@@ -278,4 +289,4 @@ def test_a_killed_server_is_followed_by_one_that_goes_on_with_the_same_replicas(
 def test_shutdown_by_request(home: Path) -> None:
     server = Process(home)
     assert server.remote.ask("POST", "shutdown") == {"status": "stopping"}
-    assert server.popen.wait(20) == 0
+    assert server.popen.wait(120) == 0

@@ -26,7 +26,7 @@ from jobsched.ports import Ended, Output, Session, Window
 from jobsched.service import Service, Where
 
 MAX_SESSIONS = 128
-ORDER_S = 10.0
+ORDER_S = 30.0
 """Longest wait for the order."""
 LOOK_S = 0.5
 """How often a session on which nothing comes is asked whether it shall go on."""

@@ -35,6 +35,7 @@ from jobsched.backends.sessions import at_once
 from jobsched.backends.supervisor import replica_log, secret_files
 from jobsched.backends.supervisor.processes import signal_number
 from jobsched.backends.supervisor.protocol import Layout
+from jobsched.backends.supervisor.stacks import LOOK_S, Written
 from jobsched.backends.supervisor.sweeper import Sweeper
 from jobsched.core.job import Reason
 from jobsched.core.launch import Launch, LaunchKey
@@ -53,8 +54,6 @@ RETRY_S = 0.5
 PULSE_S = 2.0
 KILL_AFTER_S = 5.0
 """Least time between SIGTERM and SIGKILL."""
-STACKS_AFTER_S = 0.4
-"""How long a process may take to write its stacks."""
 WORD_S = 3.0
 """Longest wait for the event of an end, once it is known otherwise."""
 STREAM_PAUSE_S = 0.2
@@ -529,8 +528,7 @@ class DockerBackend:
 
     def _take_stacks(self, replica: Replica) -> None:
         """The training library answers SIGQUIT with the stacks of all threads, on stderr."""
-        log = self.layout.log(replica.key)
-        before = replica_log.size(log)
+        written = Written(self.layout.log(replica.key))
         try:
             caught = replica.engine.engine.signal(replica.container, signal.SIGQUIT, "caught")
         except BackendUnreachable:
@@ -538,9 +536,9 @@ class DockerBackend:
         if not caught:
             self.table.tell(replica, stacks="no process in the container writes its stacks")
             return
-        self._closing.wait(STACKS_AFTER_S)
-        with suppress(FileNotFoundError):
-            self.table.tell(replica, stacks=replica_log.read(log, before)[1].decode(errors="replace"))
+        while not (written.over() or self._closing.wait(LOOK_S)):
+            pass
+        self.table.tell(replica, stacks=written.text)
 
     # watching -----------------------------------------------------------------------------------------------------
 

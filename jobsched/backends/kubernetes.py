@@ -37,6 +37,7 @@ from jobsched.backends.sessions import at_once
 from jobsched.backends.supervisor import replica_log
 from jobsched.backends.supervisor.processes import signal_number
 from jobsched.backends.supervisor.protocol import Layout
+from jobsched.backends.supervisor.stacks import LOOK_S, Written
 from jobsched.backends.supervisor.sweeper import Sweeper
 from jobsched.core.job import Reason
 from jobsched.core.launch import Launch, LaunchKey
@@ -56,8 +57,6 @@ ANSWER_S = 25.0
 PULSE_S = 1.0
 KILL_AFTER_S = 5.0
 """Least time between SIGTERM and SIGKILL."""
-STACKS_AFTER_S = 0.4
-"""How long a process may take to write its stacks."""
 CROWDED_S = 3.0
 """How long the cluster's scheduler may say that a pod does not fit where it was to go, before it is taken back."""
 REAP_AFTER_S = 30.0
@@ -562,14 +561,13 @@ class KubernetesBackend:
 
     def _take_stacks(self, replica: Replica) -> None:
         """The training library answers SIGQUIT with the stacks of all threads, on stderr."""
-        path = self.layout.log(replica.key)
-        before = replica_log.size(path)
+        written = Written(self.layout.log(replica.key))
         if not self._signal(replica, signal.SIGQUIT, "caught"):
             self.table.tell(replica, stacks="no process in the container writes its stacks")
             return
-        self._closing.wait(STACKS_AFTER_S)
-        with suppress(FileNotFoundError):
-            self.table.tell(replica, stacks=replica_log.read(path, before)[1].decode(errors="replace"))
+        while not (written.over() or self._closing.wait(LOOK_S)):
+            pass
+        self.table.tell(replica, stacks=written.text)
 
     # nodes --------------------------------------------------------------------------------------------------------
 

@@ -234,7 +234,7 @@ def clear_away(home: Path) -> list[int]:
     _, alive = psutil.wait_procs(family, timeout=5)
     for process in alive:
         _signal(process, signal.SIGKILL)
-    _, alive = psutil.wait_procs(alive, timeout=5)
+    _, alive = psutil.wait_procs(alive, timeout=60)  # a machine that is busy takes its time
     return [p.pid for p in alive]
 
 

@@ -20,7 +20,7 @@ from jobsched.cli.render import Column, View, output_options, talk
 from jobsched.client import locate, settings
 from jobsched.errors import JobschedError, Unreachable, UsageError, WaitTimeout, all_errors
 
-STOP_TIMEOUT_S = 20.0
+STOP_TIMEOUT_S = 60.0
 
 
 @click.command()

@@ -20,6 +20,8 @@ from jobsched.client.remote import Endpoint, Remote
 from jobsched.errors import ConfigError, NotFound, Unreachable
 
 START_TIMEOUT_S = 60.0
+HEALTH_S = 15.0
+"""Longest wait for a server's word that it is well. One that is late is not started a second time."""
 NO_SERVER_HINT = "start one with 'jobsched serve'; 'jobsched run' and 'jobsched submit' start one by themselves"
 
 
@@ -150,7 +152,7 @@ def _healthy(endpoint: Endpoint) -> bool:
     import httpx2
 
     try:
-        answer = httpx2.get(f"{endpoint.url}/v1/healthz", timeout=2.0, trust_env=False, verify=False)
+        answer = httpx2.get(f"{endpoint.url}/v1/healthz", timeout=HEALTH_S, trust_env=False, verify=False)
     except httpx2.TransportError:
         return False
     return answer.status_code == 200

@@ -30,8 +30,9 @@ from jobsched.spec.job import JobSpec
 MAX_IMAGINED = 2_000
 """Among more jobs than this, changes of a request are not played through."""
 MAX_WARNINGS = 5
-CATCH_UP_S = 2.0
-"""How long an answer may wait for a pass to look at what has just been submitted."""
+CATCH_UP_S = 15.0
+"""How long an answer may wait for a pass to look at what has just been submitted: milliseconds, but on a machine that
+is busy with other things the pass may be late."""
 LATELY_MS = 15 * 60_000
 """How long a warning of the engine may explain what is so now."""
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-import time
+import threading
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import schemathesis
@@ -129,9 +132,18 @@ def test_looking_inside(api: Api) -> None:
 
 
 def test_a_long_verification_keeps_the_client_waiting(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    verify = api.stage.service.checkup.verify
+    verify, looks, told = api.stage.service.checkup.verify, [], threading.Event()
+
+    async def wait(*args: Any, **options: Any) -> Any:
+        found = await asyncio.wait(*args, **options)
+        looks.append(found)
+        if len(looks) == 3:
+            told.set()
+        return found
+
     monkeypatch.setattr(routes_cluster, "SPACE_S", 0.01)
-    monkeypatch.setattr(api.stage.service.checkup, "verify", lambda: (time.sleep(0.1), verify())[1])
+    monkeypatch.setattr(routes_cluster, "asyncio", SimpleNamespace(wait=wait, ensure_future=asyncio.ensure_future))
+    monkeypatch.setattr(api.stage.service.checkup, "verify", lambda: (told.wait(60), verify())[1])
     response = api.http.get("/v1/debug/verify")
     assert response.content.startswith(b"   ")
     assert response.json()["ok"]

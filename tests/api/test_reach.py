@@ -58,6 +58,7 @@ def asked(api: Api, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], Echo]:
         return echo
 
     monkeypatch.setattr(api.stage.service, "execute", execute)
+    monkeypatch.setattr(reach, "ORDER_S", 120.0)
     return calls, echo
 
 
@@ -79,7 +80,7 @@ def test_both_ways_are_carried_to_the_end(api: Api, asked: tuple[list[Any], Echo
         assert socket.receive()["type"] == "websocket.close"
     assert calls == [(Where("bert", "worker", 1, "me"), ("cat",), Window(24, 80))]
     assert echo.sizes == [Window(30, 90)]
-    assert echo.closed.wait(5)
+    assert echo.closed.wait(60)
 
 
 @pytest.mark.parametrize("headers", [{"Authorization": ""}, {"Authorization": "Bearer wrong"}])
@@ -126,14 +127,14 @@ def test_an_engine_that_is_lost_meanwhile_is_told(api: Api, asked: tuple[list[An
         socket.receive_json()
         asked[1].pieces.put(BackendUnreachable("the engine is away"))
         assert socket.receive_json()["error"]["code"] == "E610"
-    assert asked[1].closed.wait(5)
+    assert asked[1].closed.wait(60)
 
 
 def test_hanging_up_closes_the_session(api: Api, asked: tuple[list[Any], Echo]) -> None:
     with api.http.websocket_connect("ws://127.0.0.1/v1/jobs/bert/reach") as socket:
         socket.send_json(ORDER)
         socket.receive_json()
-    assert asked[1].closed.wait(5)
+    assert asked[1].closed.wait(60)
 
 
 def test_nonsense_in_a_session_is_told(api: Api, asked: tuple[list[Any], Echo]) -> None:

@@ -18,6 +18,13 @@ from jobsched.logs import Selection
 from tests.api.conftest import Api
 from tests.stage import Stage
 
+
+@pytest.fixture(autouse=True)
+def _no_keep_alives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long a test is held up, none comes where none is expected."""
+    monkeypatch.setattr(stream, "KEEP_ALIVE_S", 3_600)
+
+
 Scene = Callable[[Stage, Feed], Coroutine[Any, Any, None]]
 
 
@@ -27,7 +34,7 @@ def play(scene: Scene) -> None:
 
     async def main() -> None:
         feed = Feed(stage.service)
-        async with feed.running(), asyncio.timeout(20):
+        async with feed.running(), asyncio.timeout(120):
             await scene(stage, feed)
 
     asyncio.run(main())

@@ -45,7 +45,7 @@ def url() -> str:
     for found in (os.environ.get("DOCKER_HOST", ""), "unix:///var/run/docker.sock"):
         if found:
             try:
-                client = docker.APIClient(base_url=found, version="auto", timeout=10)
+                client = docker.APIClient(base_url=found, version="auto", timeout=60)
                 client.ping()
             except docker.errors.DockerException:
                 continue

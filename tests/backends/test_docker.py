@@ -19,7 +19,7 @@ import pytest
 from jobsched.backends.docker_render import HOME
 from jobsched.core.job import Reason
 from jobsched.core.launch import Launch
-from jobsched.core.observation import ReplicaReport, Seen
+from jobsched.core.observation import ReplicaReport, Seen, Sight
 from jobsched.core.pools import Demand, NodePool
 from jobsched.core.resources import JobId, NodeName
 from jobsched.errors import BackendUnreachable
@@ -31,6 +31,15 @@ if TYPE_CHECKING:
     from jobsched.backends.docker import DockerBackend
 
 pytestmark = [pytest.mark.e2e, docker_stage.needs_docker]
+
+SECONDS_S = 60
+"""For what is told in a second or two: a machine that others use takes ten times as long, and somebody is held up."""
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody gives an order a second time here, as the loop does, so the first one must not be given up."""
+    monkeypatch.setattr("jobsched.backends.docker.ANSWER_S", PATIENCE_S)
 
 
 class DockerEngine(CommandEngine["DockerBackend"]):
@@ -85,7 +94,8 @@ class TestDockerBackend(ProcessBackendContract):
 
 Start = Callable[..., DockerEngine]
 LIBRARY = "import time\nfrom jobsched.train.context import context\n"
-COUNT = "i=0; while [ $i -lt 3000 ]; do echo line $i; i=$((i+1)); [ $((i % 20)) = 0 ] && sleep 0.01; done; true"
+COUNT = "trap 'told=1' TERM; i=0; while [ -z \"$told\" ]; do echo line $i; i=$((i+1)); " \
+        "[ $((i % 20)) = 0 ] && sleep 0.01; done; true"
 
 
 @pytest.fixture
@@ -188,7 +198,7 @@ def test_an_image_that_cannot_be_had_is_told_in_seconds(start: Start) -> None:
     nowhere = run(watcher, "true", image="127.0.0.1:1/no/such:1")
     never = run(watch(start(pull="never")), "true", image="jobsched-test/not-here:1")
     end = watcher.end(nowhere.key)
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < SECONDS_S
     assert (end.failure, end.exit_code, end.signal) == (Reason.IMAGE_ERROR, None, None)
     assert "127.0.0.1:1/no/such:1" in end.message
     assert "refused" in end.message
@@ -219,7 +229,7 @@ def test_a_registry_that_refuses_the_credentials_is_told_in_seconds(start: Start
         begun = time.monotonic()
         launch = run(watcher, "true", image=f"127.0.0.1:{registry.server_port}/secret:1")
         end = watcher.end(launch.key)
-        assert time.monotonic() - begun < 10
+        assert time.monotonic() - begun < SECONDS_S
         registry.shutdown()
     assert end.failure is Reason.IMAGE_ERROR
     assert "credentials" in end.message
@@ -286,16 +296,21 @@ def test_a_container_left_half_made_is_made_anew(start: Start) -> None:
 def test_what_others_reserve_is_not_ours(start: Start) -> None:
     watcher = watch(start())
     api = docker_stage.api()
-    before = next(iter(watcher.sight.nodes.values())).foreign
     other = api.create_container(docker_stage.image(), ["sleep", "300"], host_config=api.create_host_config(
-        nano_cpus=500_000_000, mem_limit="64m"))
+        nano_cpus=507_000_000, mem_limit=(64 << 20) + (12 << 10)))
+
+    def odd(sight: Sight) -> tuple[int, int]:
+        """Thousandths of a CPU and bytes: tests that run beside this one reserve round numbers."""
+        foreign = next(iter(sight.nodes.values())).foreign
+        return foreign.cpu_milli % 10, foreign.memory_bytes % (1 << 20)
+
     try:
         api.start(other["Id"])
-        watcher.until(lambda s: next(iter(s.nodes.values())).foreign.memory_bytes == before.memory_bytes + (64 << 20))
-        assert next(iter(watcher.sight.nodes.values())).foreign.cpu_milli == before.cpu_milli + 500
+        watcher.until(lambda s: odd(s) == (7, 12 << 10))
+        assert next(iter(watcher.sight.nodes.values())).foreign.memory_bytes > 64 << 20
     finally:
         api.remove_container(other["Id"], force=True)
-    watcher.until(lambda s: next(iter(s.nodes.values())).foreign == before)
+    watcher.until(lambda s: odd(s) == (0, 0))
 
 
 def test_where_no_files_are_shared_reports_come_in_the_log_and_are_not_shown(start: Start) -> None:
@@ -315,12 +330,16 @@ def test_a_log_is_collected_whole_across_servers(start: Start) -> None:
     watcher = watch(engine)
     launch = run(watcher, "/bin/sh", "-c", COUNT)
     for _ in range(2):
-        watcher.running(launch.key)
-        time.sleep(0.4)
+        (report,) = watcher.running(launch.key)
+        before = len(the_log(watcher, launch))
+        watcher.until(lambda _, watcher=watcher, before=before: len(the_log(watcher, launch)) > before)
         engine.reconnect()
         watcher = watch(engine)
-    watcher.end(launch.key)
-    assert the_log(watcher, launch) == "".join(f"line {i}\n" for i in range(3000))
+    docker_stage.api().kill(report.ident, "SIGTERM")
+    assert watcher.end(launch.key).exit_code == 0
+    lines = the_log(watcher, launch).splitlines(keepends=True)
+    assert lines == [f"line {i}\n" for i in range(len(lines))]
+    assert len("".join(lines)) > before
 
 
 def test_stacks_come_from_replicas_that_use_the_library(start: Start) -> None:
@@ -426,7 +445,7 @@ def test_a_command_makes_engines_and_takes_them_away(
             engines=[{"url": docker_stage.url(), "name": "one", "address": "127.0.0.1"}],
             provision=[sys.executable, "-c", STAND_IN, str(tmp_path / "told.json"), second.url])
         watcher = watch(engine)
-        assert set(watcher.sight.nodes) == {"one"}
+        watcher.until(lambda s: set(s.nodes) == {"one"})
         engine.backend.provision([Demand(pool, 1)])
         watcher.until(lambda s: "a100-1" in s.nodes)
         node = watcher.sight.nodes[NodeName("a100-1")]
@@ -462,7 +481,7 @@ def test_of_several_engines_one_is_restarted_and_one_is_away(
                 {"url": "tcp://127.0.0.1:1", "name": "away", "address": "127.0.0.1"},
             ])
         watcher = watch(engine)
-        assert set(watcher.sight.nodes) == {"one", "two"}
+        watcher.until(lambda s: set(s.nodes) == {"one", "two"})
         assert watcher.backend.capabilities.name_template == ""
         command = ("/bin/sh", "-c", "echo on; exec sleep 300")
         launches = [a_launch(watcher.sight.nodes[NodeName(name)], command, a_key(index=index))

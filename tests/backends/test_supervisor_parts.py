@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from jobsched.backends.supervisor import replica_log
+from jobsched.backends.supervisor import replica_log, stacks
 from jobsched.backends.supervisor.client import Line
 from jobsched.backends.supervisor.journal import PAST_JOBS, Journal, Past
 from jobsched.backends.supervisor.limits import Cgroup2, Rlimits, Unlimited, find_limiter
 from jobsched.backends.supervisor.protocol import Layout, Lines, encode
+from jobsched.backends.supervisor.stacks import Written
 from jobsched.backends.supervisor.sweeper import Sweeper, mark_kept
 from jobsched.backends.supervisor.warm_pool import as_python_run
 
@@ -100,6 +101,25 @@ def test_the_tail_is_bounded_and_made_of_whole_lines(tmp_path: Path) -> None:
     assert all(line.startswith("x" * 300) for line in tail)
     assert tail[-1].endswith(" 99")
     assert replica_log.tail(tmp_path / "none.log") == ()
+
+
+def test_stacks_that_are_written_late_and_in_pieces_are_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "a.log"
+    replica_log.append(path, "before\n")
+    written = Written(path)
+    for text in ("", "", "a step\n", "", "Current thread 0x1 (most recent call first):\n", "  File x, line 3 in odd\n"):
+        replica_log.append(path, text)
+        assert not written.over()
+    assert written.over()
+    assert written.text.startswith("a step")
+    assert written.text.endswith("in odd")
+
+
+def test_stacks_are_not_waited_for_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stacks, "WRITE_S", 0.0)
+    written = Written(tmp_path / "none.log")
+    assert written.over()
+    assert written.text == ""
 
 
 # limits -----------------------------------------------------------------------------------------------------------

@@ -462,18 +462,19 @@ class Unhurried(SimBackend):
 def test_whoever_asks_can_wait_until_what_it_wrote_is_known_to_leader_and_follower() -> None:
     store, clock = MemoryStore(), SystemClock()
     servers = [
-        Controller(store, Unhurried(clock, [numbered_node(0, 8)]), clock, queues=[QueueSpec()], holder=holder)
+        Controller(store, Unhurried(clock, [numbered_node(0, 8)]), clock, queues=[QueueSpec()], holder=holder,
+                   lease_ttl_ms=600_000)
         for holder in ("one", "two")
     ]
     assert not servers[0].caught_up(store.last_seq(), 0.01), "nothing runs yet"
     try:
         for server in servers:
             server.start()
-        assert servers[0].caught_up(1, 20)
+        assert servers[0].caught_up(1, 60)
         submitted = ev.JobSubmitted(clock.now_ms(), JobId("j1"), "j1", "me", a_spec())
         (stored,) = store.append([submitted]).stored
         for server in servers:
-            assert server.caught_up(stored.seq, 20)
+            assert server.caught_up(stored.seq, 60)
             with server.view() as (cluster, _):
                 assert cluster.jobs[JobId("j1")].phase is not Phase.QUEUED or not server.leading
         assert [server.leading for server in servers].count(True) == 1

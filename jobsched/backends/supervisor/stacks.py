@@ -1,6 +1,7 @@
 """Stacks of a replica's Python processes: by py-spy, which needs no cooperation, else by SIGQUIT to who catches it.
 
-Used by the keeper; never blocks it. The text goes to the replica's log and to `done`.
+Used by the keeper; never blocks it. The text goes to the replica's log and to `done`. `Written`, what processes write
+when they are asked, is used by other adapters too.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,9 +20,34 @@ from jobsched.backends.supervisor.loop import Loop, Timer
 
 LIMIT_PIDS = 8
 LIMIT_BYTES = 32 << 10
-PATIENCE_S = 10.0
-ANSWER_S = 0.7
+PATIENCE_S = 30.0
+"""Longest wait for py-spy."""
+WRITE_S = 10.0
+"""Longest wait for processes that were asked: a busy machine lets them write late."""
+LOOK_S = 0.2
+"""Pause between two looks at what they wrote."""
+SIGN = b"most recent call first"
+"""What faulthandler writes above the stack of each thread."""
 NO_ANSWER = "(none of its processes could be asked for a stack)"
+
+
+class Written:
+    """What comes to a log after this was made, in which processes write their stacks."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._before = self._seen = replica_log.size(log)
+        self._until = time.monotonic() + WRITE_S
+        self.text = ""
+
+    def over(self) -> bool:
+        """Look again: whether stacks have come and nothing more since the last look, or there was time enough."""
+        seen, self._seen = self._seen, replica_log.size(self._log)
+        found = b""
+        if self._seen > self._before:
+            found = replica_log.read(self._log, self._before, LIMIT_BYTES)[1]
+        self.text = found.decode(errors="replace").strip()
+        return (SIGN in found and self._seen == seen) or time.monotonic() >= self._until
 
 
 def find_py_spy() -> str | None:
@@ -84,15 +111,15 @@ class StackCapture:
         self._loop.watch(pipe, readable)
 
     def _ask_them(self) -> None:
-        before = replica_log.size(self._log)
+        written = Written(self._log)
         asked = [pid for pid in self._pids if processes.catches(pid, signal.SIGQUIT)]
         for pid in asked:
             processes.send(pid, signal.SIGQUIT)
 
-        def answer() -> None:
-            text = b""
-            if replica_log.size(self._log) > before:
-                text = replica_log.read(self._log, before, LIMIT_BYTES)[1]
-            self._done(text.decode(errors="replace").strip() or NO_ANSWER)
+        def look() -> None:
+            if asked and not written.over():
+                self._loop.at(LOOK_S, look)
+            else:
+                self._done(written.text or NO_ANSWER)
 
-        self._loop.at(ANSWER_S if asked else 0.0, answer)
+        self._loop.at(LOOK_S if asked else 0.0, look)
