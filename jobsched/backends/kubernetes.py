@@ -148,8 +148,8 @@ class KubernetesBackend:
         gangs: dict[str, list[tuple[Replica, Launch]]] = {}
         with self.table.changed:
             for launch in launches:
-                if self.table.started(launch.key) or self.fleet.is_lost(launch.node):
-                    continue  # a node that is not there is not listed: the order comes again or is withdrawn
+                if self.table.started(launch.key) or self.fleet.is_lost(launch.node) or not self._pods.since:
+                    continue  # not there or not listed yet, node or pods: the order comes again or is withdrawn
                 replica = Replica(
                     ReplicaReport(launch.key, launch.node, Seen.STARTING), launch.contract.token, launch.stop_signal,
                     gpus=tuple(share.gpu for share in launch.gpus), keep_ms=launch.keep_ms)

@@ -118,6 +118,8 @@ class Operator:
         self._objects: dict[Key, Json] = {}
         self._keys: dict[JobId, Key] = {}
         """Job -> the object that it belongs to."""
+        self._submitting: tuple[str, Key] | None = None
+        """The object, after its uid, whose jobs are being submitted: news of them may come before the answer does."""
         self._due = _Due()
         self._told: dict[Key, Refusal] = {}
         """The refusal that an event was last written about."""
@@ -182,6 +184,11 @@ class Operator:
     def _on_events(self, news: Sequence[ev.Stored], _: frozenset[JobId]) -> None:
         """On the controller's thread: only notes what to look at."""
         with self._lock:
+            if self._submitting is not None:
+                uid, theirs = self._submitting
+                for item in news:
+                    if isinstance(item.event, ev.JobSubmitted) and item.event.spec.labels.get(UID) == uid:
+                        self._keys[item.event.job_id] = theirs
             about = [(key, item) for item in news
                      if (job_id := item.event.job_id) is not None and (key := self._keys.get(job_id))]
             self._news.extend(about)
@@ -256,9 +263,7 @@ class Operator:
         again = False
         try:
             if not answers:
-                page = self._service.submit(objects.job_spec(found, self._directory), owner=objects.owner_of(found),
-                                            request_id=objects.uid_of(found))
-                self._note(key, page.jobs)
+                self._submit(key, found)
                 answers = self._jobs_of(found)
             elif status.get("observedGeneration") != objects.generation_of(found):
                 refusal = None
@@ -276,6 +281,17 @@ class Operator:
         self._tell_refusal(key, found, refusal)
         self._write(key, found, objects.job_status(found, answers, refusal, self._clock.now_ms()))
         return again
+
+    def _submit(self, key: Key, found: Json) -> None:
+        uid, spec = objects.uid_of(found), objects.job_spec(found, self._directory)
+        with self._lock:
+            self._submitting = uid, key
+        try:
+            page = self._service.submit(spec, owner=objects.owner_of(found), request_id=uid)
+            self._note(key, page.jobs)
+        finally:
+            with self._lock:
+                self._submitting = None
 
     def _job_deleted(self, key: Key, found: Json, answers: Sequence[JobAnswer]) -> bool:
         """Cancel; once no replica is left, let the object go."""

@@ -384,6 +384,29 @@ def test_a_log_is_collected_whole_although_streams_and_servers_end(start: Start)
     assert the_log(watcher, launch) == "".join(f"line {i}\n" for i in range(6000))
 
 
+def test_an_order_to_start_waits_until_it_is_known_what_runs(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a replica whose pod is not listed yet would be taken for one that is over."""
+    engine = start()
+    watcher = watch(engine)
+    launch = run(watcher, "/bin/sleep", "300")
+    (before,) = watcher.running(launch.key)
+    listed, may_list = KubernetesBackend._list_pods, threading.Event()
+
+    def late(backend: KubernetesBackend, found: list[dict[str, Any]]) -> None:
+        may_list.wait(60)
+        listed(backend, found)
+
+    monkeypatch.setattr(KubernetesBackend, "_list_pods", late)
+    fresh = engine.reconnect()
+    assert fresh._nodes.synced.wait(60)
+    fresh.start([launch])
+    assert not fresh.table.all()
+    may_list.set()
+    again = Watcher(fresh)
+    (after,) = again.running(launch.key)
+    assert after.ident == before.ident
+
+
 def test_a_forgotten_version_is_listed_anew_page_by_page(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kubernetes_watch, "PAGE", 3)
     engine = start()

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("kubernetes", reason="the package kubernetes is not installed")
 
+from jobsched.service.submitting import Submissions
 from tests.backends.kubernetes_fake import FakeCluster
 from tests.control_plane import MANIFESTS, Kubectl, api_server
 from tests.operator.stage import QUEUES, Objects, cleared, serving, until
@@ -58,6 +60,26 @@ def test_a_job_runs_to_its_end(objects: Objects) -> None:
     until(lambda: {"AttemptPlaced", "AttemptStarted"} <= {one["reason"] for one in objects.events("short")})
     objects.delete("short")
     until(lambda: objects.get("short") is None)
+
+
+def test_what_happens_before_the_answer_to_a_submission_is_told_too(
+    kubeconfig: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit = Submissions.submit
+
+    def answers_late(submissions: Submissions, *args: Any, **fields: Any) -> Any:
+        page = submit(submissions, *args, **fields)
+        until(lambda: submissions._answers.get(page.jobs[0].job.id).job.phase.terminal)
+        return page
+
+    monkeypatch.setattr(Submissions, "submit", answers_late)
+    with serving(home, kubeconfig):
+        objects = Objects(kubeconfig)
+        objects.apply("hasty", {"command": "true", "gpu": 1})
+        assert objects.await_phase("hasty", "SUCCEEDED", "FAILED")["phase"] == "SUCCEEDED"
+        until(lambda: {"AttemptPlaced", "AttemptStarted"} <= {one["reason"] for one in objects.events("hasty")})
+        objects.delete("hasty")
+        until(lambda: objects.get("hasty") is None)
 
 
 def test_a_job_that_fails_says_why(objects: Objects) -> None:
