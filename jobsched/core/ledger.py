@@ -308,10 +308,6 @@ class Ledger:
             self._note_free(space)
         else:
             self.freed += 1  # a quota may have room again
-        if len(self.changes) > CHANGES_KEPT:
-            dropped = CHANGES_KEPT // 2
-            del self.changes[:dropped]
-            self.changes_from += dropped
 
     @property
     def unblocked(self) -> int:
@@ -427,6 +423,10 @@ class Ledger:
         self.settle()
         self._undo, self._freed_before = [], self.freed
         self.misfits.clear()
+        if len(self.changes) > CHANGES_KEPT:
+            dropped = len(self.changes) - CHANGES_KEPT // 2
+            del self.changes[:dropped]
+            self.changes_from += dropped
 
     def end(self) -> None:
         """It ends: everything is put back, unless all that was done is to take what stays."""

@@ -88,6 +88,17 @@ def test_a_trial_puts_everything_back() -> None:
     assert book.freed == freed
 
 
+def test_trials_alone_do_not_make_the_list_of_changes_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobsched.core.ledger.CHANGES_KEPT", 10)
+    book = ledger(a_gpu_node("a", 8))
+    joined = len(book.changes)
+    for _ in range(100):
+        with book.trial():
+            assert bind(book, role())
+    assert len(book.changes) <= 12
+    assert book.changes_from + len(book.changes) == joined + 200  # taken and put back: who follows loses no place
+
+
 def test_what_a_trial_decides_on_stays_taken_until_it_comes_to_be_or_anything_else_happens() -> None:
     def decided() -> tuple[Ledger, list[Binding]]:
         book = ledger(a_gpu_node("a", 4, port_lo=7_000, port_hi=7_003))
