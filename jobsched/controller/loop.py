@@ -291,12 +291,13 @@ class Controller:
             with self._weighed:
                 self._weighed_seq = state.cluster.seq
                 self._weighed.notify_all()
+        done = self._clock.now_ms()
         self.health.ticks += 1
-        self.health.last_tick_ms = self._clock.now_ms() - now
+        self.health.last_tick_ms = done - now
         if self._listeners and (news or progressed):
             for listener in tuple(self._listeners):
                 listener(news, progressed)
-        return 0 if self._wake.is_set() else self._pause_ms(state, now)
+        return 0 if self._wake.is_set() else max(0, self._next_ms(state, now) - done)
 
     def _load(self) -> _State:
         loaded = self._store.load()
@@ -560,12 +561,13 @@ class Controller:
 
     # ---- time ----
 
-    def _pause_ms(self, state: _State, now: int) -> int:
+    def _next_ms(self, state: _State, now: int) -> int:
+        """When to tick again at the latest."""
         instants = [now + self._idle_ms, self._leader.next_ms(now)]
         deciding = self._fence is not None and self._looks >= self._looks_wanted
         if not deciding:  # a follower, or a leader that has not looked yet: no deadline is its own
             retry = [] if self._fence is None else [now + RETRY_MS]
-            return max(0, min([*instants, *retry]) - self._clock.now_ms())
+            return min([*instants, *retry])
         cluster = state.cluster
         wake = state.timers.next_wake()
         if wake is not None:
@@ -581,4 +583,4 @@ class Controller:
         absent = self._sight.node_absent_at_ms
         if absent and not self._senses.absence_is_final:
             instants.append(min(absent.values()) + self._senses.lost_after_ms)
-        return max(0, min(instants) - self._clock.now_ms())
+        return min(instants)

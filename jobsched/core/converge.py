@@ -144,11 +144,12 @@ class _Gang:
         for r in job.replicas.values():
             if r.binding is not None:
                 at[r.role][r.index] = f"{addresses.host(cluster, job, r)}:{_peer_port(r)}"
-        self._held = {name: sorted(places) for name, places in at.items()}
+        self._held: dict[str, list[int]] = {}
         """Role -> indices that have a place, in order."""
         self._peers: dict[str, tuple[str, ...]] = {}
         for name, places in at.items():
-            top = max(places) + 1 if places else 0
+            held = self._held[name] = sorted(places)
+            top = held[-1] + 1 if held else 0
             if name != "ps":  # all servers of an attempt are there from its start
                 top = max(top, job.spec.roles[name].replicas.max)
             self._peers[name] = tuple([places.get(index, "") for index in range(top)])  # empty while it has no place
@@ -156,7 +157,8 @@ class _Gang:
         """Node -> those with a rank that are on it, by rank."""
         self._coordinator = ""
         for rid in self._ranks:
-            replica, binding = job.replicas[rid], job.replicas[rid].binding
+            replica = job.replicas[rid]
+            binding = replica.binding
             if binding is not None:
                 self._mates.setdefault(binding.node, []).append(rid)
                 if not self._coordinator:

@@ -6,7 +6,7 @@ A line whose head did not fit is not looked at again until something became free
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 from jobsched.core.cluster import Cluster
 from jobsched.core.job import Job, Shape
@@ -21,7 +21,7 @@ DROPS = 8
 """All lines are looked through once one in so many was dropped."""
 
 
-def worth_a_try(cluster: Cluster, policy: Policy) -> Iterator[Line]:
+def worth_a_try(cluster: Cluster, policy: Policy) -> list[Line]:
     """Lines whose head may fit now, or may get something else from this pass. O(lines); with `strict`, O(queues) while
     nothing changes."""
     fits_or_waits = policy.preemption is None and policy.backfill is None
@@ -30,6 +30,7 @@ def worth_a_try(cluster: Cluster, policy: Policy) -> Iterator[Line]:
         cluster.lines.looked = now
         for queue in [queue for queue, first in stuck.items() if _may_fit(cluster, first)]:
             del stuck[queue]
+    found: list[Line] = []
     for queue, lines in cluster.lines.of_queue.items():
         if queue in stuck:
             continue
@@ -39,12 +40,13 @@ def worth_a_try(cluster: Cluster, policy: Policy) -> Iterator[Line]:
                 first.blocked_at = first.stock.freed
             if not _may_fit(cluster, first):
                 stuck[queue] = first
-                continue
-            yield from lines.values()
+            else:
+                found += lines.values()
             continue
         for line in lines.values():
             if _may_fit(cluster, line):
-                yield line
+                found.append(line)
+    return found
 
 
 def _may_fit(cluster: Cluster, line: Line) -> bool:
@@ -60,18 +62,17 @@ class Heads:
     """
 
     def __init__(self, run: Pass, lines: Iterable[Line]) -> None:
-        self._cluster, self._policy, self._settled = run.cluster, run.policy, run.settled
-        self._capacity, self._now_ms = run.cluster.fleet.capacity(), run.now_ms
+        self._cluster, self._settled, self._now_ms = run.cluster, run.settled, run.now_ms
+        self._ordering, self._fair = run.policy.ordering, run.policy.fair
         self._lines: dict[str, list[tuple[OrderKey, int, Line, int]]] = {}
         """Queue (or "": all queues) -> heap of its lines: (order, serial, line, place in it of its head)."""
         self._count = self._dropped = 0
         """Lines in those heaps, and lines dropped one by one since all were looked through."""
-        ordering, fair = run.policy.ordering, run.policy.fair is not None
         for line in lines:
             at = self._first(line, 0)
             if at < len(line.places):
-                group = self._lines.setdefault(line.key.queue if fair else "", [])
-                group.append((ordering(line.key, line.places[at]), self._count, line, at))
+                group = self._lines.setdefault(line.key.queue if self._fair is not None else "", [])
+                group.append((self._ordering(line.key, line.places[at]), self._count, line, at))
                 self._count += 1
         self._serial = self._count
         for group in self._lines.values():
@@ -81,8 +82,9 @@ class Heads:
         self._queued: dict[str, Turn] = {}
         """Queue -> which of its entries in `_queues` holds."""
         self._queues: list[tuple[Turn, str]] = []
-        for queue in self._lines:
-            self._put(queue)
+        if self._fair is not None:
+            for queue in self._lines:
+                self._put(queue)
 
     def _first(self, line: Line, at: int) -> int:
         """The first place from `at` on about whose job nothing is decided."""
@@ -92,30 +94,31 @@ class Heads:
         return at
 
     def _turn(self, queue: str) -> Turn:
-        assert self._policy.fair is not None
+        assert self._fair is not None
         account = self._cluster.quotas.account(queue)
         root, shape = account.root, self._lines[queue][0][2].key.shape
         known = self._turns.get(queue)
         if known is None or known[0] != root.booked or (known[1] is not shape and root.nominal):
             needs = least_needs(self._cluster, account, shape)
-            found = turn(account, self._capacity, needs, self._policy.fair, self._now_ms)
+            found = turn(account, self._cluster.fleet.capacity(), needs, self._fair, self._now_ms)
             known = self._turns[queue] = (root.booked, shape, found)
         return known[2]
 
     def _put(self, queue: str) -> None:
-        if self._lines[queue] and self._policy.fair is not None:
+        if self._fair is not None and self._lines[queue]:
             now = self._turn(queue)
             if self._queued.get(queue) != now:
                 self._queued[queue] = now
                 heapq.heappush(self._queues, (now, queue))
 
-    def pop(self) -> tuple[Line, int] | None:
-        """The line whose head goes next, taken out, and the head's place in it; None at the end."""
-        entry = self._pop() if self._policy.fair is not None else self._best("")
+    def pop(self) -> tuple[OrderKey, Line, int] | None:
+        """The line whose head goes next, taken out, with the head's order and its place in it; None at the end."""
+        entry = self._pop() if self._fair is not None else self._best("")
         if entry is None:
             return None
         self._count -= 1
-        return entry[2], entry[3]
+        order, _, line, at = entry
+        return order, line, at
 
     def _best(self, queue: str) -> tuple[OrderKey, int, Line, int] | None:
         lines = self._lines.get(queue)
@@ -162,8 +165,8 @@ class Heads:
         """A line has another head, from that place on."""
         at = self._first(line, at)
         if at < len(line.places):
-            queue = line.key.queue if self._policy.fair else ""
-            order = self._policy.ordering(line.key, line.places[at])
+            queue = line.key.queue if self._fair is not None else ""
+            order = self._ordering(line.key, line.places[at])
             heapq.heappush(self._lines[queue], (order, self._serial, line, at))
             self._count += 1
             self._serial += 1

@@ -555,5 +555,6 @@ def ranks(job: Job) -> dict[ReplicaId, int]:
     """Rank of every training replica that has a place: chief first, then roles in written order, then index."""
     order = {name: place for place, name in enumerate(training_roles(job.spec))}
     placed = [(rid, r) for rid, r in job.replicas.items() if r.role in order and r.binding is not None]
-    placed.sort(key=lambda pair: (order[pair[1].role], pair[1].index))
+    if len(placed) > 1:
+        placed.sort(key=lambda pair: (order[pair[1].role], pair[1].index))
     return {rid: rank for rank, (rid, _) in enumerate(placed)}

@@ -508,18 +508,19 @@ class Ledger:
         per = max(1, role.gpu_milli // WHOLE_GPU) if role.gpu_milli else 0
         best: Fit | None = None
         if _few(among, self.spaces):
-            found: list[tuple[int, NodeName, int]] = []
+            found: list[tuple[int, int, NodeName]] = []
+            spaces = self.spaces
             for name in among:
-                space = self.spaces.get(name)
+                space = spaces.get(name)
                 if space is None:
                     continue
                 free = space.whole.get(cls, 0) if per else space.whole_total
                 if free >= per and (holds := space.capacity(role, cls, wanted)):
-                    found.append((free, name, holds))
+                    found.append((-holds, free, name))
             if not found:
                 return None
-            free, name, holds = min(found, key=lambda entry: (-entry[2], entry[0], entry[1]))
-            return Fit(name, holds, WHOLE_GPU)
+            holds, _, name = min(found)
+            return Fit(name, -holds, WHOLE_GPU)
         buckets = self._buckets(cls if per else ANY)
         order = sorted(buckets)
         for free in order:

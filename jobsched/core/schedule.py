@@ -75,7 +75,7 @@ def schedule(cluster: Cluster, now_ms: int, policy: Policy) -> Plan:
         if policy.backfill is not None:
             overdue(cluster, policy.backfill, now_ms)
     seen = (freed, cluster.lines.news, cluster.lines.started, cluster.claims_made)
-    lines = list(worth_a_try(cluster, policy)) if policy.replan is None and cluster.looked != seen else []
+    lines = worth_a_try(cluster, policy) if policy.replan is None and cluster.looked != seen else []
     plan = NOTHING_TO_DO
     if lines or hungry or policy.replan is not None or cluster.nominated or _turns_to(cluster, now_ms, policy):
         run = Pass(cluster, now_ms, policy, examined=len(hungry))
@@ -108,20 +108,26 @@ def _steps(run: Pass, hungry: Sequence[Job], lines: Sequence[Line]) -> None:
     if policy.replan is not None:
         _replan(run, policy.replan)
     else:
-        start_nominated(run)
+        if run.cluster.nominated:
+            start_nominated(run)
         start_waiting(run, lines)
-        run.decisions += evictions(run.cluster, run.room.evicted, run.now_ms)
-        if policy.defragmentation is not None and not run.room.evicted:
+        if run.room.evicted:
+            run.decisions += evictions(run.cluster, run.room.evicted, run.now_ms)
+        elif policy.defragmentation is not None:
             moving = defragment(run, policy.defragmentation)
     run.decisions += moving
-    leaving = {d.job_id for d in run.decisions if isinstance(d, ev.AttemptStopping)}
-    if policy.elastic is not None and not (leaving or run.room.evicted or moving):
+    if policy.elastic is not None and not (run.room.evicted or moving or _leaving(run)):
         run.decisions += resize(run, policy.elastic)
-        leaving = {d.job_id for d in run.decisions if isinstance(d, ev.AttemptStopping)}
-    if len(run.decisions) < policy.batch:
+    if hungry and len(run.decisions) < policy.batch:
+        leaving = _leaving(run)
         for job in hungry:
             if not below_minimum(job) and job.id not in leaving:
                 grow(run, job)
+
+
+def _leaving(run: Pass) -> set[JobId]:
+    """Who is to stop by what the pass has decided."""
+    return {d.job_id for d in run.decisions if isinstance(d, ev.AttemptStopping)}
 
 
 def _once_folded(seen: tuple[int, int, int, int], decisions: Sequence[Decision]) -> tuple[int, int, int, int] | None:

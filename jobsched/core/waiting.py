@@ -28,18 +28,18 @@ def start_waiting(run: Pass, lines: Iterable[Line]) -> None:
     cluster, policy = run.cluster, run.policy
     heads, claims, looks = Heads(run, lines), run.claims, BEHIND
     while not run.full and (head := heads.pop()) is not None:
-        line, at = head
+        key, line, at = head
         place = line.places[at]
         if line.key.queue in cluster.lines.stuck:
             continue
         if not policy.strict and run.pass_over(line, place.job_id):
             heads.drop(run.pass_over)
             continue
-        job, key = cluster.jobs[place.job_id], policy.ordering(line.key, place)
+        job = cluster.jobs[place.job_id]
         run.examined += 1
         shape = admit(cluster, job, run.now_ms)
         near = isinstance(shape, Shape) and _might_fit(run, line, shape)
-        felt = claims if near else [claim for claim in claims if claim.queue]
+        felt = claims if near or not claims else [claim for claim in claims if claim.queue]
         others = in_the_way(cluster, job, key, felt, run.now_ms) if felt else []
         barred = bool(others) and _barred(cluster, job, others)
         if near and not barred and isinstance(shape, Shape) and _start(run, line, job, shape, others):
@@ -80,11 +80,11 @@ def _start(run: Pass, line: Line, job: Job, shape: Shape, others: Sequence[Reser
     """Start a job that has to leave the seats of others alone: in those that were reserved for it, else in any. Where
     it may use reserved seats, it takes others if there are any."""
     guard, mine = run.guard, run.cluster.reservations.get(job.id)
-    kept = [claim for claim in others if claim.seats]
+    kept = [claim for claim in others if claim.seats] if others else []
     if mine is None and run.room.too_full(shape, kept):
         return False
     run.room.leave()
-    if mine is None and all(claim in guard.claims for claim in kept):
+    if mine is None and (not kept or all(claim in guard.claims for claim in kept)):
         if run.start(job, shape):
             return True
         if len(kept) == len(guard.claims) or not _might_fit(run, line, shape):

@@ -59,6 +59,8 @@ from jobsched.store.memory import MemoryStore
 START_MS = 1_699_920_000_000
 """A midnight, so that passes at whole minutes and days fall where the traces' own simulators have them."""
 NEVER_MS = 1 << 60
+FAR_MS = NEVER_MS >> 3
+"""Who has nothing to do for so long has nothing to do."""
 LOSING = (FailureClass.USER, FailureClass.OOM, FailureClass.HANG, FailureClass.INFRA)
 """Ends that nobody could save before."""
 REPORTS_MS = (1_000, *(1_000 + (REPORT_AFTER_MS << 2 * k) for k in range(9)))
@@ -363,7 +365,7 @@ class Simulation:
         if rules.pause_everyone and self.policy.replan is not None:  # other passes come round as time goes by
             with self.controller.view() as (cluster, _):
                 self._turns_at = cluster.next_pass_ms
-        instants = [now + pause] if pause < NEVER_MS // 8 else []
+        instants = [now + pause] if pause < FAR_MS else []
         if (wake := self.engine.next_event_ms()) is not None:
             instants.append(wake)
         if (coming := self.next_arrival_ms()) is not None:
@@ -372,11 +374,14 @@ class Simulation:
             instants.append(now - now % every + every)
         if not instants:
             return False
-        instant = max(now, min(instants))
-        self._still = self._still + 1 if instant == now else 0
-        if self._still > STUCK_TICKS:
-            raise Stuck(f"{STUCK_TICKS} ticks at {now}")
-        self.clock.advance_to(instant)
+        instant = min(instants)
+        if instant > now:
+            self._still = 0
+            self.clock.advance_to(instant)
+        else:
+            self._still += 1
+            if self._still > STUCK_TICKS:
+                raise Stuck(f"{STUCK_TICKS} ticks at {now}")
         return True
 
     def happen(self, now: int) -> None:

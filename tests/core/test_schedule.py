@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -73,10 +72,10 @@ def test_whom_a_reservation_hindered_is_tried_again_once_it_is_taken_back() -> N
     line = cluster.line_of(hindered.id)
     assert line is not None
     line.blocked_at, line.hindered_at = line.stock.freed, cluster.claims_made
-    assert line not in list(worth_a_try(cluster, policy))
+    assert line not in worth_a_try(cluster, policy)
     run = Pass(cluster, world.clock.now_ms(), policy)
     run.reserved(promised, None)
-    assert line in list(worth_a_try(cluster, policy))
+    assert line in worth_a_try(cluster, policy)
     assert run.eased, "another pass comes at once"
 
 
@@ -100,7 +99,7 @@ def test_a_pass_looks_at_no_line_when_nothing_came_free_and_nobody_came(monkeypa
     """Neither after a pass in vain nor once the starts that it decided are folded; a newcomer is looked at again."""
     looks: list[int] = []
 
-    def counted(cluster: Cluster, policy: Policy) -> Iterator[Line]:
+    def counted(cluster: Cluster, policy: Policy) -> list[Line]:
         looks.append(len(cluster.lines))
         return worth_a_try(cluster, policy)
 
