@@ -363,12 +363,8 @@ class Controller:
         for _ in range(JUDGE_ROUNDS):
             cluster.touched.clear()
             found = judge(cluster, sight, look, now, self._senses)
-            samples = state.sampler.samples(cluster, sight, look, now)
-            if samples:
-                with self._lock:
-                    for sample in samples:
-                        cluster.reported(sample.job_id, sample.step, sample.total, now)
-                self._store.add_samples(samples)
+            if sight.beat_at_ms:  # mostly nobody says anything
+                self._sample(state, look, now)
             if not found:
                 break
             alone = self._append(state, found, fence, news)
@@ -398,7 +394,8 @@ class Controller:
         try:
             if actions:
                 actuate(self._backend, actions, sight, now, self._secret, self._assert_leading)
-            self._demand(cluster)
+            if self._provisioner is not None:
+                self._demand(cluster, self._provisioner)
         except Unreachable as error:
             self.health.backend_error = error.message
             log.warning("backend unreachable; its replicas are left as they are", error=error.message)
@@ -414,19 +411,26 @@ class Controller:
             self._keep_recall(cluster, fence, now)
         return frozenset(seen_jobs)
 
+    def _sample(self, state: _State, look: Iterable[JobId], now: int) -> None:
+        """Learn from what these jobs have reported, and keep it."""
+        samples = state.sampler.samples(state.cluster, self._sight, look, now)
+        if samples:
+            with self._lock:
+                for sample in samples:
+                    state.cluster.reported(sample.job_id, sample.step, sample.total, now)
+            self._store.add_samples(samples)
+
     def _assert_leading(self) -> None:
         if not self._leader.holds(self._clock.now_ms()):
             raise StaleFence("the lease ran out between deciding and acting", hint="another server may lead by now")
 
-    def _demand(self, cluster: Cluster) -> None:
+    def _demand(self, cluster: Cluster, provisioner: Provisioner) -> None:
         """Tell the backend which nodes should exist, whenever that changes."""
-        if self._provisioner is None:
-            return
         with self._lock:
             demands = provisioning.demands(cluster)
         if demands != self._demanded:
             self._assert_leading()
-            self._provisioner.provision(demands)
+            provisioner.provision(demands)
             self._demanded = demands
 
     def _fold(

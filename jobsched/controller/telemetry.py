@@ -120,7 +120,7 @@ class Sampler:
 
     def samples(self, cluster: Cluster, sight: Sight, job_ids: Iterable[JobId], now_ms: int) -> list[Sample]:
         found: list[Sample] = []
-        for job_id in job_ids if sight.beat_at_ms else ():  # mostly nobody says anything
+        for job_id in job_ids:
             job = cluster.jobs.get(job_id)
             if job is None or not job.phase.active:
                 continue

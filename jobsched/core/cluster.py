@@ -395,11 +395,7 @@ class Cluster:
         queue, job_id, phase = after.spec.queue, after.id, after.phase
         runs = phase.runs
         if before is None or before.phase is not phase or before.priority != after.priority:
-            if before is not None and before.phase.runs:
-                self._part(before)
-            if runs:
-                self.active.setdefault(queue, {}).setdefault(after.priority, {})[job_id] = None
-                self.ends.begins(job_id)
+            self._note_active(before, after)
             if self.nominated and phase is not Phase.QUEUED:
                 self.nominated.pop(job_id, None)
             if self.targets and (phase is Phase.RUNNING or (phase is Phase.STOPPING and not shrinks_anew(after))) and (
@@ -428,14 +424,21 @@ class Cluster:
             if claimant not in (now or ()) and claimant in self.nominated:
                 self.nominated[claimant].pop(job_id, None)
 
-    def _part(self, job: Job) -> None:
-        """A job is no longer active in its queue at its priority."""
-        levels = self.active.get(job.spec.queue, {})
-        level = levels.get(job.priority)
-        if level is not None and job.id in level:
-            del level[job.id]
-            if not level:
-                del levels[job.priority]
+    def _note_active(self, before: Job | None, after: Job) -> None:
+        """Keep `active` true when a job's phase or priority changes."""
+        job_id, runs = after.id, after.phase.runs
+        if before is not None and before.phase.runs:
+            if runs and before.priority == after.priority:
+                return
+            levels = self.active.get(before.spec.queue, {})
+            level = levels.get(before.priority)
+            if level is not None and job_id in level:
+                del level[job_id]
+                if not level:
+                    del levels[before.priority]
+        if runs:
+            self.active.setdefault(after.spec.queue, {}).setdefault(after.priority, {})[job_id] = None
+            self.ends.begins(job_id)
 
     def reported(self, job_id: JobId, step: int, total: int, at_ms: int) -> None:
         """A running job told how far it is of how much."""

@@ -82,7 +82,7 @@ def schedule(cluster: Cluster, now_ms: int, policy: Policy) -> Plan:
         with cluster.trial():
             _steps(run, hungry, run.hopeful(lines))
         plan = Plan(tuple(run.decisions), run.examined, run.full or run.eased)
-    cluster.looked = None if plan.more or cluster.nominated else _once_folded(seen, plan.decisions)
+    cluster.looked = None if plan.more or cluster.nominated else _once_folded(seen, plan) if plan.decisions else seen
     if policy.replan is None:
         instants = list(cluster.ripening.values())
         if policy.backfill is not None:
@@ -130,13 +130,11 @@ def _leaving(run: Pass) -> set[JobId]:
     return {d.job_id for d in run.decisions if isinstance(d, ev.AttemptStopping)}
 
 
-def _once_folded(seen: tuple[int, int, int, int], decisions: Sequence[Decision]) -> tuple[int, int, int, int] | None:
-    """What the next pass sees if nothing but these decisions is folded, and they only start jobs; else None."""
-    if not decisions:
-        return seen
-    starts = sum([isinstance(decision, ev.AttemptPlaced) for decision in decisions])
+def _once_folded(seen: tuple[int, int, int, int], plan: Plan) -> tuple[int, int, int, int] | None:
+    """What the next pass sees if nothing but this plan is folded, and it only starts jobs; else None."""
+    starts = sum([isinstance(decision, ev.AttemptPlaced) for decision in plan.decisions])
     freed, news, started, claims = seen
-    return (freed, news, started + starts, claims) if starts == len(decisions) else None
+    return (freed, news, started + starts, claims) if starts == len(plan.decisions) else None
 
 
 def _turns_to(cluster: Cluster, now_ms: int, policy: Policy) -> bool:

@@ -19,7 +19,7 @@ from jobsched.core.job import Job, Phase
 from jobsched.core.recall import Recall
 from jobsched.core.resources import JobId
 from jobsched.ports import Appended, JobQuery, Lease, Loaded, Sample, Usage
-from jobsched.store.projections import SAMPLES_KEPT, Projections, assert_fenced, check_fence, loaded, next_lease
+from jobsched.store.projections import SAMPLES_KEPT, Projections, assert_wishes, check_fence, loaded, next_lease
 
 
 class MemoryStore:
@@ -44,7 +44,8 @@ class MemoryStore:
     def append(
         self, events: Sequence[Event], expected: Mapping[JobId, int] | None = None, fence: int | None = None
     ) -> Appended:
-        assert_fenced(events, fence)
+        if fence is None:
+            assert_wishes(events)
         with self._lock:
             check_fence(fence, self._lease.fence)
             end = self._now.seq

@@ -79,9 +79,9 @@ def loaded(seq: int, jobs: Sequence[Job], nodes: Mapping[NodeName, NodeState], q
     )
 
 
-def assert_fenced(events: Sequence[ev.Event], fence: int | None) -> None:
+def assert_wishes(events: Sequence[ev.Event]) -> None:
     """Only wishes may come without a fence: a decision without one is its writer's mistake."""
-    assert fence is not None or all(map(ev.is_wish, events)), "decisions need the leader's fence"
+    assert all(map(ev.is_wish, events)), "decisions need the leader's fence"
 
 
 def check_fence(fence: int | None, current: int) -> None:

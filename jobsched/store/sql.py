@@ -44,7 +44,7 @@ from jobsched.store import codec, schema, statements
 from jobsched.store.projections import (
     NodeEvent,
     Projections,
-    assert_fenced,
+    assert_wishes,
     check_fence,
     loaded,
     next_lease,
@@ -210,7 +210,8 @@ class SqlStore:
     def append(
         self, events: Sequence[Event], expected: Mapping[JobId, int] | None = None, fence: int | None = None
     ) -> Appended:
-        assert_fenced(events, fence)
+        if fence is None:
+            assert_wishes(events)
         mine = _Append(events, expected or {}, fence, {id(e): EVENT.dump_json(e).decode() for e in events})
         with self._gate:
             self._waiting.append(mine)

@@ -228,7 +228,7 @@ class Guard:
     """Whose seats are kept."""
     milli: int = 0
     """Thousandths of GPUs that are kept."""
-    last: tuple[list[Reservation], int, int] = field(default_factory=lambda: ([], 0, -1))
+    last: tuple[Sequence[Reservation], int, int] = ((), 0, -1)
     """Whose seats were kept last, how many thousandths of GPUs of them were free, and how many were in all."""
     _kept: list[tuple[Binding, RoleShape]] = field(default_factory=list)
 

@@ -47,8 +47,8 @@ class Room:
     _candidates: Candidates | None = None
     _mark: int | None = None
     """The ledger before it was made as it will be; None: it is as it is."""
-    _books: Books = field(default_factory=Books)
-    """The quotas as they will be, while the ledger is."""
+    _books: Books = field(init=False)
+    """The quotas as they will be; there while the ledger is."""
     _free_milli: int = 0
 
     def free_milli(self, stock: Stock) -> int:
