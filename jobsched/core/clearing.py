@@ -57,7 +57,7 @@ def _promised(run: Pass, jobs: Sequence[Job]) -> list[tuple[Job, Gang]]:
 def _real(run: Pass, job: Job, gang: Gang) -> bool:
     """Take a job's promised places if they are free by now, and its queue admits it."""
     cluster = run.cluster
-    roles = {role.role: role for role in cluster.shape(job).roles}
+    roles = cluster.shape(job).by_name
     needs: dict[str, int] = {}
     for binding in gang.bindings:
         for resource, amount in cluster.amounts(binding, roles[binding.role]):

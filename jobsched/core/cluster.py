@@ -499,13 +499,11 @@ class Cluster:
 
     def _rebind(self, before: Job | None, after: Job, at_ms: int) -> bool:
         """Keep ledger, node index and queue usage true when a job's replicas change; whether any has another place."""
-        old = before.replicas if before is not None else {}
-        new = after.replicas
-        left = [(rid, r) for rid, r in old.items() if r.binding is not None and _binding(new.get(rid)) is not r.binding]
-        came = [(rid, r) for rid, r in new.items() if r.binding is not None and _binding(old.get(rid)) is not r.binding]
+        old, new = before.replicas if before is not None else {}, after.replicas
+        left, came = _only_in(old, new) if old else (), _only_in(new, old) if new else ()
         if not left and not came:
             return False
-        roles = {role.role: role for role in self.shape(after).roles}
+        roles = self.shape(after).by_name
         for rid, replica in left:
             assert before is not None
             self._book(before, rid, replica, roles[replica.role], -1, at_ms)
@@ -580,7 +578,7 @@ class Cluster:
 
     def charge(self, job: Job, bindings: Iterable[Binding], starts: bool) -> None:
         """Inside a trial: count bindings, which the ledger has taken already, in the job's queue."""
-        roles = {role.role: role for role in self.shape(job).roles}
+        roles = self.shape(job).by_name
         for binding in bindings:
             self.quotas.book(job.spec.queue, job.owner, self.amounts(binding, roles[binding.role]), 1)
         if starts and job.array_id:
@@ -688,8 +686,14 @@ def _tells_users_apart(queue: QueueSpec | None) -> bool:
     return queue is not None and queue.max_gpus_per_user is not None
 
 
-def _binding(replica: Replica | None) -> Binding | None:
-    return None if replica is None else replica.binding
+def _only_in(
+    some: Mapping[ReplicaId, Replica], others: Mapping[ReplicaId, Replica]
+) -> list[tuple[ReplicaId, Replica]]:
+    """Of some replicas, those whose places the others do not have."""
+    return [
+        (rid, r) for rid, r in some.items()
+        if r.binding is not None and ((other := others.get(rid)) is None or other.binding is not r.binding)
+    ]  # fmt: skip
 
 
 def _same_wishes(one: Job, other: Job) -> bool:

@@ -17,7 +17,7 @@ from jobsched.core.launch import Action, AskStacks, Forget, Launch, LaunchKey, S
 from jobsched.core.observation import Sight
 from jobsched.core.resources import WHOLE_GPU, JobId, NodeName
 from jobsched.core.timers import START_AGAIN_MS
-from jobsched.spec.job import RestartScope, RoleSpec, restart_scope, training_roles
+from jobsched.spec.job import SERVING_ROLES, RestartScope, RoleSpec, restart_scope
 from jobsched.spec.pod import both
 
 STALE_GRACE_MS = 0
@@ -165,8 +165,8 @@ class _Gang:
                     port = job.coordinator_port or PEER_PORT + 1
                     self._coordinator = f"{addresses.host(cluster, job, replica)}:{port}"
         self._nodes = {name: place for place, name in enumerate(self._mates)}
-        trains = training_roles(job.spec)
-        self._sparse = any(job.spec.roles[name].replicas.elastic for name in trains)
+        roles = job.spec.roles.items()
+        self._sparse = any(role.replicas.elastic for name, role in roles if name not in SERVING_ROLES)
 
     def launch(self, key: LaunchKey, replica: Replica) -> Launch:
         """The complete order to start one replica."""

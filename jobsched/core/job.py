@@ -316,11 +316,14 @@ class Shape:
     """Some role may have fewer or more replicas than it has now."""
     least_gpu_milli: int = field(init=False, repr=False, compare=False)
     """GPUs that the gang takes at its minimum."""
+    by_name: Mapping[str, RoleShape] = field(init=False, repr=False, compare=False)
+    """Its roles."""
     _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Shapes are looked up all the time; what is asked of them most is computed once."""
         object.__setattr__(self, "least_gpu_milli", sum([role.min * role.gpu_milli for role in self.roles]))
+        object.__setattr__(self, "by_name", {role.role: role for role in self.roles})
         parts = (self.roles, self.within, self.prefer, self.spread, self.node_labels, self.tolerate, self.avoid)
         object.__setattr__(self, "_hash", hash(parts))
 

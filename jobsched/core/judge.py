@@ -247,7 +247,8 @@ class _Court:
             for rid, report in seen.items()
             if report.state is Seen.EXITED and replicas[rid].state.desired
         ]
-        ended.sort(key=lambda pair: (-pair[0].ended_age_ms, pair[1].role, pair[1].index))
+        if len(ended) > 1:
+            ended.sort(key=lambda pair: (-pair[0].ended_age_ms, pair[1].role, pair[1].index))
         for report, replica in ended:
             if report.exit_code is None and report.signal is None and report.failure is Reason.NONE:
                 cause = self._cause(replica, Reason.REPLICA_LOST, FailureClass.INFRA, report)

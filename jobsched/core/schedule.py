@@ -224,7 +224,7 @@ def grow(run: Pass, job: Job) -> None:
         if not resizes_in_place(job.spec, name):
             cluster.growing[job.id] = cluster.ledger.freed
             continue
-        role = next(r for r in shape.roles if r.role == name)
+        role = shape.by_name[name]
         kind = next((cluster.fleet.kind_of(b) for b in taken if b.role == name and b.gpus), "")
         count = more(cluster, job, role, lacking, kind, run.now_ms)
         bindings = place_more(cluster, shape, role, _free_indices(job, name)[:count], taken, run.policy.score)

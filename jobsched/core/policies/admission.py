@@ -21,8 +21,8 @@ def admit(cluster: Cluster, job: Job, now_ms: int, least: bool = False) -> Shape
     queue = cluster.queues.get(job.spec.queue)
     if queue is None or queue.paused:
         return Refused(Reason.QUEUE_PAUSED, job.spec.queue)
-    most = job.spec.array.max_parallel if job.spec.array else 0
-    if job.array_id and most and cluster.quotas.arrays.get(job.array_id, 0) >= most:
+    most = job.spec.array.max_parallel if job.array_id and job.spec.array else 0
+    if most and cluster.quotas.arrays.get(job.array_id, 0) >= most:
         return Refused(Reason.ARRAY_LIMIT, job.spec.queue, limit=most)
     shape = cluster.shape(job)
     if least:
@@ -104,7 +104,7 @@ def most_ever(cluster: Cluster, queue: str, shape: Shape) -> Refused | None:
 def limited(cluster: Cluster, job: Job, bindings: Iterable[Binding]) -> dict[str, int]:
     """What bindings of a job take of what its queue's tree limits."""
     root = cluster.quotas.account(job.spec.queue).root
-    roles = {role.role: role for role in cluster.shape(job).roles}
+    roles = cluster.shape(job).by_name
     found: dict[str, int] = {}
     for binding in bindings if root.nominal else ():
         for resource, amount in cluster.amounts(binding, roles[binding.role]):

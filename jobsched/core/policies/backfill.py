@@ -105,7 +105,7 @@ def reserve(
     if found is None:
         return max(now_ms + 1, ends[len(ends) // 4][0]) if ends else now_ms + 1
     at_ms, gang = found
-    roles = {role.role: role for role in shape.roles}
+    roles = shape.by_name
     seats = tuple((binding, roles[binding.role]) for binding in gang.bindings)
     return Reservation(job.id, at_ms, seats, key, gang.coordinator_port, cluster.fleet.moved)
 

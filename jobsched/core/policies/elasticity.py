@@ -310,7 +310,7 @@ def _standing(cluster: Cluster, job: Job, model: SpeedModel) -> Mover | None:
     space = cluster.ledger.spaces.get(first.node)
     if space is None or any(share.gpu not in space.gpu_class for share in first.gpus):
         return None
-    role, servers = _role(shape, name), _role(shape, serves) if serves else None
+    role, servers = shape.by_name[name], shape.by_name[serves] if serves else None
     pool, have = space.gpu_class[first.gpus[0].gpu] if first.gpus else ANY, (len(trains), len(bound) - len(trains))
     return Mover(job, shape, role, servers, pool, have, have, (), resizes_in_place(job.spec, name), model, nodes)
 
@@ -328,7 +328,7 @@ def _newcomer(cluster: Cluster, job: Job, now_ms: int, how: Elasticity) -> Mover
     pools = cluster.ledger.matching(role) if role.gpu_milli else (ANY,)
     if not pools:
         return None
-    servers = _role(shape, serves) if serves else None
+    servers = shape.by_name[serves] if serves else None
     limits = [(role.min, role.min), (servers.min, servers.min) if servers is not None else (0, 0)]
     for place, each in enumerate((role, servers)):
         if each is None or each.role not in (name, serves):
@@ -344,10 +344,6 @@ def _newcomer(cluster: Cluster, job: Job, now_ms: int, how: Elasticity) -> Mover
     weight, gains = _weight(job, now_ms), _gains(mover, limits, mover.per_node(cluster))
     found = [Option(size, takes, weight * gain + FIRST) for size, takes, gain in gains]
     return replace(mover, options=(Option(NOBODY, NOTHING, 0.0), *found))
-
-
-def _role(shape: Shape, name: str) -> RoleShape:
-    return next(role for role in shape.roles if role.role == name)
 
 
 def _elastic(job: Job, role: str) -> bool:
@@ -731,7 +727,7 @@ def start_gang(cluster: Cluster, job: Job, shape: Shape, now_ms: int) -> Gang | 
     """The gang of a waiting job that has a target: in the places kept for it, else wherever as many fit. Short: there
     is no room, or somebody still leaves those places. Must run inside a trial; what it takes stays taken."""
     target = cluster.targets[job.id]
-    roles = {role.role: role for role in shape.roles}
+    roles = shape.by_name
     counts: dict[str, int] = {}
     for name, wanted in target.sizes:
         kinds = roles[name].gpu_kinds

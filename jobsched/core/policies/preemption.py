@@ -238,7 +238,7 @@ _Held = dict[JobId, list[tuple[Binding, RoleShape]]]
 
 
 def _held(cluster: Cluster, job: Job) -> list[tuple[Binding, RoleShape]]:
-    roles = {role.role: role for role in cluster.shape(job).roles}
+    roles = cluster.shape(job).by_name
     return [(r.binding, roles[r.role]) for r in job.replicas.values() if r.binding is not None]
 
 
@@ -366,7 +366,7 @@ def _exchange(
     for turn in turns:
         job_id = turn.job.id
         if turn.gather and (want := wanted.get(job_id)) is not None:
-            roles = {role.role: role for role in want.shape.roles}
+            roles = want.shape.by_name
             shapes[job_id] = of_kind(want.shape, turn.kind)
             seats[job_id] = [(binding, roles[binding.role]) for binding in want.bindings]
     for job_id, gang in exchange(cluster, shapes, seats, held, score).items():
@@ -377,7 +377,7 @@ def _seat(cluster: Cluster, job: Job, want: _Wanted, score: Score) -> Gang | Non
     """The seats of one that is to start, taken."""
     gang = want.exchanged
     if gang is not None and not any(b.node in job.avoid or not cluster.fleet.usable(b.node) for b in gang.bindings):
-        roles = {role.role: role for role in want.shape.roles}
+        roles = want.shape.by_name
         if _sit_again(cluster, [(binding, roles[binding.role]) for binding in gang.bindings]):
             return gang
     placed = place_gang(cluster, want.shape, job.avoid, score)

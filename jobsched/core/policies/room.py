@@ -96,7 +96,7 @@ class Room:
     def forgo(self, job: Job, gang: Gang) -> None:
         """While it is as it will be: give up places that were found for a job."""
         cluster = self.cluster
-        roles = {role.role: role for role in cluster.shape(job).roles}
+        roles = cluster.shape(job).by_name
         for binding in gang.bindings:
             role = roles[binding.role]
             cluster.ledger.lend(binding, role)
@@ -315,7 +315,7 @@ class Hunt:
 def hold(cluster: Cluster, job: Job, bindings: Iterable[Binding]) -> tuple[Binding, ...]:
     """Inside a trial: keep the part of promised places that is free already, so that nobody else takes it. Returns the
     other part: devices of those that are still leaving."""
-    roles = {role.role: role for role in cluster.shape(job).roles}
+    roles = cluster.shape(job).by_name
     awaited = []
     for binding in bindings:
         space = cluster.ledger.spaces.get(binding.node)
