@@ -11,7 +11,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import ssl
 import subprocess
 import tempfile
@@ -23,6 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from tests.ports import own_ports
 
 ROOT = Path(__file__).parents[1]
 MANIFESTS = ROOT / "configs" / "manifests"
@@ -65,7 +66,7 @@ def api_server() -> Iterator[str]:
 
 
 def _started(place: Path, assets: Path) -> Iterator[str]:
-    client, peer, port = _ports(3)
+    client, peer, port = own_ports(3)
     token = secrets.token_hex(16)
     (place / "tokens.csv").write_text(f"{token},admin,admin,system:masters\n")
     subprocess.run(["openssl", "genrsa", "-out", place / "sa.key", "2048"], check=True, stderr=subprocess.DEVNULL)
@@ -101,18 +102,10 @@ def _started(place: Path, assets: Path) -> Iterator[str]:
             process.send_signal(signal.SIGTERM)
         for process in reversed(processes):
             try:
-                process.wait(15)
+                process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-
-def _ports(count: int) -> list[int]:
-    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    numbers = [one.getsockname()[1] for one in held]
-    for one in held:
-        one.close()
-    return numbers
 
 
 def _await_ready(url: str, authority: Path, token: str, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -140,7 +133,7 @@ class Kubectl:
         """Whatever its exit code; `given` (text, or plain values) is its standard input."""
         text = given if isinstance(given, str) or given is None else json.dumps(given)
         return subprocess.run([self._binary, *words], input=text, text=True, capture_output=True, env=self._env,
-                              timeout=120)
+                              timeout=300)
 
     def __call__(self, *words: str, given: object = None) -> str:
         """What it prints; it must succeed."""
@@ -159,6 +152,6 @@ def cluster() -> Iterator[Kubectl]:
     with api_server() as kubeconfig:
         talk = Kubectl(kubeconfig)
         talk("apply", "--server-side", "-f", str(MANIFESTS / "base" / "crds.yaml"))
-        talk("wait", "--for=condition=Established", "--timeout=60s", "crd/trainingjobs.jobsched.dev",
+        talk("wait", "--for=condition=Established", "--timeout=240s", "crd/trainingjobs.jobsched.dev",
              "crd/trainingqueues.jobsched.dev")
         yield talk

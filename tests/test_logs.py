@@ -101,13 +101,13 @@ class Follower:
             self.seen += [line.text for line in batch]
 
     def until(self, *wanted: str) -> None:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while not set(wanted) <= set(self.seen):
             assert time.monotonic() < deadline, self.seen
             time.sleep(0.005)
 
     def ends(self) -> list[str]:
-        self._thread.join(10)
+        self._thread.join(60)
         assert not self._thread.is_alive()
         return self.seen
 
@@ -156,7 +156,7 @@ def test_a_follower_that_stops_ends_its_threads_and_its_subscription(stage: Stag
     assert stage.live.listeners
     batches.close()  # type: ignore[attr-defined]
     for thread in mine:
-        thread.join(5)
+        thread.join(60)
         assert not thread.is_alive()
     assert not stage.live.listeners
 

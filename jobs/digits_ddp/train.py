@@ -33,6 +33,7 @@ def main() -> int:
     parser.add_argument("--max-batch", type=int, default=0, help="most of them, where the gradients are noisy enough")
     parser.add_argument("--pause-ms", type=float, default=0, help="extra time per step, to watch it")
     parser.add_argument("--sample-ms", type=float, default=0, help="extra time per sample of one rank")
+    parser.add_argument("--slow-until", type=Path, metavar="FILE", help="no extra time once this file is there")
     parser.add_argument("--timeout-s", type=float, default=60, help="longest wait for a peer within one step")
     parser.add_argument("--accuracy", type=float, default=0.95, help="fail below this")
     options = parser.parse_args()
@@ -58,7 +59,8 @@ def main() -> int:
         sums = trainer.step(loss, used=loaded)
         steps += 1
         trainer.state["used"] += sums["used"]
-        time.sleep((options.pause_ms + options.sample_ms * len(indices)) / 1_000)
+        if options.slow_until is None or not options.slow_until.exists():
+            time.sleep((options.pause_ms + options.sample_ms * len(indices)) / 1_000)
         context.report(samples_per_s=float(sums["used"].sum()) / (time.perf_counter() - began))
         if batch.last and sums["used"].any():  # zeros: the step broke off and comes again
             if not (trainer.state["used"] == 1).all():

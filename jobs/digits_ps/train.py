@@ -67,7 +67,8 @@ def work(plan: Plan, options: argparse.Namespace) -> int:
         samples += len(indices)
         context.report(step=client.done, total=plan.total, loss=loss.detach(),
                        local_samples_per_s=samples / (time.perf_counter() - began))
-        time.sleep(options.pause_ms / 1_000)
+        if options.slow_until is None or not options.slow_until.exists():
+            time.sleep(options.pause_ms / 1_000)
     client.pull()
     with torch.no_grad():
         accuracy = (model(images[TRAIN:]).argmax(1) == labels[TRAIN:]).float().mean().item()
@@ -84,6 +85,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--pause-ms", type=float, default=20, help="extra time per step, to watch it")
+    parser.add_argument("--slow-until", type=Path, metavar="FILE", help="no pause once this file is there")
     parser.add_argument("--apply-ms", type=float, default=0, help="extra time per push over the whole model: servers "
                         "are then what a job waits for")
     parser.add_argument("--max-staleness", type=int, default=None, help="pushes a worker may be ahead of the slowest")

@@ -112,7 +112,7 @@ class SqlStore:
         url: str | URL,
         *,
         synchronous: Durability = "FULL",
-        busy_timeout_ms: int = 10_000,
+        busy_timeout_ms: int = 20_000,
         remember: int = 10_000,
     ) -> None:
         address = make_url(url)
@@ -213,12 +213,12 @@ class SqlStore:
         if fence is None:
             assert_wishes(events)
         mine = _Append(events, expected or {}, fence, {id(e): EVENT.dump_json(e).decode() for e in events})
-        with self._gate:
-            self._waiting.append(mine)
-            if not self._led:
-                self._led = True
-                mine.turn.set()
         try:
+            with self._gate:
+                self._waiting.append(mine)
+                if not self._led:
+                    mine.turn.set()  # before the mark: Ctrl-C may come between the two
+                    self._led = True
             mine.turn.wait()
             if not mine.answer.done():
                 self._lead()

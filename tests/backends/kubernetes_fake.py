@@ -913,7 +913,7 @@ def _seen(change: Change, namespace: str, query: dict[str, str]) -> tuple[str, J
     return None
 
 
-def until(holds: Callable[[], object], patience_s: float = 30.0) -> None:
+def until(holds: Callable[[], object], patience_s: float = 120.0) -> None:
     deadline = time.monotonic() + patience_s
     while not holds():
         assert time.monotonic() < deadline, "it did not come to pass"

@@ -26,6 +26,8 @@ import psutil
 import pytest
 from filelock import FileLock
 
+from tests.ports import own_ports
+
 NODES = (("one", 8), ("two", 8))
 """Name and CPUs; each with four pretended GPUs."""
 SMALL = 80 << 20
@@ -40,6 +42,14 @@ QUIET = {
 HEAD_TYPE = "ray.head.default"
 FIRST_ID = "f" * 51 + "0" * 5
 """Of the head, where Ray's stand-in of a cloud makes the other nodes."""
+
+PATIENCE_S = 120
+
+
+def alone() -> FileLock:
+    """Held while a test uses the cluster, which all test processes share: what one holds is foreign for another."""
+    return FileLock(Path(tempfile.gettempdir(), f"jobsched-test-ray-{os.getuid()}.alone"), timeout=1_000)
+
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="the package ray is missing")
 
@@ -118,8 +128,7 @@ class Head:
 
     def __init__(self, directory: Path, pools: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         """`pools`: types of nodes that its autoscaler can have made, all on this machine, each with what is special."""
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        (self.port,) = own_ports(1)
         self.log = directory / "head.log"
         self.address = f"127.0.0.1:{self.port}"
         self._options, self._environ = ["--num-cpus=4", "--node-name=head"], dict[str, str]()
@@ -163,7 +172,7 @@ class Head:
             if any(self._place in word for word in one.info["cmdline"] or ()):
                 with suppress(psutil.NoSuchProcess):
                     one.kill()
-        self._process.wait(30)
+        self._process.wait(PATIENCE_S)
         shutil.rmtree(self._place, ignore_errors=True)
 
 
@@ -220,7 +229,7 @@ def mortal_node() -> Iterator[Callable[[], None]]:
         yield kill
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(PATIENCE_S)
 
 
 def keep(file: Path) -> None:

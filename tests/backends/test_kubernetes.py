@@ -89,7 +89,10 @@ class TestKubernetesBackend(ProcessBackendContract):
 
 Start = Callable[..., FakeEngine]
 LIBRARY = "import time\nfrom jobsched.train.context import context\n"
-COUNT = "i=0; while [ $i -lt 6000 ]; do echo line $i; i=$((i+1)); [ $((i % 20)) = 0 ] && sleep 0.01; done; true"
+COUNT = "trap 'told=1' TERM; i=0; while [ -z \"$told\" ]; do echo line $i; i=$((i+1)); " \
+        "[ $((i % 20)) = 0 ] && sleep 0.01; done; true"
+SECONDS_S = 60
+"""For what is told in a second or two: a machine that others use takes ten times as long, and somebody is held up."""
 
 
 @pytest.fixture
@@ -153,7 +156,7 @@ def test_an_image_that_is_not_there_is_told_and_the_pod_goes(start: Start) -> No
     watcher = watch(engine)
     begun = time.monotonic()
     end = watcher.end(run(watcher, "true", image="team/nothing:1").key)
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < SECONDS_S
     assert (end.failure, end.exit_code) == (Reason.IMAGE_ERROR, None)
     assert "ErrImagePull" in end.message
     assert "team/nothing:1" in end.message
@@ -161,11 +164,12 @@ def test_an_image_that_is_not_there_is_told_and_the_pod_goes(start: Start) -> No
 
 
 def test_what_the_scheduler_does_not_bind_is_taken_back_with_its_words(start: Start) -> None:
-    engine = start(quick={"bind_timeout": 800})
+    engine = start()
     watcher = watch(engine)
     launch = run(watcher, "true", cpu_milli=9_000)
     watcher.until(lambda s: launch.key in s.replicas and s.replicas[launch.key].message)
     assert "Insufficient cpu" in watcher.sight.replicas[launch.key].message
+    engine.backend.config = engine.config.model_copy(update={"bind_timeout": 800})
     end = watcher.end(launch.key)
     assert end.failure is Reason.START_TIMEOUT
     assert "Insufficient cpu" in end.message
@@ -204,7 +208,7 @@ def test_others_never_have_the_gpus_that_ours_hold(start: Start) -> None:
     engine = start()
     watcher = watch(engine)
     gpus = [GpuShare(watcher.sight.nodes[NodeName("node-0")].gpus[3].id)]
-    launch = run(watcher, "/bin/sleep", "60", gpus=gpus)
+    launch = run(watcher, "/bin/sleep", "600", gpus=gpus)
     watcher.running(launch.key)
     container = {"name": "c", "image": "x", "resources": {"limits": {"nvidia.com/gpu": "3"}}}
     engine.cluster.put("pods", "other", "theirs", {
@@ -227,7 +231,7 @@ def test_cordons_taints_and_new_and_removed_nodes_are_seen(start: Start) -> None
     assert watcher.end(tolerating.key).exit_code == 0
     engine.cluster.add_node("node-2", gpus=0)
     watcher.until(lambda s: NodeName("node-2") in s.nodes)
-    there = run(watcher, "/bin/sleep", "60", key=a_key("job-2"), node="node-2")
+    there = run(watcher, "/bin/sleep", "600", key=a_key("job-2"), node="node-2")
     watcher.running(there.key)
     engine.cluster.remove("nodes", "", "node-2")
     end = watcher.end(there.key)
@@ -239,7 +243,7 @@ def test_a_pod_that_somebody_deletes_is_lost_and_not_failed(start: Start) -> Non
     engine = start()
     watcher = watch(engine)
     for grace_s, index in ((1, 0), (0, 1)):
-        launch = run(watcher, "/bin/sleep", "60", key=a_key(index=index))
+        launch = run(watcher, "/bin/sleep", "600", key=a_key(index=index))
         (report,) = watcher.running(launch.key)
         engine.cluster.delete_pod("default", report.ident, grace_s)
         end = watcher.end(launch.key)
@@ -253,7 +257,8 @@ def test_a_dead_node_is_known_from_its_lease_and_the_silence_of_its_replicas(
     monkeypatch.setattr("jobsched.backends.kubernetes_logs.SILENT_S", 0.5)
     engine = start(quick={"node_lost_after": 1_500})
     watcher = watch(engine)
-    stays, dies = run(watcher, "/bin/sleep", "60"), run(watcher, "/bin/sleep", "60", key=a_key(index=1), node="node-1")
+    stays = run(watcher, "/bin/sleep", "600")
+    dies = run(watcher, "/bin/sleep", "600", key=a_key(index=1), node="node-1")
     watcher.running(stays.key, dies.key)
     pid = engine.cluster.pid_of(watcher.sight.replicas[dies.key].ident)
     engine.cluster.kill_kubelet("node-1")
@@ -274,7 +279,7 @@ def test_a_lease_that_is_late_alone_proves_nothing(start: Start, monkeypatch: py
     monkeypatch.setattr("jobsched.backends.kubernetes_logs.SILENT_S", 0.5)
     engine = start(quick={"node_lost_after": 1_000})
     watcher = watch(engine)
-    launch = run(watcher, "/bin/sleep", "60", node="node-1")
+    launch = run(watcher, "/bin/sleep", "600", node="node-1")
     watcher.running(launch.key)
     replica = engine.backend.table.get(launch.key)
     assert replica is not None
@@ -291,18 +296,19 @@ def test_a_lease_that_is_late_alone_proves_nothing(start: Start, monkeypatch: py
 def test_an_api_server_that_is_away_is_unreachable_and_nothing_is_held_against_replicas(start: Start) -> None:
     engine = start()
     watcher = watch(engine)
-    launch = run(watcher, "python", "-c", LIBRARY + "context.report(step=1)\ntime.sleep(60)")
+    launch = run(watcher, "python", "-c", LIBRARY + "context.report(step=1)\ntime.sleep(600)")
     watcher.until(lambda s: launch.key in s.replicas and s.replicas[launch.key].progress)
     engine.cluster.down = True
     engine.cluster.break_off()
     until(lambda: _unreachable(engine.backend))
     time.sleep(2.0)
     engine.cluster.down = False
+    back = time.monotonic()
     until(lambda: not _unreachable(engine.backend))
     watcher.until(lambda s: s.replicas[launch.key].progress)
     progress = watcher.sight.replicas[launch.key].progress
     assert progress is not None
-    assert progress.beat_age_ms < 2_000
+    assert progress.beat_age_ms < 2_000 + 1_000 * (time.monotonic() - back)
     assert watcher.sight.replicas[launch.key].state is Seen.RUNNING
 
 
@@ -313,7 +319,7 @@ def test_an_api_server_that_was_away_is_no_reason_to_take_nodes_for_dead(
     monkeypatch.setattr("jobsched.backends.kubernetes_logs.SILENT_S", 0.5)
     engine = start(quick={"node_lost_after": 1_500})
     watcher = watch(engine)
-    launches = [run(watcher, "/bin/sleep", "60", key=a_key(index=i), node=f"node-{i}") for i in range(2)]
+    launches = [run(watcher, "/bin/sleep", "600", key=a_key(index=i), node=f"node-{i}") for i in range(2)]
     watcher.running(*(launch.key for launch in launches))
     engine.cluster.down = True
     engine.cluster.break_off()
@@ -340,7 +346,7 @@ def test_few_threads_read_many_logs(start: Start, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("jobsched.backends.kubernetes.MOST", 2)
     engine = start()
     watcher = watch(engine)
-    launches = [run(watcher, "/bin/sh", "-c", f"sleep 1; echo I am {number}; sleep 60", key=a_key(index=number))
+    launches = [run(watcher, "/bin/sh", "-c", f"sleep 1; echo I am {number}; sleep 600", key=a_key(index=number))
                 for number in range(5)]
 
     def logged(number: int) -> bool:
@@ -357,15 +363,16 @@ def test_few_threads_read_many_logs(start: Start, monkeypatch: pytest.MonkeyPatc
 def test_where_no_kubelet_answers_one_pod_asks_for_all(start: Start) -> None:
     engine = start(node_lost_after="10m")
     watcher = watch(engine)
-    launches = [run(watcher, "/bin/sleep", "60", key=a_key(index=number)) for number in range(6)]
+    launches = [run(watcher, "/bin/sleep", "600", key=a_key(index=number)) for number in range(6)]
     for launch in launches:
         watcher.running(launch.key)
     until(lambda: all(not heard.blind_since for heard in engine.backend.table.all()))
     engine.cluster.kill_kubelet("node-0")
     until(lambda: engine.backend.readers.deaf("node-0"))
-    before = engine.cluster.requests["GET pods/log"]
+    before, begun = engine.cluster.requests["GET pods/log"], time.monotonic()
     time.sleep(3.0)
-    assert engine.cluster.requests["GET pods/log"] - before <= 6 + 4  # those on their way, and then one asks for all
+    asked = engine.cluster.requests["GET pods/log"] - before
+    assert asked <= 6 + 1 + (time.monotonic() - begun)  # those on their way, and then one asks for all
     assert {watcher.sight.replicas[launch.key].state for launch in launches} == {Seen.RUNNING}
     engine.cluster.start_kubelet("node-0")
     until(lambda: all(not heard.blind_since for heard in engine.backend.table.all()))
@@ -375,13 +382,17 @@ def test_a_log_is_collected_whole_although_streams_and_servers_end(start: Start)
     engine = start()
     watcher = watch(engine)
     launch = run(watcher, "/bin/sh", "-c", COUNT)
-    watcher.running(launch.key)
+    (report,) = watcher.running(launch.key)
     for again in (engine.cluster.break_off, engine.reconnect, engine.cluster.break_off):
-        time.sleep(0.3)
+        before = len(the_log(Watcher(engine.backend), launch))
+        until(lambda before=before: len(the_log(Watcher(engine.backend), launch)) > before)
         again()
     watcher = watch(engine)
-    watcher.end(launch.key)
-    assert the_log(watcher, launch) == "".join(f"line {i}\n" for i in range(6000))
+    os.kill(engine.cluster.pid_of(report.ident), signal.SIGTERM)
+    assert watcher.end(launch.key).exit_code == 0
+    lines = the_log(watcher, launch).splitlines(keepends=True)
+    assert lines == [f"line {i}\n" for i in range(len(lines))]
+    assert len("".join(lines)) > before
 
 
 def test_an_order_to_start_waits_until_it_is_known_what_runs(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,7 +422,7 @@ def test_a_forgotten_version_is_listed_anew_page_by_page(start: Start, monkeypat
     monkeypatch.setattr(kubernetes_watch, "PAGE", 3)
     engine = start()
     watcher = watch(engine)
-    launches = [run(watcher, "/bin/sleep", "60", key=a_key(index=i)) for i in range(8)]
+    launches = [run(watcher, "/bin/sleep", "600", key=a_key(index=i)) for i in range(8)]
     watcher.running(*(launch.key for launch in launches))
     before = engine.cluster.requests["GET pods"]
     engine.cluster.down = True
@@ -434,7 +445,7 @@ def test_a_directory_is_packed_and_unpacked(start: Start, tmp_path: Path) -> Non
     (work / "sub/data.bin").write_bytes(os.urandom(1_500_000))
     (work / "skip.log").write_text("x")
     (work / ".jobschedignore").write_text("*.log\n")
-    launch = run(watcher, "/bin/sleep", "60", working_dir=str(work))
+    launch = run(watcher, "/bin/sleep", "600", working_dir=str(work))
     (report,) = watcher.running(launch.key)
     process = engine.cluster._process(report.ident)
     assert process is not None
@@ -470,13 +481,13 @@ def test_secrets_are_references_that_the_cluster_resolves(start: Start) -> None:
 def test_a_namespace_that_is_gone_is_no_fault_of_the_jobs(start: Start) -> None:
     engine = start()
     watcher = watch(engine)
-    launch = run(watcher, "/bin/sleep", "60")
+    launch = run(watcher, "/bin/sleep", "600")
     watcher.running(launch.key)
     engine.cluster.remove("namespaces", "", "default")
     for pod in engine.cluster.pods():
         engine.cluster.delete_pod("default", pod["metadata"]["name"], 1)
     assert watcher.end(launch.key).failure is Reason.REPLICA_LOST
-    again = run(watcher, "/bin/sleep", "60", key=a_key(attempt=2))
+    again = run(watcher, "/bin/sleep", "600", key=a_key(attempt=2))
     end = watcher.end(again.key)
     assert end.failure is Reason.REPLICA_LOST
     assert 'namespaces "default" not found' in end.message

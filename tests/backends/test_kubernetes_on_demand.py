@@ -30,7 +30,7 @@ from tests.operator.test_rights import limited
 
 __all__ = ["cluster", "limited"]
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1_200)]
 Json = dict[str, Any]
 SPACE = "/api/v1/namespaces/jobsched"
 REQUESTS = f"/apis/{GROUP}/v1/namespaces/jobsched/provisioningrequests"
@@ -70,7 +70,7 @@ class Autoscaler:
 
     def close(self) -> None:
         self._closing.set()
-        self._thread.join(10)
+        self._thread.join(60)
 
     def _run(self) -> None:
         while not self._closing.wait(0.3):
@@ -168,10 +168,10 @@ def test_nodes_come_whole_or_from_the_next_pool_and_go_when_idle(
         time.sleep(1.5)
         assert job.refresh().state is Phase.QUEUED, "a gang starts whole"
         autoscaler.rest.set()
-        job.wait("running", timeout=60)
+        job.wait("running", timeout=240)
         assert {str(one.node) for one in job.refresh().members} == {"steady-0", "steady-1"}
         until(lambda: autoscaler.asked[-1] == ("steady", 0), lambda: str(autoscaler.asked))
-        job.cancel().wait(timeout=60)
+        job.cancel().wait(timeout=240)
         until(lambda: [one for one in client.nodes() if one.cordon is not None],
               lambda: f"idle nodes are let go, so nothing is bound there: {client.nodes()}")
         until(lambda: {one.state for one in client.nodes()} == {"lost"},

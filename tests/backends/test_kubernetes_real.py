@@ -23,7 +23,7 @@ from tests.contracts.backend import ENV_SCRIPT, ProcessBackendContract, Watcher,
 if TYPE_CHECKING:
     from jobsched.backends.kubernetes import KubernetesBackend
 
-pytestmark = [pytest.mark.e2e, kubernetes_stage.needs_cluster, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, kubernetes_stage.needs_cluster, pytest.mark.timeout(1_200)]
 
 
 class RealEngine:

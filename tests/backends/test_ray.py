@@ -20,12 +20,24 @@ from jobsched.core.resources import GpuShare, NodeName
 from jobsched.errors import BackendUnreachable
 from jobsched.spec.backends import RayBackend as Config
 from tests.backends import ray_stage
-from tests.contracts.backend import CommandEngine, ProcessBackendContract, Watcher, a_key, a_launch
+from tests.contracts.backend import PATIENCE_S, CommandEngine, ProcessBackendContract, Watcher, a_key, a_launch
 
 if TYPE_CHECKING:
     from jobsched.backends.ray import RayBackend
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300), ray_stage.needs_ray]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1_500), ray_stage.needs_ray]
+
+AT_ONCE_S = 60
+"""For what is told in two or three seconds: a machine that others use takes longer, and somebody is held up."""
+
+
+@pytest.fixture(autouse=True)
+def _alone_and_patient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A driver or an actor that is late is not given up."""
+    for name in ("SILENT_S", "ANSWER_S", "ASKED_S", "CLOSE_S"):
+        monkeypatch.setattr(f"jobsched.backends.ray.{name}", PATIENCE_S)
+    with ray_stage.alone():
+        yield
 
 
 class RayEngine(CommandEngine["RayBackend"]):
@@ -63,7 +75,7 @@ class RayEngine(CommandEngine["RayBackend"]):
     def clean_up(self) -> None:
         """Stop and forget all; what is left then is a defect."""
         home_id = self.backend.home_id
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + PATIENCE_S
         while left := [*ray_stage.actors(home_id), *ray_stage.groups(home_id), *self.processes()]:
             assert time.monotonic() < deadline, left
             keys = [LaunchKey(name.split(":")[2]) for name in ray_stage.actors(home_id)]
@@ -135,7 +147,7 @@ def test_an_actor_killed_behind_our_back_takes_its_replica_along(engine: RayEngi
     launch = on(watcher, "two", "/bin/sh", "-c", "setsid sleep 300 & exec sleep 300")
     watcher.backend.start([launch])
     watcher.running(launch.key)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     while len(engine.processes(launch.key)) < 2:
         assert time.monotonic() < deadline
     ray = ray_stage.driver()
@@ -143,7 +155,7 @@ def test_an_actor_killed_behind_our_back_takes_its_replica_along(engine: RayEngi
     end = watcher.end(launch.key)
     assert (end.exit_code, end.signal, end.failure) == (None, None, Reason.NONE), "lost: nobody saw how it ended"
     assert "ray.kill" in end.message
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     while engine.processes(launch.key):
         assert time.monotonic() < deadline, "its processes outlive it"
 
@@ -174,7 +186,7 @@ def test_a_driver_that_dies_is_replaced_and_replicas_do_not_notice(engine: RayEn
     dead = engine.backend.driver
     assert dead is not None
     dead.kill()
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + PATIENCE_S
     while engine.backend.driver is dead or not _answers(watcher):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -185,6 +197,17 @@ def test_a_driver_that_dies_is_replaced_and_replicas_do_not_notice(engine: RayEn
     lines = the_log(watcher, launch).splitlines()
     assert len(lines) > 1
     assert lines == [f"line {i}" for i in range(len(lines))]
+
+
+def _trouble(watcher: Watcher) -> str:
+    """What makes the cluster unreachable, as soon as it is."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        try:
+            watcher.look(200)
+        except BackendUnreachable as error:
+            return error.message
+    raise AssertionError("it answers")
 
 
 def _answers(watcher: Watcher) -> bool:
@@ -199,14 +222,18 @@ def test_what_others_hold_is_not_ours_and_what_we_hold_is_not_theirs(start: Star
     ray_stage.driver()
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    watcher = watch(start(bind_timeout="2s"))
+    engine = start()
+    watcher = watch(engine)
     two = watcher.sight.nodes[NodeName("two")]
     launch = on(watcher, "two", "/bin/sleep", "300", cpu_milli=500, gpus=[GpuShare(two.gpus[3].id)])
     watcher.backend.start([launch])
     watcher.running(launch.key)
+    engine.config = engine.config.model_copy(update={"bind_timeout": 2_000})
+    engine.reconnect()
+    watcher = watch(engine)
     theirs = placement_group([{"CPU": 1.5, "GPU": 2, "memory": 1 << 30}], bundle_label_selector=[{"rack": "r1"}])
     try:
-        assert theirs.wait(20)
+        assert theirs.wait(PATIENCE_S)
         watcher.until(lambda s: s.nodes[NodeName("two")].foreign.cpu_milli)
         seen = watcher.sight.nodes[NodeName("two")]
         assert (seen.foreign.cpu_milli, seen.foreign.memory_bytes) == (1_500, 1 << 30)
@@ -248,7 +275,7 @@ def test_a_gang_is_one_group_and_a_restart_takes_its_bundle_again(engine: RayEng
     watcher.backend.stop([elastic[0].key], 0)
     watcher.end(elastic[0].key)
     watcher.backend.forget([elastic[0].key])
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     while len(ray_stage.groups(engine.backend.home_id)) != 2:
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -277,7 +304,7 @@ def test_a_directory_is_copied_and_gone_afterwards(start: Start, tmp_path: Path)
     assert end.failure is Reason.START_FAILED
     assert ".jobschedignore" in end.message
     watcher.backend.forget([launch.key, large.key])
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     while place.exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -316,7 +343,7 @@ def test_no_cluster_is_unreachable_and_not_empty(tmp_path: Path) -> None:
 def test_a_node_that_dies_is_lost_with_its_replicas(engine: RayEngine) -> None:
     watcher = watch(engine)
     with ray_stage.mortal_node() as kill:
-        watcher.until(lambda s: "mortal" in s.nodes, 40)
+        watcher.until(lambda s: "mortal" in s.nodes)
         there = on(watcher, "mortal", "/bin/sleep", "300", key=a_key(index=1))
         here = on(watcher, "one", "/bin/sleep", "300")
         watcher.backend.start([here, there])
@@ -326,7 +353,7 @@ def test_a_node_that_dies_is_lost_with_its_replicas(engine: RayEngine) -> None:
         assert end.failure is Reason.NODE_LOST
         assert "mortal" not in watcher.sight.nodes
         assert watcher.sight.replicas[here.key].state is Seen.RUNNING
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE_S
         while engine.processes(there.key):
             assert time.monotonic() < deadline, "its processes outlive the node"
 
@@ -344,14 +371,13 @@ def test_a_head_that_is_restarted_is_told_at_once_and_nothing_runs_twice(tmp_pat
         watcher.running(launch.key)
         begun = time.monotonic()
         head.kill()
-        with pytest.raises(BackendUnreachable, match="does not answer"):
-            watcher.until(lambda _: False, 10)
-        assert time.monotonic() - begun < 10
+        assert "does not answer" in _trouble(watcher)
+        assert time.monotonic() - begun < AT_ONCE_S
         while engine.processes(launch.key):
-            assert time.monotonic() - begun < 20, "its processes outlive the cluster"
+            assert time.monotonic() - begun < PATIENCE_S, "its processes outlive the cluster"
             time.sleep(0.05)
         head.start(memory_usage_threshold=0.01, memory_monitor_refresh_ms=200)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE_S
         while not _answers(watcher):
             assert time.monotonic() < deadline
             time.sleep(0.1)

@@ -68,7 +68,7 @@ def test_the_table_of_commands_is_what_the_modules_say(cli: Cli) -> None:
 
 def modules_after(statement: str) -> set[str]:
     code = f"import sys\n{statement}\nprint(' '.join(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     return {name.split(".")[0] for name in done.stdout.split()}
 
 
@@ -92,22 +92,26 @@ def test_the_sdk_imports_no_server_code(statement: str) -> None:
     assert modules_after(statement).isdisjoint(set(HEAVY) - {"pydantic", "ruamel"})
 
 
-@pytest.mark.parametrize(("words", "bound_s"), [(["--help"], 0.15), (["version"], 0.4)])
-def test_commands_start_fast(words: list[str], bound_s: float, tmp_path: object) -> None:
-    """By the processor time they take, since machines of tests are busy."""
-    took = []
+@pytest.mark.parametrize(("words", "most"), [(["--help"], 11.0), (["version"], 25.0)])
+def test_commands_start_fast(words: list[str], most: float, tmp_path: object) -> None:
+    """By the processor time they take, in that of a bare interpreter: machines of tests are busy, and slow. A quiet one
+    starts an interpreter in 12 ms, help in 70 and what talks to a server in 160."""
+    took, bare = [], []
     environ = os.environ | {"JOBSCHED_HOME": str(tmp_path), "JOBSCHED_CONFIG": str(tmp_path) + "/none"}
     for _ in range(5):
         begun = _children_s()
         subprocess.run(
             [sys.executable, "-m", "jobsched.cli.main", *words],
             capture_output=True,
-            timeout=60,
+            timeout=300,
             check=True,
             env=environ,
         )
         took.append(_children_s() - begun)
-    assert min(took) < 1.5 * bound_s
+        begun = _children_s()
+        subprocess.run([sys.executable, "-c", "pass"], timeout=300, check=True)
+        bare.append(_children_s() - begun)
+    assert min(took) < most * min(bare)
 
 
 def _children_s() -> float:
@@ -198,7 +202,7 @@ def test_ctrl_c_is_130(cli: Cli, server: FakeServer) -> None:
 
 def test_a_reader_that_leaves_is_no_error() -> None:
     command = f"{sys.executable} -m jobsched.cli.main schema | head -1"
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=300)
     assert done.stdout == "{\n"
     assert "Traceback" not in done.stderr
 

@@ -21,10 +21,11 @@ import pytest
 
 from jobsched.cli.demo import clear_away
 from jobsched.client import copying, locate
+from tests.ports import held_ports, port_range
 
 pytestmark = pytest.mark.e2e
 
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 COMMAND = [sys.executable, "-m", "jobsched.cli.main"]
 SERVES = ("import http.server as h, sys; s = h.ThreadingHTTPServer(('127.0.0.1', 0), h.SimpleHTTPRequestHandler); "
           "open('port', 'w').write(str(s.server_address[1])); s.serve_forever()")
@@ -33,7 +34,8 @@ SERVES = ("import http.server as h, sys; s = h.ThreadingHTTPServer(('127.0.0.1',
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     place = tmp_path_factory.mktemp("home")
-    (place / "server.yaml").write_text('backend: {local: {virtual_nodes: [{count: 1, gpus: "sim-gpu:4"}]}}\n')
+    (place / "server.yaml").write_text('backend: {local: {virtual_nodes: [{count: 1, gpus: "sim-gpu:4"}], '
+                                       f"ports: {port_range()}}}}}\n")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("JOBSCHED_SERVER", "JOBSCHED_OUTPUT"):
             patch.delenv(name, raising=False)
@@ -61,7 +63,7 @@ def job(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         cli("submit", "--name", "reached", "--role", "worker=2", "-e", "COLOUR=blue", "--", "sh", "-c", script)
     finally:
         os.chdir(before)
-    cli("wait", "reached", "--for", "running", "--timeout", "60s")
+    cli("wait", "reached", "--for", "running", "--timeout", "120s")
     until(lambda: (place / "port").exists() and (place / "port").read_text())
     yield str(place)
     cli("cancel", "reached", "-y")
@@ -103,7 +105,7 @@ def test_exec_on_a_terminal_is_interactive(job: str) -> None:
                     break
 
     read_until(b"# " if os.getuid() == 0 else b"$ ")
-    os.write(fd, b"tty; echo in $((40 + 2)); sleep 50\r")
+    os.write(fd, b"tty; echo in $((40 + 2)); sleep 500\r")
     read_until(b"in 42")
     assert b"/dev/" in seen
     os.write(fd, b"\3echo still $((1 + 1)) here\r")  # Ctrl-C reaches the command there, not ours
@@ -226,17 +228,16 @@ def test_a_port_is_forwarded_to_loopback_only(job: str) -> None:
 
 
 def test_a_port_where_nothing_listens_is_told(job: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        closed = probe.getsockname()[1]
-    process = subprocess.Popen([*COMMAND, "port-forward", "reached", f":{closed}"], stderr=subprocess.PIPE)
-    try:
-        assert process.stderr is not None
-        local = int(process.stderr.readline().decode().split(":")[1].split()[0])
-        assert fetch(local, "") == b""
-        assert f"nothing listens on port {closed}" in process.stderr.readline().decode()
-    finally:
-        process.send_signal(2)
-        process.wait(PATIENCE_S)
+    with held_ports(1) as (closed,):
+        process = subprocess.Popen([*COMMAND, "port-forward", "reached", f":{closed}"], stderr=subprocess.PIPE)
+        try:
+            assert process.stderr is not None
+            local = int(process.stderr.readline().decode().split(":")[1].split()[0])
+            assert fetch(local, "") == b""
+            assert f"nothing listens on port {closed}" in process.stderr.readline().decode()
+        finally:
+            process.send_signal(2)
+            process.wait(PATIENCE_S)
 
 
 def fetch(port: int, path: str) -> bytes:

@@ -86,7 +86,7 @@ def dial(request: pytest.FixtureRequest) -> Iterator[Dial]:
 
     yield dial
     for thread in threads:
-        thread.join(30)
+        thread.join(120)
         assert not thread.is_alive()
     assert wrong == []
 
@@ -117,7 +117,7 @@ def test_much_goes_both_ways_at_once(dial: Dial) -> None:
     feeding = threading.Thread(target=feed)
     feeding.start()
     got = b"".join(piece[1] for piece in iter(channel.receive, None))
-    feeding.join(30)
+    feeding.join(120)
     assert channel.code == 3
     assert got == data
     channel.hang_up()
@@ -138,7 +138,7 @@ def test_nothing_in_time_and_then_the_end(dial: Dial) -> None:
     go = threading.Event()
 
     def wait(peer: Peer) -> None:
-        go.wait(30)
+        go.wait(120)
         peer.send(CloseConnection(1012))
 
     channel = dial(wait)
@@ -146,7 +146,7 @@ def test_nothing_in_time_and_then_the_end(dial: Dial) -> None:
         channel.receive(0.05)
     go.set()
     with pytest.raises(errors.Unreachable, match="ended the session"):
-        channel.receive(30)
+        channel.receive(120)
     with pytest.raises(errors.Unreachable):
         channel.send(b"late")
     channel.hang_up()
@@ -155,5 +155,5 @@ def test_nothing_in_time_and_then_the_end(dial: Dial) -> None:
 def test_a_server_that_is_gone_is_told(dial: Dial) -> None:
     channel = dial(lambda peer: None)
     with pytest.raises(errors.Unreachable):
-        channel.receive(30)
+        channel.receive(120)
     channel.hang_up()

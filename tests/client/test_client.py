@@ -71,7 +71,7 @@ def test_waiting_follows_progress_until_it_is_there() -> None:
     steps = [wire(an_answer(step=n)) for n in (1, 5, 9)]
     server = FakeServer(jobs={ID: an_answer(step=0)}, replies={"GET progress": sse([("", s) for s in steps])})
     job = client_of(server).job(ID)
-    assert job.wait(until=5, timeout=10).progress.step == 5  # type: ignore[union-attr]
+    assert job.wait(until=5, timeout=120).progress.step == 5  # type: ignore[union-attr]
     assert job.wait("running").state is Phase.RUNNING
     server.jobs[ID] = an_answer(Phase.SUCCEEDED)
     assert job.wait().state is Phase.SUCCEEDED
@@ -168,7 +168,7 @@ def call(spec: Any, **environ: str) -> int:
     import subprocess
 
     command = spec.roles["worker"].command
-    return subprocess.run(command, env={"PATH": os.environ["PATH"], **environ}, cwd="/", timeout=60).returncode
+    return subprocess.run(command, env={"PATH": os.environ["PATH"], **environ}, cwd="/", timeout=300).returncode
 
 
 @pytest.mark.e2e

@@ -18,7 +18,7 @@ def test_silence_is_told() -> None:
     gate = threading.Event()
 
     def slow() -> Iterator[str]:
-        gate.wait(10)
+        gate.wait(60)
         yield "late"
 
     items = interleave(slow(), silence_s=0.01)
@@ -51,4 +51,4 @@ def test_closing_ends_the_readers() -> None:
     items = interleave(endless())
     next(items)
     items.close()
-    assert ended.wait(10)
+    assert ended.wait(60)

@@ -127,7 +127,7 @@ def test_an_embedded_server_is_started_once_by_two_clients(
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(120)
     assert len(found) == 2
     assert found[0] == found[1]
     assert (home / "starts").read_text() == "x"

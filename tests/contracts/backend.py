@@ -22,7 +22,7 @@ from jobsched.core.launch import Launch, LaunchKey, launch_key
 from jobsched.core.node import Node
 from jobsched.core.observation import Observation, ReplicaReport, Seen, Sight
 from jobsched.core.resources import NOTHING, GpuShare, JobId, NodeName
-from jobsched.errors import Conflict
+from jobsched.errors import BackendUnreachable, Conflict
 from jobsched.ports import Backend, Ended, Output, Reach, Session, Window
 from tests.ports import held_ports
 
@@ -95,11 +95,15 @@ class Watcher:
         self.sight.fold(observation, time.monotonic_ns() // 1_000_000)
         return observation
 
-    def until(self, holds: Callable[[Sight], object], patience_s: float = PATIENCE_S) -> Sight:
-        deadline = time.monotonic() + patience_s
+    def until(self, holds: Callable[[Sight], object]) -> Sight:
+        """Look until it holds. An engine that is out of reach is asked again, as the controller does."""
+        deadline = time.monotonic() + PATIENCE_S
         while not holds(self.sight):
-            assert time.monotonic() < deadline, f"not seen in {patience_s} s: {self.sight.replicas}"
-            self.look(200)
+            assert time.monotonic() < deadline, f"not seen in {PATIENCE_S} s: {self.sight.replicas}"
+            try:
+                self.look(200)
+            except BackendUnreachable:
+                time.sleep(0.1)
         return self.sight
 
     def running(self, *keys: LaunchKey) -> list[ReplicaReport]:

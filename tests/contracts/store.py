@@ -271,7 +271,7 @@ class StoreContract:
         start = threading.Barrier(4)
 
         def write(at_ms: int) -> bool:
-            start.wait(10)
+            start.wait(120)
             return not append(store, [held("a", at_ms)], expected={JobId("a"): 1}).rejected
 
         with ThreadPoolExecutor(4) as pool:

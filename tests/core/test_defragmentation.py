@@ -135,7 +135,7 @@ def test_higher_priority_does_not_give_way() -> None:
 sizes = st.sampled_from([(1, 1, "job"), (2, 1, "job"), (1, 3, "job"), (4, 1, "job"), (1, 4, "replica")])
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(600)
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(sizes, min_size=4, max_size=12), st.lists(st.integers(0, 11), max_size=6), st.integers(2, 4))
 def test_nobody_moves_unless_the_gang_starts(

@@ -20,6 +20,7 @@ from jobsched.core.schedule import schedule
 from jobsched.sim.backend import Script
 from jobsched.spec.job import JobSpec
 from jobsched.spec.queue import QueueSpec
+from tests.benchmarks.test_limits import unit_s
 from tests.world import World, a_gpu_node, a_spec
 
 POLICY = Policy(fair=FairShare(3_600_000), backfill=Backfill())
@@ -161,7 +162,8 @@ def test_after_many_jobs_a_note_is_bounded() -> None:
     assert len(text) < 4_000_000
     noted = TypeAdapter(Recall).validate_json(text)
     again = Estimates.of(noted.estimates)
-    assert time.process_time() - began < 5
+    took = time.process_time() - began
+    assert took < 100 * unit_s()  # about eight
     again.submitted(job)
     left = estimates.curve(job).left_ms(0, 0.5)
     assert again.curve(job).left_ms(0, 0.5) == pytest.approx(left, rel=0.05)

@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from jobsched.cli.demo import clear_away
 from jobsched.client import locate
 from jobsched.client.client import Client, JobHandle
+from tests.ports import port_range
 
 JOBS = Path(__file__).parents[2] / "jobs"
-PATIENCE_S = 170.0
+PATIENCE_S = 240.0
 
 
 @pytest.fixture
@@ -22,7 +24,9 @@ def client(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.delenv(name, raising=False)
     home = tmp_path / "home"
     home.mkdir()
-    (home / "server.yaml").write_text(request.module.CONFIG)
+    config = yaml.safe_load(request.module.CONFIG)
+    config["backend"]["local"]["ports"] = port_range()
+    (home / "server.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.setenv("JOBSCHED_HOME", str(home))
     monkeypatch.setenv("JOBSCHED_CONFIG", str(home / "none.toml"))
     locate.start(home, config=home / "server.yaml")

@@ -21,11 +21,11 @@ from jobsched.wiring import Server
 from tests.backends import docker_stage
 from tests.backends.test_docker import Forbidding
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400), docker_stage.needs_docker]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1_200), docker_stage.needs_docker]
 
 PATIENCE_S = 120.0
-TOLD_S = 10.0
-"""How soon people must know why."""
+TOLD_S = 60.0
+"""How soon people must know why, on a machine that others use: it takes two or three seconds on a quiet one."""
 ALONE = """
 import fcntl, os, time
 place = os.environ["JOBSCHED_CHECKPOINT_DIR"]

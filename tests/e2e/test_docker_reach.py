@@ -19,7 +19,7 @@ from jobsched.client import locate
 from jobsched.client.client import Client
 from tests.backends import docker_stage
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300), docker_stage.needs_docker]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1_200), docker_stage.needs_docker]
 
 PATIENCE_S = 120.0
 COMMAND = [sys.executable, "-m", "jobsched.cli.main"]

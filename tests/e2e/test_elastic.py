@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -35,15 +36,17 @@ def trains_with(count: int, step: int) -> Callable[[JobHandle], bool]:
     return holds
 
 
-@pytest.mark.timeout(600)
-def test_an_elastic_job_shrinks_for_an_urgent_one_after_saving_and_grows_back(client: Client) -> None:
+@pytest.mark.timeout(1_200)
+def test_an_elastic_job_shrinks_for_an_urgent_one_after_saving_and_grows_back(client: Client, tmp_path: Path) -> None:
     filler = {"command": ["sleep", "3600"], "gpu": "any:7", "cpu": "100m", "replicas": 4}
     fill = client.submit({"name": "fill", "roles": {"worker": filler}})
     assert isinstance(fill, JobHandle)
     fill.wait(until="running", timeout=PATIENCE_S)
     spec = load_job_file(JOBS / "digits_ddp" / "job.yaml").model_dump(mode="json")
     # Time that grows with a replica's share of the batch stands for work: more replicas are faster, as on real GPUs.
-    command = [sys.executable, "digits_ddp/train.py", "--epochs", "12", "--sample-ms", "10"]
+    # It goes on with that until it has given way and grown back, however long that takes.
+    grown = tmp_path / "grown"
+    command = [sys.executable, "digits_ddp/train.py", "--epochs", "60", "--sample-ms", "10", "--slow-until", str(grown)]
     spec["roles"]["worker"] |= {"command": command, "replicas": {"min": 2, "max": 4, "prefer": 4}}
     digits = client.submit(spec)
     assert isinstance(digits, JobHandle)
@@ -55,6 +58,7 @@ def test_an_elastic_job_shrinks_for_an_urgent_one_after_saving_and_grows_back(cl
     urgent.wait(until="succeeded", timeout=PATIENCE_S)
     assert digits.refresh().state is Phase.RUNNING
     until(digits, trains_with(4, step=20))
+    grown.touch()
     digits.wait(until="succeeded", timeout=PATIENCE_S)  # the job itself checks accuracy and every epoch's samples
 
     kinds = [stored.event for stored in digits.events()]

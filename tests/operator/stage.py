@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,9 +13,10 @@ from jobsched.cli.demo import clear_away
 from jobsched.load import load_server_config
 from jobsched.spec.backends import KubernetesBackend
 from jobsched.wiring import Server
+from tests.ports import port_range
 
 Json = dict[str, Any]
-PATIENCE_S = 90.0
+PATIENCE_S = 240.0
 JOBS = "/apis/jobsched.dev/v1alpha1/namespaces/default/trainingjobs"
 QUEUES = "/apis/jobsched.dev/v1alpha1/namespaces/default/trainingqueues"
 
@@ -24,10 +24,9 @@ QUEUES = "/apis/jobsched.dev/v1alpha1/namespaces/default/trainingqueues"
 @contextmanager
 def serving(home: Path, kubeconfig: str, **fields: object) -> Iterator[Server]:
     """A server with two virtual nodes of four simulated GPUs each."""
-    first = 20_000 + os.getpid() % 60 * 200
     config = load_server_config({
         "home": str(home), "timers": {"longest_wait": "200ms"},
-        "backend": {"local": {"virtual_nodes": [{"count": 2, "gpus": "sim-gpu:4"}], "ports": f"{first}-{first + 199}"}},
+        "backend": {"local": {"virtual_nodes": [{"count": 2, "gpus": "sim-gpu:4"}], "ports": port_range()}},
         "kubernetes_objects": {"kubeconfig": kubeconfig, "namespace": "default", "directory": str(home)},
     } | fields)  # fmt: skip
     with Server(config) as server:

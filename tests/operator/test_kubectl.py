@@ -17,7 +17,7 @@ from tests.operator.stage import cleared, serving, until
 
 __all__ = ["cluster"]
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1_500)]
 EXAMPLE = ROOT / "jobs" / "digits_ddp"
 
 
@@ -43,7 +43,7 @@ def field(kubectl: Kubectl, path: str, name: str = "digits-ddp") -> str:
 def test_apply_get_describe_wait_scale_edit_delete(cluster: Kubectl, server: str) -> None:
     kubectl = cluster
     kubectl("apply", "-f", "-", given=example())
-    kubectl("wait", "tj/digits-ddp", "--for=condition=Running", "--timeout=120s")
+    kubectl("wait", "tj/digits-ddp", "--for=condition=Running", "--timeout=300s")
 
     header, row = kubectl("get", "trainingjobs").splitlines()
     assert header.split() == ["NAME", "PHASE", "REASON", "READY", "QUEUE", "AGE"]
@@ -58,20 +58,20 @@ def test_apply_get_describe_wait_scale_edit_delete(cluster: Kubectl, server: str
     assert "greater than or equal to 1" in kubectl.run("scale", "tj/digits-ddp", "--replicas=0").stderr
 
     kubectl("scale", "tj/digits-ddp", "--replicas=9")  # the subresource knows no bounds, the operator does
-    kubectl("wait", "tj/digits-ddp", "--for=condition=Accepted=false", "--timeout=60s")
+    kubectl("wait", "tj/digits-ddp", "--for=condition=Accepted=false", "--timeout=300s")
     described = kubectl("describe", "tj", "digits-ddp")
     assert "role 'worker' can have 2..4" in described
     assert "EditRefused" in described
     assert "every replica runs" in described, "events are told"
     kubectl("scale", "tj/digits-ddp", "--replicas=2")
-    kubectl("wait", "tj/digits-ddp", "--for=condition=Accepted", "--timeout=60s")
+    kubectl("wait", "tj/digits-ddp", "--for=condition=Accepted", "--timeout=300s")
     until(lambda: field(kubectl, ".status.ready") == "2/2", lambda: field(kubectl, ".status"))
 
     kubectl("patch", "tj/digits-ddp", "--type=merge", "-p", '{"spec":{"priority":5}}')
     until(lambda: field(kubectl, ".status.priority") == "5")
     assert field(kubectl, ".status.attempt") == "1"
 
-    kubectl("delete", "tj/digits-ddp", "--timeout=90s")
+    kubectl("delete", "tj/digits-ddp", "--timeout=300s")
     assert "NotFound" in kubectl.run("get", "tj", "digits-ddp").stderr
 
 
@@ -79,6 +79,6 @@ def test_apply_get_describe_wait_scale_edit_delete(cluster: Kubectl, server: str
 def test_the_example_trains_to_its_end(cluster: Kubectl, server: str) -> None:
     kubectl = cluster
     kubectl("apply", "-f", "-", given=example())
-    kubectl("wait", "tj/digits-ddp", "--for=condition=Complete", "--timeout=240s")
+    kubectl("wait", "tj/digits-ddp", "--for=condition=Complete", "--timeout=300s")
     assert field(kubectl, ".status.phase") == "SUCCEEDED"
-    kubectl("delete", "tj/digits-ddp", "--timeout=60s")
+    kubectl("delete", "tj/digits-ddp", "--timeout=300s")

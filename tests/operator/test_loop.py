@@ -31,7 +31,7 @@ def kubeconfig(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     with api_server() as found:
         kubectl = Kubectl(found)
         kubectl("apply", "--server-side", "-f", str(MANIFESTS / "base" / "crds.yaml"))
-        kubectl("wait", "--for=condition=Established", "--timeout=60s", "crd/trainingjobs.jobsched.dev",
+        kubectl("wait", "--for=condition=Established", "--timeout=240s", "crd/trainingjobs.jobsched.dev",
                 "crd/trainingqueues.jobsched.dev")
         yield found
 
@@ -111,7 +111,7 @@ def test_an_edit_in_place_and_one_that_starts_anew(objects: Objects) -> None:
     objects.edit("edited", {"env": {"A": "1"}})
     until(lambda: objects.status("edited").get("attempt") == 2 and objects.status("edited")["phase"] == "RUNNING",
           lambda: str(objects.status("edited")))
-    assert objects.status("edited")["ready"] == "3/3"
+    until(lambda: objects.status("edited").get("ready") == "3/3", lambda: str(objects.status("edited")))
     objects.delete("edited")
     until(lambda: objects.get("edited") is None)
 

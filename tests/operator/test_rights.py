@@ -22,7 +22,7 @@ from tests.operator.stage import cleared, serving, until
 
 __all__ = ["cluster"]
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1_200)]
 Json = dict[str, Any]
 NODE = "rights-node"
 PODS = "/api/v1/namespaces/jobsched/pods"
@@ -140,8 +140,8 @@ def test_a_job_runs_with_these_rights_alone(cluster: Kubectl, limited: str, tmp_
             assert len(services.split()) == 1
             kubelet.done.set()
             until(lambda: status("phase") == "SUCCEEDED", lambda: status("conditions"))
-            events = kubectl("get", "events", "-n", "jobsched", "-o", "jsonpath={.items[*].reason}")
-            assert "AttemptStarted" in events
-            kubectl("delete", "tj", "rights", "-n", "jobsched", "--timeout=60s")
+            until(lambda: "AttemptStarted" in kubectl(
+                "get", "events", "-n", "jobsched", "-o", "jsonpath={.items[*].reason}"))
+            kubectl("delete", "tj", "rights", "-n", "jobsched", "--timeout=240s")
     finally:
         cleared(home)

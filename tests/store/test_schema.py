@@ -115,4 +115,4 @@ def test_alembic_is_not_imported_when_there_is_nothing_to_migrate(url: str) -> N
         "import sys; from jobsched.store.sql import SqlStore; SqlStore(sys.argv[1]).close();"
         "sys.exit('alembic' in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", program, url], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program, url], check=True, timeout=300)

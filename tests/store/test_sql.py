@@ -126,18 +126,18 @@ class TestSqlite(SqlStoreContract):
         def counted(self: SqlStore, appends: list[sql._Append]) -> None:
             commits.append(len(appends))
             entered.set()
-            assert go_on.wait(30)
+            assert go_on.wait(120)
             plain(self, appends)
 
         monkeypatch.setattr(SqlStore, "_commit", counted)
         with ThreadPoolExecutor(8) as pool:
             first = pool.submit(store.append, [held("a")])
-            assert entered.wait(30)
+            assert entered.wait(120)
             rest = [pool.submit(store.append, [held("a", i)]) for i in range(7)]
             while len(store._waiting) < 7:
                 assert not any(r.done() for r in rest)
             go_on.set()
-            assert sorted(r.result(30).stored[0].seq for r in (first, *rest)) == list(range(2, 10))
+            assert sorted(r.result(120).stored[0].seq for r in (first, *rest)) == list(range(2, 10))
         assert commits == [1, 7]
 
     def test_an_interrupted_waiter_leaves_the_others_a_leader(
@@ -149,7 +149,7 @@ class TestSqlite(SqlStoreContract):
 
         def slow(self: SqlStore, appends: list[sql._Append]) -> None:
             entered.set()
-            assert go_on.wait(30)
+            assert go_on.wait(120)
             plain(self, appends)
 
         def interrupt() -> None:
@@ -162,13 +162,13 @@ class TestSqlite(SqlStoreContract):
         request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
         with ThreadPoolExecutor(2) as pool:
             first = pool.submit(store.append, [held("a", 1)])
-            assert entered.wait(30)
+            assert entered.wait(120)
             interrupted = pool.submit(interrupt)
             with pytest.raises(KeyboardInterrupt):
                 store.append([held("a", 2)])
-            interrupted.result(30)
+            interrupted.result(120)
             go_on.set()
-            assert first.result(30).stored[0].seq == 2
+            assert first.result(120).stored[0].seq == 2
         assert store.append([held("a", 3)]).stored[0].seq == 3
         assert not store._led
         assert_consistent(store)
@@ -325,7 +325,7 @@ class TestSqlite(SqlStoreContract):
             finally:
                 child.send_signal(signal.SIGKILL)
                 rest = child.stdout.read().split(b"\n")[:-1]
-                child.wait(10)
+                child.wait(120)
             acknowledged = max([acknowledged, *map(int, rest)])
             store = make()
             assert store.last_seq() >= acknowledged
@@ -342,7 +342,7 @@ class TestSqlite(SqlStoreContract):
             for _ in range(3)
         ]
         for child in children:
-            out, err = child.communicate(timeout=60)
+            out, err = child.communicate(timeout=300)
             assert (out, child.returncode) == (b"0\n", 0), err.decode()
         make().append([submitted("a")])
 
