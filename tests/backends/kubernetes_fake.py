@@ -380,7 +380,7 @@ class FakeCluster:
         reader.start()
         code = process.popen.wait()
         self._kill_all(process)
-        reader.join(5)
+        reader.join(120)
         process.ended = process.whole = True
         status = 128 - code if code < 0 else code
         while node in self.dead and not self._closing.is_set():  # nobody tells
@@ -786,7 +786,7 @@ def _handler(cluster: FakeCluster) -> type[BaseHTTPRequestHandler]:
                 giver.start()
             code = started.wait()
             for giver in givers:
-                giver.join(5.0)
+                giver.join(60.0)
             return code if code >= 0 else 128 - code
 
         def _forward(self, namespace: str, name: str, port: int) -> None:

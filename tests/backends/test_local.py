@@ -377,6 +377,23 @@ def warm(tmp_path: Path) -> Iterator[tuple[LocalEngine, Watcher]]:
     engine.backend.quit_supervisor(kill=True)
 
 
+def test_a_supervisor_that_falls_silent_while_it_is_called_is_unreachable(
+    engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = client.Line.ask
+
+    def silent(line: client.Line, message: dict[str, object]) -> dict[str, object]:
+        if message["do"] == "warm":
+            raise TimeoutError("timed out")
+        return original(line, message)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client.Line, "ask", silent)
+        engine.warm = ("decimal",)
+        with pytest.raises(BackendUnreachable, match="does not answer"):
+            engine.connect()
+
+
 COMPARED = """
 import __main__, json, os, random, signal, sys
 print(json.dumps({

@@ -13,11 +13,12 @@ from jobsched.client import locate, settings
 from jobsched.errors import ConfigError, NotFound, Unreachable
 
 STAND_IN = """
-import http.server, json, os, pathlib, sys
+import http.server, json, os, pathlib, sys, time
 home = pathlib.Path(os.environ["JOBSCHED_HOME"])
 with (home / "starts").open("a") as out: out.write("x")
 class Health(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
+        while (home / "busy").exists(): time.sleep(0.05)
         self.send_response(200); self.end_headers(); self.wfile.write(b"{}")
     def log_message(self, *a): pass
 server = http.server.HTTPServer(("127.0.0.1", 0), Health)
@@ -134,6 +135,17 @@ def test_an_embedded_server_is_started_once_by_two_clients(
     assert len(said) == 1
     assert f"pid {stand_in[0].pid}" in said[0]
     assert "jobsched server stop" in said[0]
+
+
+@pytest.mark.e2e
+def test_a_server_that_answers_late_is_not_started_a_second_time(
+    home: Path, stand_in: list[subprocess.Popen[bytes]]
+) -> None:
+    first = locate.start(home)
+    (home / "busy").touch()
+    threading.Timer(2.5, (home / "busy").unlink).start()
+    assert locate.start(home) == first
+    assert (home / "starts").read_text() == "x"
 
 
 @pytest.mark.e2e

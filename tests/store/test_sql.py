@@ -173,6 +173,34 @@ class TestSqlite(SqlStoreContract):
         assert not store._led
         assert_consistent(store)
 
+    def test_an_interrupt_as_one_queues_up_leaves_nobody_waiting(
+        self, store: SqlStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store.append([submitted("a")])
+
+        class Gate:
+            """Ctrl-C comes just as it is left."""
+
+            def __init__(self) -> None:
+                self.lock, self.left = threading.Lock(), 0
+
+            def __enter__(self) -> None:
+                self.lock.acquire()
+
+            def __exit__(self, *_: object) -> None:
+                self.lock.release()
+                self.left += 1
+                if self.left == 1:
+                    raise KeyboardInterrupt
+
+        monkeypatch.setattr(store, "_gate", Gate())
+        with pytest.raises(KeyboardInterrupt):
+            store.append([held("a", 1)])
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(store.append, [held("a", 2)]).result(120).stored[0].seq == 2
+        assert not store._led
+        assert_consistent(store)
+
     def test_a_mistake_in_one_append_is_its_callers_alone(
         self, store: SqlStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
