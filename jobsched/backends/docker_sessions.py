@@ -21,7 +21,7 @@ from jobsched.ports import Ended, Output, Window
 
 HEADER = struct.Struct(">BxxxL")
 STDERR = 2
-CODE_S = 5.0
+CODE_S = 30.0
 """Longest wait for the exit code of a command whose output has ended."""
 RETRY_S = 0.05
 LOST = 137

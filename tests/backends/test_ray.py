@@ -234,7 +234,7 @@ def test_what_others_hold_is_not_ours_and_what_we_hold_is_not_theirs(start: Star
     theirs = placement_group([{"CPU": 1.5, "GPU": 2, "memory": 1 << 30}], bundle_label_selector=[{"rack": "r1"}])
     try:
         assert theirs.wait(PATIENCE_S)
-        watcher.until(lambda s: s.nodes[NodeName("two")].foreign.cpu_milli)
+        watcher.until(lambda s: s.nodes[NodeName("two")].foreign.cpu_milli == 1_500)
         seen = watcher.sight.nodes[NodeName("two")]
         assert (seen.foreign.cpu_milli, seen.foreign.memory_bytes) == (1_500, 1 << 30)
         assert [share.gpu for share in seen.foreign_gpus] == [gpu.id for gpu in two.gpus[1:3]], "not the one we use"

@@ -139,8 +139,9 @@ def test_an_embedded_server_is_started_once_by_two_clients(
 
 @pytest.mark.e2e
 def test_a_server_that_answers_late_is_not_started_a_second_time(
-    home: Path, stand_in: list[subprocess.Popen[bytes]]
+    home: Path, stand_in: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(locate, "HEALTH_S", 8 * locate.HEALTH_S)
     first = locate.start(home)
     (home / "busy").touch()
     threading.Timer(2.5, (home / "busy").unlink).start()

@@ -563,4 +563,4 @@ class StoreContract:
                     append(store, [held("a", i)])
             finally:
                 done.set()
-            assert [r.result(30) for r in readers] == [list(range(1, 62))] * 2
+            assert [r.result(120) for r in readers] == [list(range(1, 62))] * 2
