@@ -48,6 +48,7 @@ def test_an_elastic_job_shrinks_for_an_urgent_one_after_saving_and_grows_back(cl
     grown = tmp_path / "grown"
     command = [sys.executable, "digits_ddp/train.py", "--epochs", "60", "--sample-ms", "10", "--slow-until", str(grown)]
     spec["roles"]["worker"] |= {"command": command, "replicas": {"min": 2, "max": 4, "prefer": 4}}
+    spec["checkpoint"]["grace"] = "2m"
     digits = client.submit(spec)
     assert isinstance(digits, JobHandle)
     until(digits, trains_with(4, step=10))

@@ -65,6 +65,7 @@ def test_a_gang_starts_as_promised_and_an_elastic_job_gives_way_to_an_urgent_one
     spec = load_job_file(JOBS / "digits_ddp" / "job.yaml").model_dump(mode="json")
     command = [sys.executable, "digits_ddp/train.py", "--epochs", "2000", "--sample-ms", "10"]
     spec["roles"]["worker"] |= {"command": command, "replicas": {"min": 2, "max": 4, "prefer": 4}}
+    spec["checkpoint"]["grace"] = "2m"
     digits = client.submit({**spec, "name": "digits", "queue": "vision"})
     assert isinstance(digits, JobHandle)
     until(digits, trains_with(4, step=5))
