@@ -6,6 +6,7 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -173,9 +174,11 @@ def test_run_shows_logs_and_ends_with_one_json_object(cli: Cli, server: FakeServ
 def test_run_says_when_a_waiting_job_starts(
     cli: Cli, server: FakeServer, job_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobsched.cli.attach.ASK_S", (0.0, 30.0))
+    now_s = time.time()
+    monkeypatch.setattr("jobsched.cli.attach.ASK_S", (0.0, 3_600.0))
+    monkeypatch.setattr("jobsched.cli.attach.time", SimpleNamespace(time=lambda: now_s, monotonic=time.monotonic))
     waits = an_answer(Phase.QUEUED, verdict=a_verdict())
-    starts = replace(a_verdict(), starts_before_ms=int(time.time() * 1_000) + 600_500)
+    starts = replace(a_verdict(), starts_before_ms=int(now_s * 1_000) + 600_500)
     server.replies[f"GET jobs/{ID}/why"] = wire(WhyAnswer(waits.job, "waits", starts))
     server.replies["GET progress"] = sse([("", wire(waits))])
     server.jobs[ID] = an_answer(Phase.SUCCEEDED)
