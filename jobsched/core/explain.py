@@ -125,7 +125,10 @@ def starting(when: Forecast, now_ms: int) -> str:
     early, late = moment(when.after_ms, now_ms), moment(when.before_ms, now_ms)
     if when.before_ms - now_ms < 1_000:
         return "now"
-    if when.by == ("limit",):
+    if when.by == ("leaving",):
+        within = _in(when.before_ms, when.before_ms, now_ms).replace("in ", "in at most ", 1)
+        return f"{within}, once those who leave have saved"
+    if "limit" in when.by and {"limit", "leaving"}.issuperset(when.by):
         within = _in(when.before_ms, when.before_ms, now_ms)
         return f"by {late} ({within}), if those before it use up their time limits"
     within = _in(when.after_ms, when.before_ms, now_ms)

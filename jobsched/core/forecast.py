@@ -1,8 +1,9 @@
 """When a waiting job starts: the real passes on a copy of the cluster, from the end of one job to the next.
 
 Asked by `why` and `plan`, on the thread of whoever asks. Run times are those of `policies.estimate`; when nobody can
-tell how long a job runs that stands in the way, neither can this, and it says which job that is. Jobs that are yet to
-be submitted, nodes that come and failures are not foreseen. Bounded by `AHEAD` jobs that go first, `ENDS` ends.
+tell how long a job runs that stands in the way, neither can this, and it says which job that is. Who leaves may be gone
+at once, or take all the time that it has to save. Jobs that are yet to be submitted, nodes that come and failures are
+not foreseen. Bounded by `AHEAD` jobs that go first, `ENDS` ends.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from itertools import islice
 
 from jobsched.core import events as ev
 from jobsched.core.cluster import Cluster
+from jobsched.core.converge import stop_grace_ms
 from jobsched.core.job import Job, Outcome, Phase, Reason, ReplicaState
 from jobsched.core.lines import LineKey, Place
 from jobsched.core.passes import Policy
 from jobsched.core.plan import Forecast
 from jobsched.core.policies.ordering import Ordering, OrderKey, multifactor
-from jobsched.core.rehearsal import Picture, carry_out, picture_of
+from jobsched.core.rehearsal import Picture, picture_of
 from jobsched.core.resources import JobId
 from jobsched.core.schedule import schedule
 
@@ -113,19 +115,21 @@ class _Play:
         self._twin, self._job_id, self._now_ms, self._policy, self._quantile = twin, job_id, now_ms, policy, quantile
         self._ends: list[tuple[int, JobId, int]] = []
         """Heap of (when, job, attempt)."""
+        self._leaves: dict[JobId, int] = {}
+        """Jobs that leave, or some replicas of theirs, and when they are gone."""
         self._endless: dict[JobId, None] = {}
         """Jobs of which nobody can tell when they end."""
-        self._moved_ms = now_ms
-        """When something last was decided or ended."""
+        self._began_ms, self._moved_ms = now_ms, now_ms
+        """When the play began, and when something last was decided or ended in it."""
         self.started_ms = 0
         self.by: dict[str, None] = {}
         self.why_not = ""
 
     def run(self) -> None:
         twin, looks = self._twin, 0
-        self._settle()
+        self._see_off()
         for job in list(twin.jobs.values()):
-            if job.phase.active:
+            if job.phase.runs:
                 self._expect(job)
         for _ in range(ENDS):
             if self._pass():
@@ -139,11 +143,23 @@ class _Play:
                 return
         self.why_not = "too many jobs run and end before it"
 
-    def _settle(self) -> None:
-        """As if everybody who leaves had left."""
-        twin, now_ms = self._twin, self._now_ms
+    def _see_off(self) -> None:
+        """Who leaves is gone at once where that is as likely as not; to be sure, at the end of its grace."""
+        twin, now_ms, known = self._twin, self._now_ms, self._leaves
+        self._leaves = {}
         for job_id in list(twin.leaving):
-            job = twin.jobs[job_id]
+            job, gone_ms = twin.jobs[job_id], now_ms
+            if self._quantile > LIKELY:
+                if job.phase is Phase.STOPPING:
+                    gone_ms = job.phase_since_ms + stop_grace_ms(job)
+                else:
+                    gone_ms = known.get(job_id, now_ms + job.spec.checkpoint.grace)
+            if gone_ms > now_ms:
+                self._leaves[job_id] = gone_ms
+                continue
+            if gone_ms > self._began_ms:
+                self.by["leaving"] = None
+            self._moved_ms = now_ms
             gone = tuple(r.id for r in job.replicas.values() if r.state is ReplicaState.STOPPING)
             if job.phase is Phase.STOPPING:
                 assert job.outcome is not None
@@ -165,7 +181,9 @@ class _Play:
             decisions = schedule(twin, self._now_ms, self._policy).decisions
             if decisions:
                 self._moved_ms = self._now_ms
-            carry_out(twin, decisions, self._now_ms)
+            for decision in decisions:
+                twin.evolve(decision)
+            self._see_off()
             for decision in decisions:
                 if isinstance(decision, ev.AttemptPlaced):
                     if decision.job_id == self._job_id:
@@ -187,9 +205,10 @@ class _Play:
             heapq.heappop(self._ends)
         if self._ends:
             instants.append(self._ends[0][0])
+        instants += self._leaves.values()
         # With nobody left to end, windows of budgets that turn change something once, and not again.
         turning = twin.window_ms and twin.next_pass_ms <= self._moved_ms + twin.quotas.longest_window_ms
-        if twin.next_pass_ms > self._now_ms and (self._ends or turning or twin.ripening):
+        if twin.next_pass_ms > self._now_ms and (self._ends or self._leaves or turning or twin.ripening):
             instants.append(twin.next_pass_ms)
         if twin.parked:
             instants.append(max(twin.parked[0][0], self._now_ms + 1))
@@ -200,11 +219,12 @@ class _Play:
             _, job_id, attempt = heapq.heappop(self._ends)
             if self._runs(job_id, attempt):
                 self._end(twin.jobs[job_id])
+        self._see_off()
         return True
 
     def _runs(self, job_id: JobId, attempt: int) -> bool:
         job = self._twin.jobs.get(job_id)
-        return job is not None and job.phase.active and job.attempt == attempt
+        return job is not None and job.phase.runs and job.attempt == attempt
 
     def _end(self, job: Job) -> None:
         twin, now_ms = self._twin, self._now_ms

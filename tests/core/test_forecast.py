@@ -168,7 +168,35 @@ def test_an_urgent_job_starts_when_others_have_made_room() -> None:
     world.clock.advance_to(world.clock.now_ms() + 5_000)
     urgent = world.submit(a_worker(name="urgent", priority=10))
     world.tick(1)
-    assert told(world, urgent)[0].before_ms <= world.clock.now_ms() + 60_000
+    found, _ = told(world, urgent)
+    assert world.clock.now_ms() < found.after_ms <= world.clock.now_ms() + 60_000
+    assert found.before_ms == found.after_ms + world.job(urgent).spec.checkpoint.grace  # low may take so long to save
+
+
+def test_who_leaves_may_take_all_its_grace() -> None:
+    """Saving takes 20 s here, and may take 45: a first and a second claimant are told so, and a third who stays."""
+    world = World(gpus=4, nodes=1, scripts=lambda _: Script(run_ms=3_000_000, save_ms=20_000))
+    world.boot(POLICY)
+    low = world.submit(a_worker(name="low", checkpoint={"grace": "45s"}))
+    world.tick(3)
+    world.clock.advance_to(world.clock.now_ms() + 300_000)
+    first = world.submit(a_worker(gpu="any:2", name="first", priority=10))
+    begun_ms = world.clock.now_ms()
+    world.tick(1)
+    assert world.job(low).phase is Phase.STOPPING
+    second = world.submit(a_worker(gpu="any:2", name="second", priority=10))
+    third = world.submit(a_worker(gpu="any:2", name="third", priority=10))
+    world.clock.advance_to(begun_ms + 5_000)
+    world.tick(1)
+    for claimant in (first, second):
+        found, words = told(world, claimant)
+        assert found.after_ms == world.clock.now_ms()
+        assert found.before_ms == pytest.approx(begun_ms + 45_000, abs=100)
+        assert words == "in at most 40 s, once those who leave have saved"
+    assert told(world, third)[1].startswith("nobody can tell: first, second may run for ever")
+    world.clock.advance_to(begun_ms + 20_000)
+    world.tick(3)
+    assert [world.job(each).phase.runs for each in (first, second, third)] == [True, True, False]
 
 
 def test_one_that_is_held_is_not_promised_anything() -> None:
@@ -184,6 +212,9 @@ def test_one_that_is_held_is_not_promised_anything() -> None:
     ("found", "words"),
     [
         (Forecast(36_000_000, 36_000_500, ("like",)), "now"),
+        (Forecast(36_000_000, 36_030_000, ("leaving",)), "in at most 30 s, once those who leave have saved"),
+        (Forecast(36_900_000, 36_930_000, ("limit", "leaving")),
+         "by 10:15 UTC (in 16 min), if those before it use up their time limits"),
         (Forecast(36_900_000, 36_900_000, ("progress",)), "about 10:15 UTC (in 15 min)"),
         (Forecast(36_300_000, 37_200_000, ("like",)), "between 10:05 and 10:20 UTC (p50/p90; in 5 to 20 min)"),
         (Forecast(36_000_000 + 2 * 86_400_000, 36_000_000 + 3 * 86_400_000, ("like",)),
