@@ -458,17 +458,14 @@ class Cluster:
             self._leave_crowd(job_id)
             self._join_crowd(after, known.shape)
             return
-        key = self._known[job_id].crowd
-        if before.phase is not phase:
-            if not phase.active:
-                self.crowds[key].active.pop(job_id, None)
-            else:
-                self.crowds[key].active[job_id] = None
-                if phase is not Phase.RUNNING and _same_wishes(before, after):
-                    return  # its turn may end by itself only while it runs
-        elif phase.active and _same_wishes(before, after):
-            return
-        self.stirred[key] = None
+        key, enters = self._known[job_id].crowd, before.phase is not phase
+        if not phase.active:
+            self.crowds[key].active.pop(job_id, None)
+        elif not before.phase.active:
+            self.crowds[key].active[job_id] = None
+        turns = not phase.active or (enters and phase is Phase.RUNNING)  # its turn may end by itself only while it runs
+        if turns or not _same_wishes(before, after):
+            self.stirred[key] = None
 
     def _join_crowd(self, job: Job, shape: Shape) -> None:
         key = pool_key(shape)

@@ -49,17 +49,11 @@ def converge(
     actions: list[Action] = []
     for job_id in job_ids:
         job = cluster.jobs.get(job_id)
-        if job is None or not job.phase.active:
-            actions += _clear(sight, job_id)
-        else:
+        if job is not None and job.phase.active:
             actions += _job(cluster, sight, job, now_ms, addresses)
+        elif known := sight.by_job.get(job_id):  # nothing of it should exist
+            actions += _end(sight, sorted(known))
     return actions
-
-
-def _clear(sight: Sight, job_id: JobId) -> list[Action]:
-    """Nothing of this job should exist."""
-    known = sight.by_job.get(job_id)
-    return _end(sight, sorted(known)) if known else []
 
 
 def _end(sight: Sight, keys: Sequence[LaunchKey]) -> list[Action]:

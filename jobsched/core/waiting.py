@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -23,10 +23,12 @@ BEHIND = 50
 """Jobs looked at in a pass behind those that only a reservation keeps from starting."""
 
 
-def start_waiting(run: Pass, lines: Iterable[Line]) -> None:
+def start_waiting(run: Pass, lines: Sequence[Line]) -> None:
     """Start the jobs of these lines, best first."""
     cluster, policy = run.cluster, run.policy
     heads, claims, looks = Heads(run, lines), run.claims, BEHIND
+    going = {line.key.queue for line in lines} if policy.strict else set()
+    """Where the first who does not fit stops his queue: those that are not stopped yet."""
     while not run.full and (head := heads.pop()) is not None:
         key, line, at = head
         place = line.places[at]
@@ -65,6 +67,9 @@ def start_waiting(run: Pass, lines: Iterable[Line]) -> None:
             _reserve(run, policy.backfill, job, shape, key)
         if policy.strict:
             cluster.lines.stuck[line.key.queue] = line
+            going.discard(line.key.queue)
+            if not going:
+                break
     run.room.leave()
     run.guard.let_go()
 
