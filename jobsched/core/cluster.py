@@ -699,7 +699,7 @@ def _same_wishes(one: Job, other: Job) -> bool:
 
 def _makes_room(job: Job) -> tuple[JobId, ...] | None:
     """The jobs for which it, or some of it, is leaving; None: nothing leaves."""
-    if job.phase is Phase.STOPPING and job.outcome is not None:
+    if job.outcome is not None:
         found = [job.outcome.for_job, *job.outcome.also_for]
     elif job.phase.runs and (leaving := [r for r in job.replicas.values() if r.state is ReplicaState.STOPPING]):
         found = [replica.for_job for replica in leaving]

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from jobsched.contract import ReplicaEnv
 from jobsched.core.cluster import Cluster
-from jobsched.core.job import Binding, FailureClass, Job, Phase, Reason, Replica, ReplicaId, ReplicaState
+from jobsched.core.job import Binding, FailureClass, Job, Reason, Replica, ReplicaId, ReplicaState
 from jobsched.core.judge import ranks
 from jobsched.core.launch import Action, AskStacks, Forget, Launch, LaunchKey, Start, Stop, launch_key
 from jobsched.core.observation import Sight
@@ -81,7 +81,7 @@ def _job(cluster: Cluster, sight: Sight, job: Job, now_ms: int, addresses: Addre
         actions += _end(sight, sorted(surplus))
     if released := tuple([k for k in leaving if sight.alive(k)]) if leaving else ():
         actions.append(Stop(released, job.spec.checkpoint.grace))
-    if job.phase is Phase.STOPPING:
+    if job.outcome is not None:
         if alive := tuple([k for k in desired if sight.alive(k)]):
             actions.append(Stop(alive, stop_grace_ms(job)))
         return actions

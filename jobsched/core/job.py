@@ -254,6 +254,7 @@ class Job:
     replicas: Mapping[ReplicaId, Replica] = field(default_factory=dict)
     """Of the current attempt; empty when QUEUED or terminal."""
     outcome: Outcome | None = None
+    """Where it goes, while it is STOPPING."""
     cause: Cause | None = None
     """Root cause of the last attempt that failed, or of the end."""
     checkpoint: CheckpointMark | None = None

@@ -112,11 +112,11 @@ class _Court:
     def rules(self) -> Iterator[ev.JobEvent]:
         """What each rule finds, in turn; whoever asks applies it to `job` before the next."""
         job = self.job
-        if job.phase is Phase.QUEUED:
+        if not job.phase.active:
             if job.cancel_by or job.waiting_for or job.spec.queue_deadline:
                 yield from self._queued()
             return
-        if job.cancel_by or job.stop_wish is not Reason.NONE or job.wanted or self.cluster.fleet.cordoned:
+        if job.cancel_by or job.stop_wish or job.wanted or self.cluster.fleet.cordoned:
             yield from self._wishes()
         seen = self._seen()
         if self.sight.beat_at_ms:
@@ -135,8 +135,7 @@ class _Court:
         if released := self._released():
             yield released
         job = self.job
-        if job.phase is Phase.STOPPING and all(map(self._gone, job.replicas.values())):
-            assert job.outcome is not None
+        if job.outcome is not None and all(map(self._gone, job.replicas.values())):
             yield ev.AttemptEnded(self.now_ms, job.id, job.attempt, job.outcome.phase)
 
     # ---- waiting ----

@@ -122,8 +122,6 @@ class Sight:
     nodes: dict[NodeName, Node] = field(default_factory=dict)
     step_at_ms: dict[LaunchKey, int] = field(default_factory=dict)
     beat_at_ms: dict[LaunchKey, int] = field(default_factory=dict)
-    running_at_ms: dict[LaunchKey, int] = field(default_factory=dict)
-    """When a replica was first seen running."""
     absent_at_ms: dict[LaunchKey, int] = field(default_factory=dict)
     """When a replica that had been seen was first missing."""
     node_absent_at_ms: dict[NodeName, int] = field(default_factory=dict)
@@ -152,8 +150,6 @@ class Sight:
                 self.ordered_at_ms.pop(key, None)
             elif before != report:
                 jobs.add(job_id)
-            if report.state is not Seen.STARTING:
-                self.running_at_ms.setdefault(key, now_ms)
             if report.progress is not None:
                 if report.progress.step >= 0:
                     self.step_at_ms[key] = now_ms - report.progress.step_age_ms
@@ -200,7 +196,7 @@ class Sight:
                 self._forget_instants(key)
 
     def _forget_instants(self, key: LaunchKey) -> None:
-        for instants in (self.step_at_ms, self.beat_at_ms, self.running_at_ms, self.absent_at_ms, self.ordered_at_ms):
+        for instants in (self.step_at_ms, self.beat_at_ms, self.absent_at_ms, self.ordered_at_ms):
             instants.pop(key, None)
 
     def alive(self, key: LaunchKey) -> bool:

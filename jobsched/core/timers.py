@@ -52,13 +52,13 @@ def deadline(job: Job, sight: Sight, now_ms: int, senses: Senses) -> int | None:
     """The earliest instant at which judge or converge could have something to say about this job without any news."""
     spec = job.spec
     instants: list[int] = []
-    if job.phase is Phase.QUEUED:
+    if not job.phase.active:
         if job.not_before_ms > now_ms:  # afterwards it waits for room, not for time
             instants.append(job.not_before_ms)
         if spec.queue_deadline and not job.attempt:
             instants.append(job.submitted_at_ms + spec.queue_deadline)
         return min(instants, default=None)
-    if job.phase is Phase.STARTING and spec.start_timeout:
+    if spec.start_timeout and job.phase is Phase.STARTING:
         instants.append(job.attempt_started_at_ms + spec.start_timeout)
     if spec.time_limit and job.running_since_ms:
         instants.append(job.running_since_ms + spec.time_limit - job.ran_ms)
@@ -82,7 +82,7 @@ def deadline(job: Job, sight: Sight, now_ms: int, senses: Senses) -> int | None:
                 instants.append(max(sight.beat_at_ms.get(key, stepped), stepped) + spec.heartbeat_timeout)
         if absents and key in sight.absent_at_ms:
             instants.append(sight.absent_at_ms[key] + senses.lost_after_ms)
-    if job.phase is Phase.STOPPING:
+    if job.outcome is not None:
         instants.append(now_ms + SETTLE_MS)
     soonest = min(instants, default=None)
     return now_ms + OVERDUE_MS if soonest is not None and soonest <= now_ms else soonest

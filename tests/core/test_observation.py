@@ -27,7 +27,7 @@ def test_that_a_forgotten_replica_goes_is_no_news_and_nothing_is_remembered_of_i
     sight.fold(Observation(full=False, replicas=(ended(Progress(step=3)),)), 1)
     sight.forget((KEY,))
     assert sight.fold(Observation(full=False, gone=(KEY,)), 2)[0] == set()
-    known = (sight.replicas, sight.by_job, sight.step_at_ms, sight.beat_at_ms, sight.running_at_ms, sight.absent_at_ms)
+    known = (sight.replicas, sight.by_job, sight.step_at_ms, sight.beat_at_ms, sight.absent_at_ms)
     assert not any(known)
 
 
