@@ -246,9 +246,12 @@ def _run(replica: Replica) -> Replica:
 
 
 def _attempt_started(job: Job, e: ev.AttemptStarted) -> Changes:
-    changes = _change(job, e.replicas, _run) if e.replicas else {}
-    first = job.first_started_at_ms or e.at_ms
-    return changes | {**_enter(R, Reason.NONE, e.at_ms), "first_started_at_ms": first, "running_since_ms": e.at_ms}
+    return {
+        **(_change(job, e.replicas, _run) if e.replicas else {}),
+        **_enter(R, Reason.NONE, e.at_ms),
+        "first_started_at_ms": job.first_started_at_ms or e.at_ms,
+        "running_since_ms": e.at_ms,
+    }
 
 
 def _replica_exited(job: Job, e: ev.ReplicaExited) -> Changes:

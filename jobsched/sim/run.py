@@ -121,7 +121,8 @@ class Player:
     def script(self, launch: Launch) -> Script:
         """Told to the engine when a replica starts."""
         job_id = JobId(launch.contract.job_id)
-        if job_id not in self._arrivals:  # a check of a node, by the scheduler itself
+        arrival = self._arrivals.get(job_id)
+        if arrival is None:  # a check of a node, by the scheduler itself
             return CHECK
         now, rules = self._clock.now_ms(), self.workload.rules
         run, job = self._runs.get(job_id), self._store.job(job_id)
@@ -129,7 +130,7 @@ class Player:
         if run is None or run.attempt != job.attempt:
             if job.attempt > 1:
                 self.catch_up()
-            start_ms = 0 if rules.pause_everyone else self._arrivals[job_id].work.start_ms
+            start_ms = 0 if rules.pause_everyone else arrival.work.start_ms
             start_ms += rules.restart_ms if job.attempt > 1 else 0
             run = self._runs[job_id] = _Run(job.attempt, now, self._seats(job), start_ms, now)
         run.keys.append(launch.key)
