@@ -128,13 +128,14 @@ def starting(when: Forecast, now_ms: int) -> str:
     if when.by == ("leaving",):
         within = _in(when.before_ms, when.before_ms, now_ms).replace("in ", "in at most ", 1)
         return f"{within}, once those who leave have saved"
-    if "limit" in when.by and {"limit", "leaving"}.issuperset(when.by):
+    if "limit" in when.by and {"limit", "leaving", "pace"}.issuperset(when.by):
         within = _in(when.before_ms, when.before_ms, now_ms)
         return f"by {late} ({within}), if those before it use up their time limits"
     within = _in(when.after_ms, when.before_ms, now_ms)
+    pace = ", if all before it go on at the pace of the first" if "pace" in when.by else ""
     if early == late:
-        return f"about {early} ({within})"
-    return f"between {early.removesuffix(' UTC')} and {late} (p50/p90; {within})"
+        return f"about {early} ({within}){pace}"
+    return f"between {early.removesuffix(' UTC')} and {late} (p50/p90; {within}){pace}"
 
 
 def punctual(job: Job, starts: Forecast, left: tuple[int, int] | None, now_ms: int) -> str:

@@ -2,34 +2,42 @@
 
 Asked by `why` and `plan`, on the thread of whoever asks. Run times are those of `policies.estimate`; when nobody can
 tell how long a job runs that stands in the way, neither can this, and it says which job that is. Who leaves may be gone
-at once, or take all the time that it has to save. Jobs that are yet to be submitted, nodes that come and failures are
-not foreseen. Bounded by `AHEAD` jobs that go first, `ENDS` ends.
+at once, or take all the time that it has to save. Where very many go first, the first `AHEAD` of them are played, and
+the rest is taken to go on at their pace. Jobs that are yet to be submitted, nodes that come and failures are not
+foreseen. Bounded by `AHEAD` jobs, `ENDS` ends.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 
 from jobsched.core import events as ev
 from jobsched.core.cluster import Cluster
 from jobsched.core.converge import stop_grace_ms
-from jobsched.core.job import Job, Outcome, Phase, Reason, ReplicaState
-from jobsched.core.lines import LineKey, Place
+from jobsched.core.job import Job, Outcome, Phase, Reason, ReplicaState, Shape
+from jobsched.core.lines import Line, LineKey, Place
 from jobsched.core.passes import Policy
 from jobsched.core.plan import Forecast
+from jobsched.core.policies.families import gpus_milli
 from jobsched.core.policies.ordering import Ordering, OrderKey, multifactor
 from jobsched.core.rehearsal import Picture, picture_of
 from jobsched.core.resources import JobId
 from jobsched.core.schedule import schedule
 
 LIKELY, SURE = 0.5, 0.9
-"""Quantiles of run times behind the two ends of a band."""
+"""Quantiles of run times behind the two ends of a band. All jobs of a play are taken to be as slow as that at once, as
+what is learned of them errs alike: draws of each by itself gave bands that held a third as often as they should."""
 AHEAD, ENDS = 200, 400
+SAMPLE = 100
+"""Jobs beyond `AHEAD` whose work is looked at; the others are taken to be like them."""
 LOOKS = 100_000
 """Jobs that run times how often a pass is made, in one forecast: what it may cost."""
+ENDLESS = "may run for ever: no time_limit, no total reported, and no job like it has ended yet"
 PASSES = 4
 """At one instant: room is made, and used."""
 WORTH_MS = 60_000
@@ -37,33 +45,36 @@ WORTH_MS = 60_000
 
 
 def picture_for(cluster: Cluster, job: Job, now_ms: int, policy: Policy) -> Picture | None:
-    """The cluster with the job, which waits or is only thought of, and everybody who goes first; None when those are
-    more than `AHEAD`. With fair shares, as many of each other queue go first by its weight. O(what runs + nodes)."""
+    """The cluster with the job, which waits or is only thought of, and everybody who goes first: of its own queue the
+    first `AHEAD`, and of the rest a sample. With fair shares, as many of each other queue go first by its weight. None
+    when those are too many. O(what runs + nodes + lines)."""
     if policy.factors is not None:
         policy = replace(policy, ordering=multifactor(cluster, now_ms, policy.factors))
     order = policy.ordering
     mine = LineKey(job.spec.queue, job.priority, cluster.shape(job), job.array_id)
     key = order(mine, Place(cluster.rank(job, cluster.estimates), job.submitted_at_ms, job.id))
-    own = list(islice(_before(cluster, job.spec.queue, order, key), AHEAD + 1))
+    before = _before(cluster, job.spec.queue, order, key)
+    own = list(_first(before, order, AHEAD + 1))
+    beyond: list[JobId] = []
     if len(own) > AHEAD:
-        return None
-    found = [*own, *([job.id] if job.id in cluster.jobs else [])]
+        key, _ = own.pop()  # who goes first of other queues is told by the first of its own
+        beyond = list(_some(before, SAMPLE, {job_id for _, job_id in own}))
+    found = [job_id for _, job_id in own] + ([job.id] if job.id in cluster.jobs else [])
     weight = max(1, cluster.quotas.account(job.spec.queue).weight)
     for queue in cluster.lines.of_queue:
         if queue == job.spec.queue:
             continue
         if policy.fair is None:
-            found += islice(_before(cluster, queue, order, key), AHEAD + 1)
+            rivals, most = _before(cluster, queue, order, key, mine.shape), AHEAD + 1
         else:
-            turns = -(-(len(own) + 1) * cluster.quotas.account(queue).weight // weight)
-            firsts = (
-                (order(line.key, place), place.job_id)
-                for line in cluster.lines.of_queue[queue].values() for place in line.places[:turns]
-            )  # fmt: skip
-            found += [job_id for _, job_id in heapq.nsmallest(turns, firsts)]
+            most = -(-(len(own) + 1) * cluster.quotas.account(queue).weight // weight)
+            rivals = _before(cluster, queue, order, None, mine.shape)
+        found += [job_id for _, job_id in _first(rivals, order, most)]
         if len(found) > 2 * AHEAD:
             return None
-    picture = picture_of(cluster, [*found, *(job_id for _, job_id in cluster.parked[:AHEAD] if job_id in cluster.jobs)])
+    parked = [job_id for _, job_id in cluster.parked[:AHEAD] if job_id in cluster.jobs]
+    count = sum(n for _, n in before) - len(own) if beyond else 0
+    picture = picture_of(cluster, [*found, *parked], beyond, count)
     return picture if job.id in cluster.jobs else replace(picture, jobs=(*picture.jobs, job))
 
 
@@ -81,13 +92,45 @@ def time_left(cluster: Cluster, job: Job, now_ms: int) -> tuple[int, int] | None
     return estimates.left_ms(job, now_ms, LIKELY) if known else 0, estimates.left_ms(job, now_ms, SURE)
 
 
-def _before(cluster: Cluster, queue: str, order: Ordering, key: OrderKey) -> Iterator[JobId]:
-    """The waiting jobs of a queue that go before a place in the order."""
+def _before(
+    cluster: Cluster, queue: str, order: Ordering, key: OrderKey | None, beside: Shape | None = None
+) -> list[tuple[Line, int]]:
+    """The lines of a queue, and how many of each go before a place in the order (None: all); only those that may be in
+    the way of who wants to be `beside` them. O(lines * log places)."""
+    found = []
     for line in cluster.lines.of_queue.get(queue, {}).values():
-        for place in line.places:
-            if order(line.key, place) >= key:
-                break
-            yield place.job_id
+        if beside is not None and _apart(line.key.shape, beside):
+            continue
+        count = len(line.places)
+        if key is not None:
+            count = bisect_left(line.places, key, key=partial(order, line.key))
+        if count:
+            found.append((line, count))
+    return found
+
+
+def _first(before: Sequence[tuple[Line, int]], order: Ordering, most: int) -> Iterator[tuple[OrderKey, JobId]]:
+    """The first so many of these, all lines together."""
+
+    def each(line: Line, count: int) -> Iterator[tuple[OrderKey, JobId]]:
+        return ((order(line.key, place), place.job_id) for place in islice(line.places, count))
+
+    return islice(heapq.merge(*(each(line, count) for line, count in before)), most)
+
+
+def _some(before: Sequence[tuple[Line, int]], most: int, without: Collection[JobId]) -> Iterator[JobId]:
+    """About so many of the others, evenly chosen; all of them where they are few."""
+    stride, at = max(1, (sum(count for _, count in before) - len(without)) // most), 0
+    for line, count in before:
+        ids = (line.places[index].job_id for index in range(-at % stride, count, stride))
+        yield from (job_id for job_id in ids if job_id not in without)
+        at += count
+
+
+def _apart(one: Shape, other: Shape) -> bool:
+    """Whether no node will do for both, as they ask for different values of one label."""
+    wanted = dict(one.node_labels)
+    return any(wanted.get(name, value) != value for name, value in other.node_labels)
 
 
 def forecast(
@@ -99,7 +142,7 @@ def forecast(
     for quantile in (LIKELY, SURE):
         twin = picture.cluster({job_id: instead} if instead is not None else None)
         play = _Play(twin, job_id, now_ms, quiet, quantile)
-        play.run()
+        play.run(picture.beyond, picture.beyond_count)
         found.append(play)
     by = tuple(dict.fromkeys(source for play in found for source in play.by))
     late = max((play.started_ms for play in found if play.started_ms), default=0)
@@ -125,15 +168,19 @@ class _Play:
         self.by: dict[str, None] = {}
         self.why_not = ""
 
-    def run(self) -> None:
+    def run(self, beyond: Sequence[Job] = (), count: int = 0) -> None:
+        """`beyond`: some of as many jobs that go first as well, but are not in the copy."""
         twin, looks = self._twin, 0
         self._see_off()
         for job in list(twin.jobs.values()):
             if job.phase.runs:
                 self._expect(job)
+        yet_to_do = self._yet_to_do() if beyond else 0
         for _ in range(ENDS):
             if self._pass():
                 self.started_ms = self._now_ms
+                if beyond:
+                    self._go_on(yet_to_do - self._yet_to_do(), beyond, count)
                 return
             looks += len(twin.jobs)
             if looks > LOOKS:
@@ -142,6 +189,33 @@ class _Play:
                 self.why_not = self._who_stays()
                 return
         self.why_not = "too many jobs run and end before it"
+
+    def _yet_to_do(self) -> int:
+        """GPU time that is left to be done in the job's queue by the others, in thousandths, as far as can be told."""
+        twin, now_ms = self._twin, self._now_ms
+        queue = twin.jobs[self._job_id].spec.queue
+        ends = {job_id: at_ms for at_ms, job_id, attempt in self._ends if self._runs(job_id, attempt)}
+        total = 0
+        for job in twin.jobs.values():
+            if job.spec.queue != queue or job.id == self._job_id:
+                continue
+            if job.phase is Phase.QUEUED and twin.estimates.source(job, now_ms):
+                total += max(1, gpus_milli(job)) * twin.estimates.left_ms(job, now_ms, self._quantile)
+            elif job.id in ends:
+                total += max(1, gpus_milli(job)) * (ends[job.id] - now_ms)
+        return total
+
+    def _go_on(self, done: int, beyond: Sequence[Job], count: int) -> None:
+        """It starts later by the time in which the work of those beyond is done, at the pace so far."""
+        estimates, now_ms = self._twin.estimates, self._now_ms
+        unknown = next((job.name for job in beyond if not estimates.source(job, now_ms)), "")
+        if unknown or done <= 0:
+            self.started_ms = 0
+            self.why_not = f"{unknown} goes first and {ENDLESS}" if unknown else "nobody knows how fast others go on"
+            return
+        rest = sum(max(1, gpus_milli(job)) * estimates.left_ms(job, now_ms, self._quantile) for job in beyond)
+        self.started_ms += (now_ms - self._began_ms) * rest * count // len(beyond) // done
+        self.by["pace"] = None
 
     def _see_off(self) -> None:
         """Who leaves is gone at once where that is as likely as not; to be sure, at the end of its grace."""
@@ -244,7 +318,7 @@ class _Play:
         if not names:
             return "it would not start even when everything that runs has ended"
         who = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        return f"{who} may run for ever: no time_limit, no total reported, and no job like it has ended yet"
+        return f"{who} {ENDLESS}"
 
 
 def expected(picture: Picture | None, job: Job, now_ms: int, policy: Policy) -> Forecast:
@@ -254,7 +328,7 @@ def expected(picture: Picture | None, job: Job, now_ms: int, policy: Policy) -> 
     if job.asked is not None:
         return Forecast(unknown="it waits for nodes that are asked for")
     if picture is None:
-        return Forecast(unknown=f"more than {AHEAD} jobs go first")
+        return Forecast(unknown=f"more than {AHEAD} jobs of other queues go first")
     known = {each.id: each.phase for each in picture.jobs}
     if any(not known.get(each, Phase.QUEUED).active for each in job.waiting_for):
         return Forecast(unknown="a job that it comes after waits itself")

@@ -51,8 +51,8 @@ class Reservation:
 class Forecast:
     """When a job starts: `after_ms` if all take as long as half of their like did and who leaves does so at once,
     `before_ms` if as long as nine in ten did and who leaves takes all its grace; 0 when that cannot be told, and
-    `unknown` says why. `by`: what the run times of the jobs that end before are known from (`Estimates.source`), and
-    "leaving" where somebody leaves."""
+    `unknown` says why. `by`: what the run times of the jobs that end before are known from (`Estimates.source`),
+    "leaving" where somebody leaves, "pace" where only the first of very many were looked at."""
 
     after_ms: int = 0
     before_ms: int = 0

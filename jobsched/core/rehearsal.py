@@ -7,7 +7,7 @@ copies are made of the picture, in O(jobs in it + nodes).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from jobsched.core import events as ev
@@ -58,6 +58,10 @@ class Picture:
     targets: Mapping[JobId, Target]
     reservations: tuple[Reservation, ...]
     accounts: tuple[AccountNote, ...]
+    beyond: tuple[Job, ...] = ()
+    """Some of those that wait but are not among `jobs`."""
+    beyond_count: int = 0
+    """How many these stand for."""
 
     def cluster(self, instead: Mapping[JobId, Job] | None = None) -> Cluster:
         """A cluster like the one that the picture was taken of, to be changed freely; `instead`: with other jobs in
@@ -75,9 +79,12 @@ class Picture:
         return twin
 
 
-def picture_of(cluster: Cluster, waiting: Iterable[JobId] | None = None) -> Picture:
-    """The cluster with all that runs and these waiting jobs; without any named, the first of every line. O(bound
-    replicas + nodes + those)."""
+def picture_of(
+    cluster: Cluster, waiting: Iterable[JobId] | None = None, beyond: Sequence[JobId] = (),
+    beyond_count: int = 0,
+) -> Picture:
+    """The cluster with all that runs and these waiting jobs; without any named, the first of every line. `beyond`: some
+    of the others, which stand for so many. O(bound replicas + nodes + those)."""
     fleet = cluster.fleet
     bound = dict.fromkeys(job_id for on_node in fleet.on_node.values() for job_id, _ in on_node)
     if waiting is None:
@@ -88,11 +95,11 @@ def picture_of(cluster: Cluster, waiting: Iterable[JobId] | None = None) -> Pict
     return Picture(
         tuple(cluster.jobs[job_id] for job_id in ids), tuple(fleet.nodes.values()), tuple(cluster.queues.values()),
         tuple(sorted(fleet.lost)), tuple(fleet.cordoned.items()), tuple(cluster.ended.items()), cluster.seq,
-        cluster.rank, cluster.alike, cluster.mix.noted(), cluster.estimates.as_they_are(ids),
+        cluster.rank, cluster.alike, cluster.mix.noted(), cluster.estimates.as_they_are((*ids, *beyond)),
         cluster.paces.as_they_are(), cluster.pauses.as_they_are(),
         {job_id: cluster.targets[job_id] for job_id in ids if job_id in cluster.targets},
         tuple(c for c in cluster.reservations.values() if c.made_for == fleet.moved and c.job_id in ids),
-        cluster.quotas.noted(),
+        cluster.quotas.noted(), tuple(cluster.jobs[job_id] for job_id in beyond), beyond_count,
     )  # fmt: skip
 
 

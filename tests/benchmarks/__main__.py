@@ -6,7 +6,8 @@ import os
 import subprocess
 import sys
 
-SUITES = ("local", "scale", "store", "train", "faults", "elastic", "served", "admit", "fill", "place", "cycle", "jct")
+SUITES = ("local", "scale", "store", "train", "faults", "elastic", "served", "admit", "fill", "place", "cycle", "jct",
+          "starts")
 
 
 def main() -> int:

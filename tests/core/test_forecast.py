@@ -152,13 +152,61 @@ def test_a_later_start_with_something_changed() -> None:
     assert than.before_ms == pytest.approx(now_ms + 7_200_000, abs=1_000)
 
 
-def test_a_long_line_cannot_be_told() -> None:
+def test_the_rest_of_a_long_line_goes_on_at_the_pace_of_the_first() -> None:
     world = a_world(nodes=1)
-    ids = [world.submit(a_worker(time_limit="1h")) for _ in range(AHEAD + 3)]
+    ids = [world.submit(a_worker(time_limit="1h")) for _ in range(4 * AHEAD)]
     world.tick(3)
-    assert told(world, ids[-1])[1] == f"nobody can tell: more than {AHEAD} jobs go first"
-    found, _ = told(world, ids[-2])
-    assert found.before_ms == pytest.approx(world.clock.now_ms() + (AHEAD + 1) * 3_600_000, abs=1_000)
+    found, words = told(world, ids[AHEAD])
+    assert found.before_ms == pytest.approx(world.clock.now_ms() + AHEAD * 3_600_000, abs=1_000)
+    assert "pace" not in found.by
+    for place in (AHEAD + 2, 3 * AHEAD, 4 * AHEAD - 1):
+        found, words = told(world, ids[place])
+        assert found.before_ms == pytest.approx(world.clock.now_ms() + place * 3_600_000, rel=0.01)
+        assert "pace" in found.by
+    assert words.endswith("if those before it use up their time limits")
+    short = world.submit(a_worker(time_limit="6m"))
+    found, _ = told(world, short)
+    assert found.before_ms == pytest.approx(world.clock.now_ms() + 4 * AHEAD * 3_600_000, rel=0.01)
+
+
+def test_more_work_beyond_the_first_takes_longer() -> None:
+    """Those that are played take two GPUs for one hour each, those beyond them four for three."""
+    world = a_world(nodes=1)
+    for _ in range(AHEAD):
+        world.submit(a_worker(gpu="any:2", time_limit="1h"))
+    for _ in range(AHEAD):
+        world.submit(a_worker(time_limit="3h"))
+    last = world.submit(a_worker(time_limit="1h"))
+    world.tick(3)
+    hours = AHEAD / 2 + 3 * AHEAD
+    assert told(world, last)[0].before_ms == pytest.approx(world.clock.now_ms() + hours * 3_600_000, rel=0.03)
+
+
+def test_one_beyond_the_first_of_which_nothing_is_known_is_named() -> None:
+    world = a_world(nodes=1)
+    for _ in range(AHEAD + 1):
+        world.submit(a_worker(time_limit="1h"))
+    world.submit(a_worker(name="endless"))
+    last = world.submit(a_worker(time_limit="1h"))
+    world.tick(3)
+    assert told(world, last)[1].startswith("nobody can tell: endless goes first and may run for ever: no time_limit")
+
+
+def test_jobs_that_no_node_holds_beside_it_are_not_in_its_way() -> None:
+    """Twice as many as are looked at wait in another queue for nodes of their own."""
+    world = World(nodes=0, queues=(QueueSpec(name="a"), QueueSpec(name="b")),
+                  scripts=lambda _: Script(run_ms=3_000_000))
+    world.boot(Policy())
+    for name in "ab":
+        world.engine.put_node(a_gpu_node(name, 4, labels=(("vc", name),)))
+    for _ in range(2 * AHEAD + 10):
+        world.submit(a_worker(time_limit="1h", queue="b", placement={"nodes": {"vc": "b"}}))
+    world.submit(a_worker(time_limit="1h", queue="a", placement={"nodes": {"vc": "a"}}))
+    mine = world.submit(a_worker(time_limit="1h", queue="a", placement={"nodes": {"vc": "a"}}))
+    world.tick(3)
+    job, now_ms = world.job(mine), world.clock.now_ms()
+    found = expected(picture_for(world.cluster, job, now_ms, Policy()), job, now_ms, Policy())
+    assert found.before_ms == pytest.approx(now_ms + 3_600_000, abs=1_000)
 
 
 def test_an_urgent_job_starts_when_others_have_made_room() -> None:
@@ -205,7 +253,8 @@ def test_one_that_is_held_is_not_promised_anything() -> None:
     world.tick(2)
     assert told(world, held)[1] == "nobody can tell: it is held"
     job = replace(world.job(held), held=False)
-    assert starting(expected(None, job, 0, POLICY), 0) == f"nobody can tell: more than {AHEAD} jobs go first"
+    words = f"nobody can tell: more than {AHEAD} jobs of other queues go first"
+    assert starting(expected(None, job, 0, POLICY), 0) == words
 
 
 @pytest.mark.parametrize(
