@@ -31,7 +31,7 @@ from jobsched.core.schedule import schedule
 
 LIKELY, SURE = 0.5, 0.9
 """Quantiles of run times behind the two ends of a band. All jobs of a play are taken to be as slow as that at once, as
-what is learned of them errs alike: draws of each by itself gave bands that held a third as often as they should."""
+what is learned of them errs alike: with draws of each by itself, four in ten started by the end that claims nine."""
 AHEAD, ENDS = 200, 400
 SAMPLE = 100
 """Jobs beyond `AHEAD` whose work is looked at; the others are taken to be like them."""
@@ -168,7 +168,7 @@ class _Play:
         self.by: dict[str, None] = {}
         self.why_not = ""
 
-    def run(self, beyond: Sequence[Job] = (), count: int = 0) -> None:
+    def run(self, beyond: Sequence[Job], count: int) -> None:
         """`beyond`: some of as many jobs that go first as well, but are not in the copy."""
         twin, looks = self._twin, 0
         self._see_off()
@@ -211,7 +211,7 @@ class _Play:
         unknown = next((job.name for job in beyond if not estimates.source(job, now_ms)), "")
         if unknown or done <= 0:
             self.started_ms = 0
-            self.why_not = f"{unknown} goes first and {ENDLESS}" if unknown else "nobody knows how fast others go on"
+            self.why_not = f"{unknown} goes first and {ENDLESS}" if unknown else "those before it do not get on"
             return
         rest = sum(max(1, gpus_milli(job)) * estimates.left_ms(job, now_ms, self._quantile) for job in beyond)
         self.started_ms += (now_ms - self._began_ms) * rest * count // len(beyond) // done

@@ -192,6 +192,20 @@ def test_one_beyond_the_first_of_which_nothing_is_known_is_named() -> None:
     assert told(world, last)[1].startswith("nobody can tell: endless goes first and may run for ever: no time_limit")
 
 
+def test_without_a_pace_nothing_is_told_of_those_beyond_the_first() -> None:
+    """A job that is only thought of would start at once, before all who need more; who else would is not played."""
+    world = a_world(nodes=1)
+    world.submit(a_worker(gpu="any:2", time_limit="1h"))
+    for _ in range(AHEAD + 10):
+        world.submit(a_worker(time_limit="1h"))
+    world.tick(3)
+    small = replace(world.job(JobId("j00002")), id=JobId("thought-of"), spec=a_worker(gpu="any:1", time_limit="1h"),
+                    submitted_at_ms=world.clock.now_ms())
+    picture = picture_for(world.cluster, small, world.clock.now_ms(), Policy())
+    found = expected(picture, small, world.clock.now_ms(), Policy())
+    assert (found.before_ms, found.unknown) == (0, "those before it do not get on")
+
+
 def test_jobs_that_no_node_holds_beside_it_are_not_in_its_way() -> None:
     """Twice as many as are looked at wait in another queue for nodes of their own."""
     world = World(nodes=0, queues=(QueueSpec(name="a"), QueueSpec(name="b")),
@@ -265,6 +279,8 @@ def test_one_that_is_held_is_not_promised_anything() -> None:
         (Forecast(36_900_000, 36_930_000, ("limit", "leaving")),
          "by 10:15 UTC (in 16 min), if those before it use up their time limits"),
         (Forecast(36_900_000, 36_900_000, ("progress",)), "about 10:15 UTC (in 15 min)"),
+        (Forecast(36_300_000, 37_200_000, ("like", "pace")),
+         "between 10:05 and 10:20 UTC (p50/p90; in 5 to 20 min), if all before it go on at the pace of the first"),
         (Forecast(36_300_000, 37_200_000, ("like",)), "between 10:05 and 10:20 UTC (p50/p90; in 5 to 20 min)"),
         (Forecast(36_000_000 + 2 * 86_400_000, 36_000_000 + 3 * 86_400_000, ("like",)),
          "between 10:00 UTC in 2 days and 10:00 UTC in 3 days (p50/p90; in 2 to 3 d)"),
